@@ -1,0 +1,61 @@
+import importlib
+from dataclasses import replace
+
+import pytest
+
+from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+
+NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny"]
+
+
+def test_a_mistyped_field_is_refused():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'alfa'"):
+        LoraSpec(rank=16, alfa=32)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ModelSpec(" "), "ModelSpec.name is empty"),
+        (lambda: ModelSpec("m", bits=8), "bits is 8; choose 4 or 16"),
+        (lambda: ModelSpec("m", weights="rnd"), "choose one of 'pretrained', 'random'"),
+        (lambda: ModelSpec("m", layers=2), "only with weights='random'"),
+        (lambda: DataSpec(""), "DataSpec.source is empty"),
+        (lambda: DataSpec("d", eval_rows=-1), "0 skips evaluation"),
+        (lambda: DataSpec("d", max_bad_share=2), "a share, 0 to 1"),
+        (lambda: DataSpec("d", train_on="user"), "choose one of 'assistant', 'everything'"),
+        (lambda: LoraSpec(rank=0, alpha=16), "rank is 0"),
+        (lambda: LoraSpec(rank=8, alpha=0), "alpha is 0"),
+        (lambda: LoraSpec(rank=8, alpha=8, dropout=1.0), "dropout is 1.0"),
+        (lambda: LoraSpec(rank=8, alpha=8, target_modules=()), "nothing would be trained"),
+        (lambda: TrainSpec(seq_len=0, rows_per_step=1, learning_rate=1e-4), "seq_len is 0"),
+        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, max_steps=0), "max_steps is 0"),
+        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, warmup_share=1), "warmup_share is 1"),
+        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, schedule="cos"), "'cosine', 'linear'"),
+        (
+            lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, checkpointing="some"),
+            "'every layer', 'none'",
+        ),
+        (lambda: replace(importlib.import_module("recipes.tiny").RECIPE, card_gib=-1), "card_gib is -1"),
+    ],
+)
+def test_a_value_out_of_range_names_the_field(make, message):
+    with pytest.raises(UserError) as error:
+        make()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_shipped_recipe_is_a_recipe_with_a_story(name):
+    module = importlib.import_module(f"recipes.{name}")
+    assert isinstance(module.RECIPE, Recipe)
+    assert callable(module.main)
+    assert module.RECIPE.lora.dropout == 0
+    assert len(module.RECIPE.lora.target_modules) == 7  # all linear layers
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_the_large_recipes_are_for_a_24_gib_card(name):
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
+    assert (recipe.train.seq_len, recipe.train.learning_rate, recipe.train.schedule) == (2048, 2e-4, "cosine")
