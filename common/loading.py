@@ -1,0 +1,172 @@
+"""Loads the base model in 4 bit (or 16) and its tokenizer: from the hub, a folder, or random weights of a config."""
+
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging as transformers_logging
+
+from common.machine import Machine, this_machine
+from common.recipe import ModelSpec, UserError
+from common.weights import load_config, model_folder
+
+TINY = Path(__file__).parent.parent / "models" / "tiny"
+# Tokens that exist in our models' vocabularies and that no chat template uses, in the order of preference.
+PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "[PAD]", "<pad>", "<unk>")
+
+
+def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with its chat template and with a pad token that is no end of turn.
+
+    With random weights nothing is downloaded: unless the model is a local folder, the tokenizer of models/tiny stands
+    in. Raises UserError when the files cannot be had or read, and when no token can serve for padding.
+    """
+    if spec.weights == "random" and not Path(spec.name).is_dir():
+        folder = TINY
+        print("random weights: the tokenizer of models/tiny stands in for the model's own")
+    else:
+        folder = model_folder(spec, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"{spec.name} has no tokenizer that can be read: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{spec.name} has no tokenizer.json; convert its tokenizer to the fast format first")
+    if spec.chat_template is not None:
+        path = Path(spec.chat_template)
+        if not path.is_file():
+            raise UserError(f"ModelSpec.chat_template: there is no file {path}")
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    _set_pad_token(tokenizer, spec.name)
+    return tokenizer
+
+
+def _set_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Padding must not be the end of a turn: it is masked, and the model would never learn to stop."""
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    template = tokenizer.chat_template or ""
+    for token in PAD_TOKENS:
+        if token in tokenizer.get_vocab() and token != tokenizer.eos_token and token not in template:
+            tokenizer.pad_token = token
+            return
+    raise UserError(f"{name} has no token to pad with; tried {', '.join(PAD_TOKENS)}")
+
+
+def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedModel:
+    """The base model on the machine's device: linear layers in NF4 (`spec.bits=4`), all else in the compute dtype.
+
+    Weights are read and quantised one tensor at a time, so host memory stays near one tensor above the result.
+    Raises UserError when the weights are missing, damaged, incomplete, or quantised in another way.
+    """
+    machine = machine or this_machine()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    config = load_config(spec)
+    if machine.dtype == torch.float16 and config.model_type.startswith("qwen"):
+        print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
+    arguments: dict[str, Any] = {
+        "config": config,
+        "dtype": machine.dtype,
+        "device_map": {"": machine.device},
+        "attn_implementation": "sdpa",
+        "output_loading_info": True,
+    }
+    if spec.bits == 4 and not _is_4bit_checkpoint(config, spec):
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=machine.dtype,
+        )
+    if spec.weights == "random":
+        state = random_state(config, machine)
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=state, **arguments)
+    else:
+        folder = model_folder(spec, weights=True)
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
+            )
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{spec.name} does not fit the memory that is free on {machine.name}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
+    _prepare_4bit_modules(model, spec, machine)
+    # Where it came from, not where the cache is: this is written into the adapter's config.
+    model.config._name_or_path = model.name_or_path = spec.name
+    return model
+
+
+def _prepare_4bit_modules(model: PreTrainedModel, spec: ModelSpec, machine: Machine) -> None:
+    """Raises UserError when a weight has another shape than the config says: transformers checks 16-bit ones only."""
+    for name, module in model.named_modules():
+        if not isinstance(module, Linear4bit):
+            continue
+        stored, wanted = tuple(module.weight.quant_state.shape), (module.out_features, module.in_features)
+        if stored != wanted:
+            raise UserError(f"{spec.name} does not fit its config.json: {name} is {stored}, the config says {wanted}")
+        module.compute_dtype = machine.dtype
+        # bitsandbytes 0.50 repacks the weights for inference in eval mode on a CPU with AVX512-BF16, rounds their
+        # scales to bf16 on the way, and the repacked form has no backward.
+        module.support_avx512bf16_for_cpu = False
+
+
+def _is_4bit_checkpoint(config: PretrainedConfig, spec: ModelSpec) -> bool:
+    """Whether the weights are stored in bitsandbytes' 4-bit form. Raises UserError for any other quantisation."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        kind = stored.get("quant_method", "an unknown method")
+        raise UserError(f"{spec.name} is quantised with {kind}; take the original, or a bitsandbytes 4-bit checkpoint")
+    return True
+
+
+class RandomTensor:
+    """Stands in for a tensor in a safetensors file: drawn when it is read, from a seed that is its name."""
+
+    def __init__(self, name: str, shape: torch.Size, std: float, machine: Machine) -> None:
+        self.name, self.shape, self.std, self.machine = name, shape, std, machine
+        self.dtype = machine.dtype
+
+    def __getitem__(self, _: object) -> torch.Tensor:
+        device, dtype = self.machine.device, self.machine.dtype
+        if self.name.endswith("norm.weight"):
+            return torch.ones(self.shape, dtype=dtype, device=device)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
+        return torch.empty(self.shape, dtype=dtype, device=device).normal_(0.0, self.std, generator=generator)
+
+
+def random_state(config: PretrainedConfig, machine: Machine) -> dict[str, RandomTensor]:
+    """A state dict of the whole model that takes no memory: normal weights with the config's initializer_range.
+
+    `from_pretrained` reads it like a file, tensor by tensor, so a dry run loads through the same code as a real one.
+    """
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    return {
+        name: RandomTensor(name, tensor.shape, config.initializer_range, machine)
+        for name, tensor in skeleton.state_dict().items()
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

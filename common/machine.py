@@ -1,0 +1,89 @@
+"""What this machine computes on, and in which number format: decided once, with the reason."""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from common.recipe import UserError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    device: torch.device
+    dtype: torch.dtype  # of the compute, and of every weight that is not 4-bit
+    reason: str  # why that dtype
+    name: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def free_bytes(self) -> int:
+        """Free memory of the GPU in bytes. On a CPU 0: its memory is not planned."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 0
+
+    def peak_bytes(self) -> int:
+        """Highest memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""
+        if self.is_gpu:
+            return torch.cuda.max_memory_reserved(self.device)
+        status = Path("/proc/self/status")
+        if not status.exists():  # not Linux
+            return 0
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+
+    def __str__(self) -> str:
+        return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+@cache
+def this_machine() -> Machine:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        total = torch.cuda.get_device_properties(device).total_memory / GIB
+        name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Machine(device, torch.bfloat16, "the GPU has bf16", name)
+        return Machine(device, torch.float16, "the GPU has no bf16", name)
+    cores = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cpu._is_amx_tile_supported():
+        return Machine(torch.device("cpu"), torch.bfloat16, "the CPU has AMX", cores)
+    return Machine(torch.device("cpu"), torch.float32, "bf16 is slower on a CPU without AMX", cores)
+
+
+def unusable_gpu() -> str | None:
+    """Why torch does not see an NVIDIA GPU that is in the machine, in one line; None when there is none, or it does."""
+    if torch.cuda.is_available() or not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
+        return None
+    if torch.version.cuda is None:
+        return (
+            f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a CPU build. Install the CUDA build: "
+            "rm -rf .venv && make setup (with no other package index configured)"
+        )
+    driver = _driver_version()
+    return (
+        f"this machine has an NVIDIA GPU (driver {driver}), but torch {torch.__version__} cannot use it: CUDA "
+        f"{torch.version.cuda} needs a driver of the 580 series or newer. Update the driver, then check nvidia-smi"
+    )
+
+
+def _driver_version() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown: nvidia-smi fails"
+    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
+
+
+def require_gpu(model_name: str) -> None:
+    """Raises UserError, saying what to do, unless torch can use a GPU."""
+    if torch.cuda.is_available():
+        return
+    reason = unusable_gpu() or "this machine has none that torch can see"
+    raise UserError(f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny")

@@ -1,0 +1,76 @@
+"""Small models of each architecture, saved as ordinary checkpoints, and the shipped tokenizer."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from common.cli import quiet_libraries
+from common.machine import Machine
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "models" / "tiny"
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+FP32 = Machine(torch.device("cpu"), torch.float32, "tests compare digits", "CPU")
+
+quiet_libraries()
+# More threads than quiet cores make torch ten times slower, and sums in another order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """small_model(architecture, max_shard_size=..., **config values): the folder of a checkpoint, random weights."""
+
+    def make(architecture: str = "llama", max_shard_size: str = "5GB", **values: object) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        config_class, model_class = ARCHITECTURES[architecture]
+        torch.manual_seed(0)
+        model = model_class(config_class(**SMALL | {"initializer_range": 0.1} | values)).to(torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_llama(small_model: Callable[..., Path]) -> Path:
+    return small_model("llama")
