@@ -1,0 +1,44 @@
+"""Attaches LoRA adapters with PEFT."""
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from common.recipe import LoraSpec, UserError
+
+
+def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftModel:
+    """The model with fp32 adapters on every target module, and nothing else trainable.
+
+    A starts from Kaiming-uniform noise drawn from `seed`, B from zero, so the model's outputs are unchanged until the
+    first step. Raises UserError when a target module does not occur in the model.
+    """
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    missing = [target for target in spec.target_modules if target not in names]
+    if missing:
+        raise UserError(
+            f"LoraSpec.target_modules names {', '.join(missing)}, which this model does not have; "
+            f"its linear modules are {', '.join(sorted(names))}"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        use_rslora=spec.rslora,
+        use_dora=spec.dora,
+        target_modules=list(spec.target_modules),
+        bias="none",
+    )
+    torch.manual_seed(seed)
+    # fp32: in bf16 half of lora_A does not move at all in 100 steps at 2e-5, updates are rounded away.
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            raise RuntimeError(f"{name} is {parameter.dtype}; adapters are trained in fp32")
+    return peft_model
+
+
+def trainable_params(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
