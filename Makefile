@@ -1,0 +1,55 @@
+# Fine-tuning recipes. `make` lists the targets; `make finetune` and `make test` set up what they need.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+MODEL ?= tiny
+DATA ?=
+OUT ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first Python that is new enough
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help finetune test check setup parity _recipe
+
+help: ## this list
+	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
+	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
+
+finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; flags in ARGS: --max-steps N, --plan, --resume, --overwrite
+	@$(PY) -m recipes "$(MODEL)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
+	@$(PY) -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev ## ruff and mypy
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+parity: $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses and time
+	@$(PY) -m benchmarks.parity $(ARGS)
+
+setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
+
+# Before the set-up, which takes minutes: a mistyped MODEL fails at once.
+_recipe:
+	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
+	@$(PYTHON) -m recipes --check "$(MODEL)"
+
+$(PY):
+	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
+	@echo "setting up $(VENV) with $$($(PYTHON) --version); the CUDA build of torch is a download of about 3 GB"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt constraints.txt | $(PY)
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	@$(PIP) -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,45 @@
+"""`python -m recipes [--check] NAME [flags]`: runs, or only finds, recipes/NAME.py; a dash stands for an underscore.
+
+A new file beside this one is a new recipe; nothing is registered.
+"""
+
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+from common.cli import ERROR_STATUS, run
+from common.recipe import UserError
+
+FOLDER = Path(__file__).parent
+
+
+def recipe_names() -> list[str]:
+    return sorted(p.stem.replace("_", "-") for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
+
+
+def main(arguments: list[str]) -> int:
+    only_check = arguments[:1] == ["--check"]  # needs the standard library alone
+    name, *flags = arguments[only_check:] or [""]
+    path = FOLDER / f"{name.replace('-', '_')}.py"
+    if name.replace("_", "-") not in recipe_names():
+        print(f"error: there is no recipe {name!r}; there are: {', '.join(recipe_names())}", file=sys.stderr)
+        print("       your own: cp recipes/llama3_8b.py recipes/my_bot.py, then MODEL=my-bot", file=sys.stderr)
+        return ERROR_STATUS
+    if only_check:
+        return 0
+    try:
+        recipe = importlib.import_module(f"recipes.{path.stem}")
+        story, values = recipe.main, recipe.RECIPE
+    except (UserError, TypeError, NameError, AttributeError, SyntaxError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line, message = lines[-1] if lines else "?", str(error)
+        if isinstance(error, SyntaxError):
+            line, message = error.lineno or "?", error.msg
+        print(f"error: {path.relative_to(FOLDER.parent)}:{line}: {message}", file=sys.stderr)
+        return ERROR_STATUS
+    return run(story, values, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,131 @@
+"""The commands as a user types them, in processes of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def recipes(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """`python -m recipes ...` without a GPU."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    command = [sys.executable, "-m", "recipes", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+
+
+def refused(done: subprocess.CompletedProcess) -> str:
+    """The one line that a refusal prints: exit status 2 and no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A copy of the project that a test may edit."""
+    ignore = shutil.ignore_patterns(".*", "outputs", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "project", ignore=ignore)
+    return tmp_path / "project"
+
+
+def test_an_unknown_recipe_prints_those_that_exist():
+    assert refused(recipes("nope")) == (
+        "error: there is no recipe 'nope'; there are: llama3-8b, mistral-7b, qwen-14b, tiny"
+    )
+    for name in ("", "../common/cli", "__main__", "tiny.py"):
+        assert "there is no recipe" in refused(recipes(name))
+
+
+def test_a_copied_recipe_is_found_without_registration(project):
+    shutil.copy(project / "recipes" / "llama3_8b.py", project / "recipes" / "my_bot.py")
+    assert recipes("--check", "my-bot", cwd=project).returncode == 0
+    done = recipes("my-bot", "--plan", cwd=project)
+    assert done.returncode == 0
+    assert "16 rows of 2,048 tokens per optimizer step" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "message"),
+    [
+        ("rank=16", "rnk=16", "lora=LoraSpec(", "LoraSpec.__init__() got an unexpected keyword argument 'rnk'"),
+        ("rank=16", "rank=0", "lora=LoraSpec(", "LoraSpec.rank is 0; it must be at least 1"),
+        ("rank=16,", "rank=16,,", "rank=16,,", "invalid syntax"),
+        ("RECIPE = ", "RECIPES = ", "def main", "name 'RECIPE' is not defined"),
+    ],
+)
+def test_a_mistake_in_a_recipe_names_its_line(project, old, new, at, message):
+    text = (project / "recipes" / "llama3_8b.py").read_text().replace(old, new, 1)
+    (project / "recipes" / "my_bot.py").write_text(text)
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if at in line)
+    assert refused(recipes("my-bot", cwd=project)) == f"error: recipes/my_bot.py:{line}: {message}"
+
+
+def test_without_a_gpu_the_large_recipes_say_so():
+    assert "needs an NVIDIA GPU" in refused(recipes("llama3-8b", "--out", "outputs/never"))
+
+
+def test_a_missing_data_file_is_named(tmp_path):
+    line = refused(recipes("tiny", "--data", "nowhere.jsonl", "--out", str(tmp_path / "run")))
+    assert line.startswith("error: there is no data file nowhere.jsonl")
+
+
+def test_broken_lines_are_named_with_file_and_line(tmp_path):
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
+    line = refused(recipes("tiny", "--data", str(data), "--out", str(tmp_path / "run")))
+    assert line.startswith(f"error: 1 of 2 rows of {data} cannot be used (50.0%, limit 1.0%)")
+    assert f"invalid JSON ({data}:2)" in line
+
+
+def test_a_run_in_the_output_folder_is_refused_before_anything_is_loaded(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "already holds a run" in refused(recipes("tiny", "--out", str(tmp_path / "run")))
+
+
+def test_own_data_trains_the_copied_recipe_with_few_flags(tmp_path):
+    data = tmp_path / "chats.csv"
+    rows = "\n".join(f'"What is {n} and {n}?","It is {2 * n}"' for n in range(200))
+    data.write_text(f"prompt,completion\n{rows}\n")
+    done = recipes("tiny", "--data", str(data), "--out", str(tmp_path / "run"), "--max-steps", "2")
+    assert done.returncode == 0, done.stderr
+    assert "200 rows read (prompt/completion), 200 kept, 0 dropped" in done.stdout
+    assert "step 2/2" in done.stdout
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
+    text = (project / "recipes" / "tiny.py").read_text()
+    (project / "recipes" / "my_bot.py").write_text(text.replace('ModelSpec("models/tiny")', 'ModelSpec("owner/model")'))
+    line = refused(recipes("my-bot", "--out", str(tmp_path / "run"), cwd=project, HF_HOME=str(tmp_path / "cache")))
+    assert "owner/model is not in the local cache and the hub cannot be reached" in line
+
+
+def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_make_alone_lists_targets_and_recipes():
+    out = make().stdout
+    for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b tiny"):
+        assert word in out
+
+
+def test_make_refuses_an_unknown_model_before_the_set_up(project):
+    done = make("finetune", "MODEL=nope", cwd=project)
+    assert done.returncode == 2
+    assert "error: there is no recipe 'nope'" in done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_make_without_a_python_that_is_new_enough_says_so(project):
+    done = make("setup", "PYTHON=", cwd=project)
+    assert done.returncode == 2
+    assert "error: Python 3.11 or newer is needed" in done.stderr

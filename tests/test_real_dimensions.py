@@ -1,0 +1,51 @@
+"""Two layers of Llama 3 8B at its real dimensions, random weights, on a CPU: minutes and 10 GiB, so it is slow."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from common.activation_checkpointing import checkpoint_activations
+from common.adapters import attach_lora, trainable_params
+from common.data import load_rows
+from common.loading import load_4bit, load_tokenizer
+from common.planner import NF4_BYTES_PER_PARAM, Plan
+from common.recipe import DataSpec
+from common.training import train
+from recipes.llama3_8b import RECIPE
+from tests.conftest import FP32, ROOT
+
+
+@pytest.mark.slow
+def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
+    recipe = replace(
+        RECIPE,
+        model=replace(RECIPE.model, weights="random", layers=2),
+        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=2),
+        train=replace(RECIPE.train, seq_len=64, rows_per_step=2, max_steps=3, warmup_share=0.0),
+        out=str(tmp_path),
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
+    torch.set_num_threads(2)
+    model = load_4bit(recipe.model, FP32)
+    four_bit = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    # 2 layers * (2 * 4096^2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) weights
+    weights = sum(module.in_features * module.out_features for module in four_bit)
+    assert weights == 2 * 218_103_808
+    stored = sum(
+        module.weight.numel()
+        + module.weight.quant_state.absmax.numel()
+        + 4 * module.weight.quant_state.state2.absmax.numel()
+        for module in four_bit
+    )
+    assert stored == pytest.approx(weights * NF4_BYTES_PER_PARAM, rel=1e-4)
+
+    model = attach_lora(model, recipe.lora, recipe.train.seed)
+    assert trainable_params(model) == 2 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
+    plan = Plan(1, 2, 1, "every layer", "a test")
+    checkpoint_activations(model, plan.checkpointing)
+    metrics = train(model, tokenizer, rows, recipe, plan)
+    assert metrics["steps"] == 3
+    assert metrics["eval_loss"] < metrics["eval_loss_before"]

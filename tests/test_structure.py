@@ -1,0 +1,55 @@
+"""The architecture that a reader can rely on."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports from floors below its own only.
+FLOORS = {
+    "recipe": 1,
+    "machine": 2,
+    "data_files": 2,
+    "run_folder": 2,
+    "weights": 2,
+    "activation_checkpointing": 3,
+    "conversations": 3,
+    "chat_format": 4,
+    "loading": 4,
+    "adapters": 4,
+    "data": 5,
+    "planner": 6,
+    "evaluation": 6,
+    "training": 7,
+    "cli": 8,
+}
+MODULES = sorted((ROOT / "common").glob("[a-z]*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+
+
+def test_every_module_stands_on_a_floor():
+    assert {path.stem for path in MODULES} == set(FLOORS)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_a_module_imports_from_lower_floors_only(path: Path):
+    for name in imports(path):
+        assert not name.startswith("recipes"), f"{path.name} imports {name}"
+        if name.startswith("common."):
+            below = name.removeprefix("common.")
+            assert FLOORS[below] < FLOORS[path.stem], f"{path.name} (floor {FLOORS[path.stem]}) imports {below}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_a_recipe_has_at_most_60_lines(path: Path):
+    assert len(path.read_text().splitlines()) <= 60
+
+
+def test_recipe_values_need_the_standard_library_alone():
+    modules = {name.split(".")[0] for name in imports(ROOT / "common" / "recipe.py")}
+    assert modules == {"dataclasses", "typing"}
