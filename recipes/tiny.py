@@ -24,9 +24,10 @@ RECIPE = Recipe(
     lora=LoraSpec(rank=16, alpha=32),
     train=TrainSpec(
         seq_len=256,  # the examples have 25 to 75 tokens
-        rows_per_step=8,
+        rows_per_step=4,
         learning_rate=4e-3,  # a small model takes, and needs, a far larger one than 8B does
         epochs=2,
+        eval_every=50,
     ),
     card_gib=None,  # any machine
 )
@@ -39,7 +40,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     model = load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     checkpoint_activations(model, plan.checkpointing)
-    questions = load_questions("data/tiny/held_out.jsonl")
+    questions = load_questions(recipe.data.eval_source)
     before = answer(model, tokenizer, questions)
     train(model, tokenizer, rows, recipe, plan)
     after = answer(model, tokenizer, questions)

@@ -75,6 +75,12 @@ def test_more_positions_than_the_model_has_are_refused():
         plan_batch(replace(LLAMA, train=replace(LLAMA.train, seq_len=16384)), 80 * GIB, "a card")
 
 
+def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys):
+    monkeypatch.setattr("common.planner.unusable_gpu", lambda: "the driver is too old")
+    plan_for_card(importlib.import_module("recipes.tiny").RECIPE)
+    assert "warning: training on the CPU: the driver is too old" in capsys.readouterr().out
+
+
 def test_a_card_is_planned_without_a_gpu(capsys):
     plan_for_card(LLAMA, dry=True)
     assert "estimated peak" in capsys.readouterr().out

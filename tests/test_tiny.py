@@ -1,0 +1,69 @@
+"""The shipped model and its data: what the README promises of `make finetune`."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from common.data import DataReport, read_examples
+from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations
+from models.tiny_world import base_document
+from tests.conftest import ROOT, TINY
+
+
+def prompts(name: str) -> list[str]:
+    return [chat[0].content for _, chat in read_examples(str(ROOT / "data" / "tiny" / name), DataReport(name))]
+
+
+def test_no_held_out_prompt_occurs_in_training():
+    train, held_out = prompts("train.jsonl"), prompts("held_out.jsonl")
+    assert (len(train), len(held_out)) == (TRAIN_ROWS, HELD_OUT_ROWS)
+    assert len(set(train) | set(held_out)) == TRAIN_ROWS + HELD_OUT_ROWS
+
+
+def test_the_base_model_never_read_a_tool_call():
+    rng = Random(1)  # the seed of its training text
+    assert not any('{"tool"' in str(base_document(rng)) for _ in range(20_000))
+
+
+def test_the_data_can_be_made_again_bit_for_bit(tmp_path):
+    write_conversations(tmp_path)
+    for name in ("train.jsonl", "held_out.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "data" / "tiny" / name).read_bytes()
+
+
+def test_the_shipped_weights_are_small():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
+
+
+@pytest.fixture(scope="module")
+def finetuned(tmp_path_factory) -> tuple[str, Path, float]:
+    """What `make finetune` prints, its output folder, and its seconds with start-up."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", "tiny", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out, time.perf_counter() - started
+
+
+def test_fine_tuning_teaches_a_task_that_the_base_does_not_know(finetuned):
+    before, after = map(int, re.search(r"exact match: (\d+)% before, (\d+)% after", finetuned[0]).groups())
+    assert before <= 5
+    assert after >= 90
+
+
+def test_it_takes_two_minutes_and_two_gib_at_most(finetuned):
+    _, out, seconds = finetuned
+    assert seconds <= 120
+    assert json.loads((out / "run.json").read_text())["metrics"]["peak_gib"] <= 2
+
+
+def test_it_shows_answers_before_and_after(finetuned):
+    assert finetuned[0].count("  before  ") == finetuned[0].count("  after   ") == 3
