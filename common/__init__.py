@@ -3,6 +3,7 @@
 Importing this package sets the process up, before torch is imported; a variable that is already set stays as it is.
 """
 
+import logging
 import os
 
 _ENVIRONMENT = {
@@ -17,8 +18,14 @@ _ENVIRONMENT = {
     # cuBLAS is deterministic only with a fixed workspace (PyTorch notes, "Reproducibility").
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
     # Fewer out-of-memory errors from fragmentation when rows have different lengths.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
+
+if "LOCAL_RANK" not in os.environ:  # not under torchrun: one process, one GPU; the trainer would take all it sees
+    _ENVIRONMENT["CUDA_VISIBLE_DEVICES"] = "0"
 
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+
+# On some CPUs bitsandbytes asks for a package that would download native kernels; we load none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -55,30 +55,34 @@ def trainer_arguments(policy: Checkpointing) -> dict[str, Any]:
 
 
 class RecomputeWatch:
-    """Counts how often each decoder layer ran, and how often with gradients switched off."""
+    """Counts the micro-batches, how often each decoder layer ran, and how often with gradients switched off."""
 
     def __init__(self, layers: list[GradientCheckpointingLayer]) -> None:
         self.layers = layers
+        self.micro_batches = 0
         self.runs: Counter[int] = Counter()
         self.runs_without_grad: Counter[int] = Counter()
 
-    def verify(self, policy: Checkpointing, micro_batches: int) -> None:
+    def verify(self, policy: Checkpointing) -> None:
         """Raises RuntimeError unless each layer ran forward once per micro-batch, and once more where it recomputes."""
-        expected = micro_batches * (2 if policy == "every layer" else 1)
+        expected = self.micro_batches * (2 if policy == "every layer" else 1)
         for index in range(len(self.layers)):
             if self.runs[index] != expected:
                 raise RuntimeError(
                     f"activation checkpointing is not in effect: layer {index} ran {self.runs[index]} times in "
-                    f"{micro_batches} micro-batches, expected {expected} with policy {policy!r}"
+                    f"{self.micro_batches} micro-batches, expected {expected} with policy {policy!r}"
                 )
             if self.runs_without_grad[index]:
                 raise RuntimeError(f"layer {index} ran without gradients: activation checkpointing is reentrant")
 
 
 @contextmanager
-def watch_recompute(model: nn.Module) -> Iterator[RecomputeWatch]:
-    """Watches what each layer's first submodule does inside the block: it runs again whenever its layer recomputes."""
+def watch_recompute(model: PreTrainedModel | PeftModel) -> Iterator[RecomputeWatch]:
+    """Watches the block: the embedding runs once per micro-batch, a layer's first norm once more in a recompute."""
     watch = RecomputeWatch(decoder_layers(model))
+
+    def count_micro_batch(*_: Any) -> None:
+        watch.micro_batches += 1
 
     def hook(index: int) -> Any:
         def count(*_: Any) -> None:
@@ -91,6 +95,7 @@ def watch_recompute(model: nn.Module) -> Iterator[RecomputeWatch]:
         layer.get_submodule("input_layernorm").register_forward_pre_hook(hook(index))
         for index, layer in enumerate(watch.layers)
     ]
+    handles.append(model.get_input_embeddings().register_forward_pre_hook(count_micro_batch))
     try:
         yield watch
     finally:

@@ -61,12 +61,8 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe, *, plan_only: bool) -
 
 def quiet_libraries() -> None:
     """Silences what libraries say about themselves and nobody can act on; our own lines stay readable."""
-    import logging
-
     # PEFT 0.21 reads a name that transformers 5.23 calls deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # It offers to download a native kernel; we load none.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         import datasets
 

@@ -19,8 +19,10 @@ class Question:
     expected: str
 
 
-def load_questions(source: str, limit: int | None = None) -> list[Question]:
-    """The last turn of each conversation in a file. Raises UserError when there is none."""
+def load_questions(source: str | None, limit: int | None = None) -> list[Question]:
+    """The last turn of each conversation in a file; none without a file. Raises UserError when the file holds none."""
+    if source is None:
+        return []
     examples = [example for _, example in read_examples(source, DataReport(source))]
     conversations = [example for example in examples if not isinstance(example, str)][:limit]
     if not conversations:
@@ -72,7 +74,9 @@ def exact_matches(questions: Sequence[Question], answers: Sequence[str]) -> int:
 def print_before_after(
     questions: Sequence[Question], before: Sequence[str], after: Sequence[str], show: int = 3
 ) -> None:
-    """A few questions with both answers, then how many answers are right to the letter."""
+    """A few questions with both answers, then how many answers are right to the letter. Nothing without questions."""
+    if not questions:
+        return
     for question, old, new in list(zip(questions, before, after, strict=True))[:show]:
         print(f"\n  asked   {question.prompt[-1].content}\n  before  {old}\n  after   {new}")
         if new != question.expected:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from common.machine import GIB, Machine, require_gpu, this_machine
+from common.machine import GIB, Machine, require_gpu, this_machine, unusable_gpu
 from common.recipe import Checkpointing, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.weights import load_config
 
@@ -125,6 +125,8 @@ def plan_for_card(recipe: Recipe, *, dry: bool = False) -> Plan:
     elif recipe.card_gib is not None:
         plan = plan_batch(recipe, int(recipe.card_gib * GIB), f"a card of {recipe.card_gib:g} GiB")
     else:
+        if reason := unusable_gpu():
+            print(f"warning: training on the CPU: {reason}")
         plan = _cpu_plan(recipe.train, machine)
     print(plan.text)
     return plan

@@ -14,7 +14,6 @@ RUN_FILES = (
     "generation_config.json",
     "loss.png",
     "metrics.jsonl",
-    "README.md",
     "run.json",
     "special_tokens_map.json",
     "tokenizer.json",

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 import time
 from functools import partial
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -23,7 +22,8 @@ from common.chat_format import ChatFormat
 from common.data import Rows, collate
 from common.machine import GIB, this_machine
 from common.planner import Plan
-from common.recipe import Recipe, TrainSpec, UserError
+from common.progress import Report, draw_loss
+from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
 from common.run_folder import CHECKPOINTS
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
@@ -57,17 +57,23 @@ class Trainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        save_adapter(self.model, output_dir or self.args.output_dir)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: it would be written into every checkpoint."""
 
 
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """adapter_model.safetensors and adapter_config.json; without PEFT's look at the hub for a grown vocabulary."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's form, to be filled in
+
+
 class CheckRecompute(TrainerCallback):
     """Verifies in the first step that the layers recompute as the plan says."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, policy: Checkpointing) -> None:
+        self.policy = policy
         self.stack = contextlib.ExitStack()
         self.watch: RecomputeWatch | None = None
 
@@ -77,77 +83,8 @@ class CheckRecompute(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         if self.watch is not None:
             self.stack.close()
-            self.watch.verify(self.plan.checkpointing, self.plan.accumulation)
+            self.watch.verify(self.policy)
             self.watch = None
-
-
-class Report(TrainerCallback):
-    """One progress line on the terminal (one line each `every` seconds elsewhere), and metrics.jsonl."""
-
-    def __init__(self, folder: Path, every: float = 10.0) -> None:
-        self.metrics_file = folder / "metrics.jsonl"
-        self.every = every
-        self.live = sys.stdout.isatty()
-        self.history: list[dict[str, Any]] = []
-        self.shown_at = -math.inf
-        self.started_at = self.step_started_at = 0.0
-        self.first_step = self.tokens_before = 0
-
-    def on_train_begin(self, _args: Any, state: TrainerState, _control: Any, **__: Any) -> None:
-        self.started_at = self.step_started_at = time.perf_counter()
-        self.first_step, self.tokens_before = state.global_step, state.num_input_tokens_seen
-
-    def on_log(
-        self, _args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **__: Any
-    ) -> None:
-        if "eval_loss" in logs:
-            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self._line(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", keep=True)
-        if "loss" not in logs:
-            return
-        seconds = time.perf_counter() - self.started_at
-        tokens_per_s = (state.num_input_tokens_seen - self.tokens_before) / seconds
-        entry = {
-            "step": state.global_step,
-            "loss": logs["loss"],
-            "grad_norm": float(logs["grad_norm"]),
-            "learning_rate": logs["learning_rate"],
-            "tokens": state.num_input_tokens_seen,
-            "tokens_per_s": round(tokens_per_s, 1),
-            "peak_gib": round(this_machine().peak_bytes() / GIB, 3),
-            "seconds": round(seconds, 3),
-        }
-        self._write(entry)
-        if not math.isfinite(entry["loss"]) or not math.isfinite(entry["grad_norm"]):
-            raise UserError(
-                f"step {state.global_step}: the loss is {entry['loss']} and the gradient norm {entry['grad_norm']}. "
-                "Lower TrainSpec.learning_rate; the last good checkpoint is kept"
-            )
-        left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-        self._line(
-            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
-            f"lr {entry['learning_rate']:.2e} | "
-            f"{tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {_duration(left)} left",
-            keep=state.global_step == state.max_steps,
-        )
-
-    def _write(self, entry: dict[str, Any]) -> None:
-        self.history.append(entry)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def _line(self, text: str, *, keep: bool) -> None:
-        if self.live:
-            print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
-        elif keep or time.perf_counter() - self.shown_at >= self.every:
-            print(text, flush=True)
-            self.shown_at = time.perf_counter()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
@@ -202,7 +139,7 @@ def build_trainer(
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(CheckRecompute(plan))
+    trainer.add_callback(CheckRecompute(plan.checkpointing))
     return trainer
 
 
@@ -214,19 +151,27 @@ def train(
     Returns what run.json says under "metrics". Raises UserError when the numbers go wrong or the memory runs out.
     """
     folder = Path(recipe.out)
+    ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     if recipe.train.deterministic:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It costs time, and nothing reads such memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     trainer = build_trainer(model, tokenizer, rows, recipe, plan, folder)
+    if len(rows.train) < recipe.train.rows_per_step:
+        print(
+            f"warning: there are {len(rows.train)} packed rows and rows_per_step is {recipe.train.rows_per_step}: an "
+            "epoch is a single, smaller step. Lower rows_per_step, or raise epochs"
+        )
     report = Report(folder)
     trainer.add_callback(report)
     checkpoint = _checkpoint_to_resume(folder) if recipe.existing_run == "resume" else None
-    eval_before = trainer.evaluate()["eval_loss"] if rows.evaluation is not None and checkpoint is None else None
     started = time.perf_counter()
     try:
+        if rows.evaluation is not None and checkpoint is None:
+            trainer.evaluate()
         trainer.train(resume_from_checkpoint=checkpoint)
+        if rows.evaluation is not None and "eval_loss" not in report.history[-1]:
+            trainer.evaluate()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}. Lower TrainSpec.seq_len, or free the card "
@@ -234,6 +179,7 @@ def train(
         ) from error
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in report.history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
     metrics = {
         "steps": trainer.state.global_step,
         "seconds": round(seconds, 1),
@@ -242,8 +188,8 @@ def train(
         "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
-        "eval_loss_before": eval_before,
-        "eval_loss": _last_eval(trainer, report) if rows.evaluation is not None else None,
+        "eval_loss_before": held_out[0] if held_out else None,
+        "eval_loss": held_out[-1] if held_out else None,
     }
     save(model, tokenizer, folder)
     draw_loss(folder)
@@ -261,17 +207,9 @@ def _checkpoint_to_resume(folder: Path) -> str | None:
     return newest
 
 
-def _last_eval(trainer: Trainer, report: Report) -> float:
-    last = report.history[-1] if report.history else {}
-    if "eval_loss" not in last or last["step"] != trainer.state.global_step:
-        last = trainer.evaluate()
-    return float(last["eval_loss"])
-
-
 def save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Adapter, tokenizer with template, and a generation config that stops at the turn's end."""
-    model.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+    save_adapter(model, folder)
     tokenizer.save_pretrained(folder)
     generation = model.generation_config
     known = generation.eos_token_id
@@ -299,25 +237,3 @@ def write_run(folder: Path, recipe: Recipe, plan: Plan, rows: Rows, model: PeftM
         "metrics": metrics,
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-
-
-def draw_loss(folder: Path) -> None:
-    """loss.png: training loss of each step, held-out loss where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
-    held_out = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=4, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=folder.name, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    pyplot.close(figure)

@@ -1,0 +1,1 @@
+import common  # noqa: F401  sets the environment before any library reads it

@@ -1,5 +1,6 @@
 """Small models of each architecture, saved as ordinary checkpoints, and the shipped tokenizer."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,12 @@ SMALL = {
     "pad_token_id": 0,
 }
 FP32 = Machine(torch.device("cpu"), torch.float32, "tests compare digits", "CPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are about the CPU, on a machine with a GPU too
+
 
 quiet_libraries()
 # More threads than quiet cores make torch ten times slower, and sums in another order.

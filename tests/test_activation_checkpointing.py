@@ -52,7 +52,8 @@ def test_each_layer_runs_as_often_as_the_policy_says(small_llama, policy, runs):
     with watch_recompute(model) as watch:
         gradients(model)
     assert dict(watch.runs) == {0: runs, 1: runs}
-    watch.verify(policy, micro_batches=1)
+    assert watch.micro_batches == 1
+    watch.verify(policy)
 
 
 def test_a_layer_that_should_recompute_and_does_not_is_an_error(small_llama):
@@ -61,7 +62,7 @@ def test_a_layer_that_should_recompute_and_does_not_is_an_error(small_llama):
     with watch_recompute(model) as watch:
         gradients(model)
     with pytest.raises(RuntimeError, match="layer 1 ran 1 times in 1 micro-batches, expected 2"):
-        watch.verify("every layer", micro_batches=1)
+        watch.verify("every layer")
 
 
 def test_pitfall_14_reentrant_recompute_is_an_error(small_llama):
@@ -71,7 +72,7 @@ def test_pitfall_14_reentrant_recompute_is_an_error(small_llama):
     with watch_recompute(model) as watch:
         gradients(model)
     with pytest.raises(RuntimeError, match="layer 0 ran without gradients: activation checkpointing is reentrant"):
-        watch.verify("every layer", micro_batches=1)
+        watch.verify("every layer")
 
 
 def test_pitfall_14_the_trainer_gets_the_same_definition():

@@ -19,6 +19,7 @@ def test_questions_are_the_last_turns(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "1+1?", "completion": "2"}\n{"prompt": "2+2?", "completion": "4"}\n')
     assert load_questions(str(path), limit=1) == [Question((Message("user", "1+1?"),), "2")]
+    assert load_questions(None) == []
     path.write_text('{"text": "no questions here"}\n')
     with pytest.raises(UserError, match="holds no conversations to ask"):
         load_questions(str(path))

@@ -55,11 +55,19 @@ def test_without_a_gpu_the_way_out_is_named(monkeypatch):
 def test_a_gpu_that_torch_cannot_use_says_why(monkeypatch, cuda, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     answer = type("Answer", (), {"stdout": "550.54.14\n"})()
     monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: answer)
     with pytest.raises(UserError, match=message):
         require_gpu("llama")
+
+
+def test_a_gpu_that_is_hidden_on_purpose_is_no_fault(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine.shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert unusable_gpu() is None
 
 
 def test_a_broken_nvidia_smi_does_not_hide_the_message(monkeypatch):

@@ -23,7 +23,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
         RECIPE,
         model=replace(RECIPE.model, weights="random", layers=2),
         data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=2),
-        train=replace(RECIPE.train, seq_len=64, rows_per_step=2, max_steps=3, warmup_share=0.0),
+        train=replace(RECIPE.train, seq_len=128, rows_per_step=2, max_steps=3, warmup_share=0.0),
         out=str(tmp_path),
     )
     tokenizer = load_tokenizer(recipe.model)

@@ -21,6 +21,7 @@ FLOORS = {
     "data": 5,
     "planner": 6,
     "evaluation": 6,
+    "progress": 6,
     "training": 7,
     "cli": 8,
 }

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import PeftModel
@@ -18,6 +19,7 @@ from common.adapters import attach_lora
 from common.data import collate, load_rows
 from common.loading import load_4bit, load_tokenizer
 from common.planner import Plan, plan_for_card
+from common.progress import read_metrics
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.training import build_trainer, train
 from tests.conftest import ARCHITECTURES, FP32, ROOT
@@ -137,7 +139,7 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
     assert run["metrics"]["steps"] == 3
     assert run["metrics"]["eval_loss"] < run["metrics"]["eval_loss_before"]
     assert run["plan"]["micro_batch_rows"] * run["plan"]["accumulation"] == 4
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    entries = read_metrics(folder)
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3]
     assert all(e["tokens_per_s"] > 0 and e["peak_gib"] > 0 for e in entries if "loss" in e)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -167,21 +169,26 @@ def test_pitfall_20_a_resumed_run_ends_at_the_same_adapter(recipe, tmp_path, opt
     train(*prepare(replace(recipe, out=str(tmp_path / "whole"))))
     broken = replace(recipe, out=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(training.Report, "on_log", interrupt_after(3))
+        patch.setattr(training.Trainer, "log", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
             train(*prepare(broken))
     train(*prepare(replace(broken, existing_run="resume")))
     assert "going on from" in capsys.readouterr().out
+    assert [e["step"] for e in read_metrics(tmp_path / "broken") if "loss" in e] == [1, 2, 3, 4]
     whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def interrupt_after(step: int):
-    def on_log(_self, _args, state, _control, **_) -> None:
-        if state.global_step >= step:
+def interrupt_at(step: int):
+    """A Trainer.log that logs as ever, and is interrupted when it logs that step's loss."""
+    log = training.Trainer.log
+
+    def interrupted(self, logs, *rest) -> None:
+        log(self, logs, *rest)
+        if self.state.global_step >= step:
             raise KeyboardInterrupt
 
-    return on_log
+    return interrupted
 
 
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(recipe, capsys):
@@ -202,6 +209,18 @@ def test_an_access_token_is_never_written(recipe, monkeypatch, capsys):
     written = b"".join(path.read_bytes() for path in Path(recipe.out).rglob("*") if path.is_file())
     assert b"hf_canary" not in written
     assert "hf_canary" not in "".join(capsys.readouterr())
+
+
+def test_a_run_asks_nobody_on_the_network(recipe, monkeypatch):
+    model, tokenizer, rows, recipe, plan = prepare(recipe)
+    model.peft_config["default"].base_model_name_or_path = "owner/model"  # PEFT would look its config up on the hub
+    asked = []
+    monkeypatch.delenv("CI", raising=False)  # TRL does not report from CI
+    monkeypatch.setattr("socket.getaddrinfo", lambda *address, **_: asked.append(address))
+    monkeypatch.setattr("socket.socket.connect", lambda _, address: asked.append(address))
+    train(model, tokenizer, rows, recipe, plan)
+    assert asked == []
+    assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 
 
 def test_pitfall_19_adapters_stay_fp32_although_the_trainer_casts_them(recipe):
@@ -225,6 +244,15 @@ def test_a_layer_that_does_not_recompute_stops_the_run_in_its_first_step(recipe)
     trainer.add_callback(Sabotage())
     with pytest.raises(RuntimeError, match="activation checkpointing is not in effect: layer 1"):
         trainer.train()
+
+
+def test_fewer_rows_than_a_step_has_still_train_and_are_pointed_out(recipe, tmp_path, capsys):
+    data = tmp_path / "few.jsonl"
+    data.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:4]) + "\n")
+    recipe = replace(recipe, data=DataSpec(str(data), eval_rows=0))
+    metrics = train(*prepare(recipe, split(recipe, micro_batch_rows=1)))
+    assert metrics["steps"] == 3
+    assert "warning: there are 2 packed rows and rows_per_step is 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["every layer", "none"])
