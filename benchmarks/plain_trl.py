@@ -1,0 +1,75 @@
+"""QLoRA with TRL, PEFT and bitsandbytes as their own documentation sets them up: what benchmarks.parity compares with.
+
+Nothing of common/ is used. Prints one JSON line: the loss of each step, and the seconds of trainer.train().
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    for name in ("model", "data", "out"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("rank", "seq-len", "micro-batch-rows", "accumulation", "max-steps", "seed"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    for name in ("alpha", "learning-rate", "warmup-share"):
+        parser.add_argument(f"--{name}", type=float, required=True)
+    args = parser.parse_args()
+
+    gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        ),
+    )
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=args.out,
+            max_length=args.seq_len,
+            packing=True,
+            assistant_only_loss=True,
+            per_device_train_batch_size=args.micro_batch_rows,
+            gradient_accumulation_steps=args.accumulation,
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=args.warmup_share,
+            max_steps=args.max_steps,
+            optim="adamw_torch_fused",
+            bf16=gpu,
+            use_cpu=not gpu,
+            seed=args.seed,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=load_dataset("json", data_files=args.data, split="train"),
+        processing_class=AutoTokenizer.from_pretrained(args.model),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=0.0, target_modules="all-linear"
+        ),
+    )
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    print(json.dumps({"losses": losses, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
