@@ -43,7 +43,7 @@ _recipe:
 
 $(PY):
 	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
-	@echo "setting up $(VENV) with $$($(PYTHON) --version); the CUDA build of torch is a download of about 3 GB"
+	@echo "setting up $(VENV) with $$($(PYTHON) --version); this takes minutes, and a few GB for the CUDA build of torch"
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: requirements.txt constraints.txt | $(PY)

@@ -1,6 +1,7 @@
 """The few flags that every recipe shares. Any other change is an edit of the recipe."""
 
 import argparse
+import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -55,8 +56,12 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe, *, plan_only: bool) -
 
         plan_for_card(recipe, dry=True)
         return
-    prepare_run_folder(recipe.out, recipe.existing_run)
-    main(recipe)
+    folder = prepare_run_folder(recipe.out, recipe.existing_run)
+    try:
+        main(recipe)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if it is still empty: nothing was run
 
 
 def quiet_libraries() -> None:

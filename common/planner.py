@@ -120,6 +120,7 @@ def plan_for_card(recipe: Recipe, *, dry: bool = False) -> Plan:
     machine = this_machine()
     if recipe.card_gib is not None and not dry:
         require_gpu(recipe.model.name)
+    print(f"machine: {machine}")
     if machine.is_gpu:
         plan = plan_batch(recipe, machine.free_bytes(), f"{machine.free_bytes() / GIB:.1f} GiB free on {machine.name}")
     elif recipe.card_gib is not None:
@@ -159,8 +160,8 @@ def plan_batch(recipe: Recipe, card_bytes: int, card: str) -> Plan:
     rows = _largest_divisor(_rows_per_process(train), min(fitting, max(1, TOKENS_PER_MICRO_BATCH // train.seq_len)))
     tokens = rows * train.seq_len
     why = (
-        f"estimated peak {memory.step(tokens) / GIB:.1f} GiB of {card}, {RESERVE_SHARE:.0%} kept in reserve "
-        f"({memory.sum_up(tokens)})"
+        f"estimated peak {memory.step(tokens) / GIB:.1f} GiB of {card}, {RESERVE_SHARE:.0%} of it in reserve. In GiB:\n"
+        f"  {memory.sum_up(tokens)}"
     )
     return _plan(train, rows, why)
 
@@ -189,8 +190,10 @@ def _largest_divisor(number: int, limit: int) -> int:
 
 def _plan(train: TrainSpec, micro_batch_rows: int, why: str) -> Plan:
     accumulation = _rows_per_process(train) // micro_batch_rows
+    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
+    shared = f" on each of {_processes()} processes" if _processes() > 1 else ""
     text = (
-        f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step = {micro_batch_rows} rows x "
-        f"{accumulation} micro-batches x {_processes()} process; recompute: {train.checkpointing}; {why}"
+        f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
+        f"{micro_batch_rows} rows{shared}; recompute: {train.checkpointing}\n  {why}"
     )
     return Plan(micro_batch_rows, accumulation, _processes(), train.checkpointing, text)

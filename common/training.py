@@ -175,7 +175,7 @@ def train(
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}. Lower TrainSpec.seq_len, or free the card "
-            f"(nvidia-smi shows who else uses it); {plan.text}"
+            f"(nvidia-smi shows who else uses it). {plan.text.splitlines()[0]}"
         ) from error
     seconds = time.perf_counter() - started
     losses = [entry["loss"] for entry in report.history if "loss" in entry]

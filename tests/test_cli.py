@@ -67,8 +67,10 @@ def test_a_mistake_in_a_recipe_names_its_line(project, old, new, at, message):
     assert refused(recipes("my-bot", cwd=project)) == f"error: recipes/my_bot.py:{line}: {message}"
 
 
-def test_without_a_gpu_the_large_recipes_say_so():
-    assert "needs an NVIDIA GPU" in refused(recipes("llama3-8b", "--out", "outputs/never"))
+def test_without_a_gpu_the_large_recipes_say_so_and_leave_no_folder(tmp_path):
+    out = tmp_path / "run"
+    assert "needs an NVIDIA GPU" in refused(recipes("llama3-8b", "--out", str(out)))
+    assert not out.exists()
 
 
 def test_a_missing_data_file_is_named(tmp_path):

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from common.machine import GIB
+from common.machine import GIB, this_machine
 from common.planner import estimate_memory, plan_batch, plan_for_card
 from common.recipe import UserError
 from common.weights import load_config
@@ -79,6 +79,12 @@ def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys)
     monkeypatch.setattr("common.planner.unusable_gpu", lambda: "the driver is too old")
     plan_for_card(importlib.import_module("recipes.tiny").RECIPE)
     assert "warning: training on the CPU: the driver is too old" in capsys.readouterr().out
+
+
+def test_the_machine_and_the_reason_for_its_dtype_are_printed(capsys):
+    plan_for_card(importlib.import_module("recipes.tiny").RECIPE)
+    assert f"machine: {this_machine()}" in capsys.readouterr().out
+    assert this_machine().reason in str(this_machine())
 
 
 def test_a_card_is_planned_without_a_gpu(capsys):
