@@ -8,6 +8,7 @@ and the token that ends its turn.
 import re
 from dataclasses import dataclass
 
+import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -88,7 +89,7 @@ class ChatFormat:
         """
         if not self.tokenizer.chat_template:
             return
-        norms = embedding.detach().float().norm(dim=1)
+        norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # without an fp32 copy
         floor = 1e-3 * norms.median()
         for index in sorted(self.control_ids & set(self.encode(_SAMPLE).input_ids)):
             if norms[index] <= floor:

@@ -87,7 +87,7 @@ class Rows:
 
     @property
     def train_tokens(self) -> int:
-        return sum(map(len, self.train["input_ids"]))
+        return sum(map(sum, self.train["seq_lengths"]))
 
 
 def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int = 0) -> Rows:

@@ -74,7 +74,10 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
     machine = machine or this_machine()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    config = load_config(spec)
+    config, folder = load_config(spec), None
+    if spec.weights == "pretrained":
+        folder = model_folder(spec, weights=True)
+        config = load_config(spec, folder)  # what came with the weights, not the copy that serves for planning
     if machine.dtype == torch.float16 and config.model_type.startswith("qwen"):
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
     arguments: dict[str, Any] = {
@@ -91,11 +94,10 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=machine.dtype,
         )
-    if spec.weights == "random":
+    if folder is None:
         state = random_state(config, machine)
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=state, **arguments)
     else:
-        folder = model_folder(spec, weights=True)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
@@ -162,8 +164,8 @@ def random_state(config: PretrainedConfig, machine: Machine) -> dict[str, Random
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     return {
-        name: RandomTensor(name, tensor.shape, config.initializer_range, machine)
-        for name, tensor in skeleton.state_dict().items()
+        name: RandomTensor(name, parameter.shape, config.initializer_range, machine)
+        for name, parameter in skeleton.named_parameters()  # a tied head is named once
     }
 
 

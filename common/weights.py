@@ -63,14 +63,16 @@ def _download(spec: ModelSpec, patterns: list[str]) -> Path:
         ) from error
 
 
-def load_config(spec: ModelSpec) -> PretrainedConfig:
-    """The model's config, from its folder, from models/configs (no network needed), or from the hub.
+def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig:
+    """The model's config: from `folder` where given, else from its own folder, models/configs (no network), or the hub.
 
     Raises UserError for an architecture that is not one of ARCHITECTURES, and for a config that cannot be read.
     """
     shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
-    local = Path(spec.name).is_dir()
-    path = shipped if shipped.exists() and not local else model_folder(spec, weights=False) / "config.json"
+    if folder is None and shipped.exists() and not Path(spec.name).is_dir():
+        path = shipped
+    else:
+        path = (folder or model_folder(spec, weights=False)) / "config.json"
     if not path.exists():
         raise UserError(f"{spec.name} has no config.json: it is not a transformers model")
     try:

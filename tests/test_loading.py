@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from common.loading import load_4bit, load_tokenizer
 from common.machine import GIB, Machine
 from common.recipe import ModelSpec, UserError
+from common.weights import load_config
 from tests.conftest import ARCHITECTURES, FP32, ROOT
 
 BF16 = Machine(torch.device("cpu"), torch.bfloat16, "a test", "CPU")
@@ -72,6 +73,14 @@ def test_another_quantisation_is_refused(small_llama, tmp_path):
         load_4bit(ModelSpec(str(tmp_path / "model")), FP32)
 
 
+@pytest.mark.parametrize("weights", ["pretrained", "random"])
+def test_a_head_that_is_tied_to_the_embedding_stays_tied(small_model, weights):
+    folder = small_model("llama", tie_word_embeddings=True)
+    model = load_4bit(ModelSpec(str(folder), weights=weights), FP32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(four_bit_modules(model)) == 2 * 7
+
+
 def test_a_missing_tensor_is_an_error_not_a_random_weight(small_llama, tmp_path):
     from safetensors.torch import load_file, save_file
 
@@ -94,8 +103,7 @@ def test_weights_of_another_shape_are_refused(small_llama, tmp_path):
 
 def test_random_weights_need_nothing_but_the_config():
     spec = ModelSpec("Qwen/Qwen3-14B", weights="random", layers=1)
-    skeleton_only = load_4bit.__globals__["load_config"](spec)
-    assert skeleton_only.num_hidden_layers == 1
+    assert load_config(spec).num_hidden_layers == 1
     spec = ModelSpec(str(ROOT / "models" / "tiny"), weights="random", layers=2)
     model = load_4bit(spec, FP32)
     assert len(model.model.layers) == 2

@@ -111,6 +111,11 @@ def test_the_configs_of_the_shipped_models_need_no_network(monkeypatch, name, la
     assert load_config(ModelSpec(name, weights="random", layers=2)).num_hidden_layers == 2
 
 
+def test_the_config_that_came_with_the_weights_wins_over_the_shipped_one(small_llama):
+    spec = ModelSpec("meta-llama/Meta-Llama-3-8B-Instruct")
+    assert load_config(spec, small_llama).hidden_size == 64
+
+
 def test_a_name_that_is_neither_folder_nor_hub_id_says_so():
     for name in ("./nowhere", "/nowhere/model", "just-a-name", "a/b/c"):
         with pytest.raises(UserError, match="there is no folder .*, and it is no hub id"):
