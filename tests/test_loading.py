@@ -179,7 +179,7 @@ def sample():
     while not done.is_set():
         peak = max(peak, anonymous())
         time.sleep(0.002)
-thread = threading.Thread(target=sample); thread.start()
+thread = threading.Thread(target=sample, daemon=True); thread.start()
 model = load_4bit(ModelSpec({name!r}{more}), machine)
 done.set(); thread.join()
 print(base, peak, anonymous())
