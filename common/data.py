@@ -96,11 +96,11 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
     Raises UserError when the source cannot be read, or too many of its rows cannot be used.
     """
     chat_format = ChatFormat(tokenizer)
-    examples, report = tokenise_source(spec, spec.source, chat_format, seq_len)
+    examples, report = tokenise_source(spec, spec.source, spec.split, chat_format, seq_len)
     reports = [report]
     held_out: list[Tokens] = []
     if spec.eval_source is not None:
-        held_out, eval_report = tokenise_source(spec, spec.eval_source, chat_format, seq_len)
+        held_out, eval_report = tokenise_source(spec, spec.eval_source, spec.eval_split, chat_format, seq_len)
         reports.append(eval_report)
     elif spec.eval_rows:
         chosen = set(Random(seed).sample(range(len(examples)), min(spec.eval_rows, len(examples) // 10)))
@@ -133,11 +133,10 @@ def read_examples(source: str, report: DataReport, **place: Any) -> Iterable[tup
 
 
 def tokenise_source(
-    spec: DataSpec, source: str, chat_format: ChatFormat, seq_len: int
+    spec: DataSpec, source: str, split: str, chat_format: ChatFormat, seq_len: int
 ) -> tuple[list[Tokens], DataReport]:
     """Every usable example of a source, none longer than seq_len. Prints the report; raises UserError as load_rows."""
     report, kept = DataReport(source), []
-    split = spec.split if source == spec.source else spec.eval_split
     for where, example in read_examples(source, report, split=split, revision=spec.revision):
         try:
             tokens = chat_format.encode(example, spec.train_on)

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -75,6 +76,17 @@ def test_held_out_rows_are_not_trained(tmp_path, tokenizer):
     assert not train & held_out
     again = load_rows(DataSpec(source, eval_rows=7), tokenizer, 64, seed=3)
     assert set(examples(again.evaluation)) == held_out
+
+
+def test_a_hub_data_set_may_hold_its_own_split_out(tokenizer, monkeypatch):
+    def load_dataset(name, split, revision):
+        return datasets.Dataset.from_list([{"prompt": split, "completion": str(n)} for n in range(20)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows(DataSpec("owner/chats", eval_source="owner/chats", eval_split="test"), tokenizer, 64)
+    for packed, split, other in ((rows.train, "train", "test"), (rows.evaluation, "test", "train")):
+        text = tokenizer.decode(sum(packed["input_ids"], []))
+        assert f"<|user|>{split}<|end|>" in text and f"<|user|>{other}<|end|>" not in text
 
 
 def test_at_most_a_tenth_is_held_out(tmp_path, tokenizer):
