@@ -1,7 +1,7 @@
 """Answers to held-out prompts, before training and after it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -46,7 +46,7 @@ def answer(
     for start in range(0, len(questions), batch):
         prompts = [
             tokenizer.apply_chat_template(
-                [{"role": m.role, "content": m.content} for m in question.prompt],
+                [asdict(message) for message in question.prompt],
                 tokenize=False,
                 add_generation_prompt=True,
             )

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -165,7 +164,6 @@ def train(
     report = Report(folder)
     trainer.add_callback(report)
     checkpoint = _checkpoint_to_resume(folder) if recipe.existing_run == "resume" else None
-    started = time.perf_counter()
     try:
         if rows.evaluation is not None and checkpoint is None:
             trainer.evaluate()
@@ -177,17 +175,16 @@ def train(
             f"out of GPU memory at step {trainer.state.global_step + 1}. Lower TrainSpec.seq_len, or free the card "
             f"(nvidia-smi shows who else uses it). {plan.text.splitlines()[0]}"
         ) from error
-    seconds = time.perf_counter() - started
-    losses = [entry["loss"] for entry in report.history if "loss" in entry]
+    steps = [entry for entry in report.history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
     metrics = {
         "steps": trainer.state.global_step,
-        "seconds": round(seconds, 1),
-        "tokens": trainer.state.num_input_tokens_seen,
-        "tokens_per_s": round((trainer.state.num_input_tokens_seen - report.tokens_before) / seconds, 1),
+        "seconds": steps[-1]["seconds"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_s": steps[-1]["tokens_per_s"],
         "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
-        "first_loss": losses[0] if losses else None,
-        "last_loss": losses[-1] if losses else None,
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
         "eval_loss_before": held_out[0] if held_out else None,
         "eval_loss": held_out[-1] if held_out else None,
     }

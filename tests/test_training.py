@@ -140,6 +140,8 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
     assert run["metrics"]["eval_loss"] < run["metrics"]["eval_loss_before"]
     assert run["plan"]["micro_batch_rows"] * run["plan"]["accumulation"] == 4
     entries = read_metrics(folder)
+    last = [e for e in entries if "loss" in e][-1]
+    assert {name: run["metrics"][name] for name in ("seconds", "tokens", "tokens_per_s")}.items() <= last.items()
     assert [e["step"] for e in entries if "loss" in e] == [1, 2, 3]
     assert all(e["tokens_per_s"] > 0 and e["peak_gib"] > 0 for e in entries if "loss" in e)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
