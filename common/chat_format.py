@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from common.conversations import Conversation, Example, Message
 from common.data_files import BadRow
+from common.loss import IGNORED
 from common.recipe import TrainOn, UserError
 
-IGNORED = -100  # label of a position that does not count in the loss; torch.nn.functional.cross_entropy's default
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index
 THINK = "<think>"
 _SAMPLE = (Message("user", "Hello"), Message("assistant", "Hi"))

@@ -2,19 +2,19 @@
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
-from trl import pack_dataset
 
-from common.chat_format import IGNORED, ChatFormat, Tokens
+from common.chat_format import ChatFormat, Tokens
 from common.conversations import Example, format_of, to_example
 from common.data_files import BadRow, read_rows
+from common.loss import IGNORED
+from common.packing import pack
 from common.recipe import DataSpec, UserError
 
 NAMED_PLACES = 5  # of each kind of fault
@@ -171,31 +171,6 @@ def fit(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
     if not whole:
         raise BadRow(f"its first answer ends after {seq_len:,} tokens (TrainSpec.seq_len)")
     return [Tokens(tokens.input_ids[: whole[-1]], tokens.labels[: whole[-1]], whole)]
-
-
-def pack(examples: Sequence[Tokens], seq_len: int) -> Dataset:
-    """Examples laid into rows of at most seq_len tokens, best fit first (TRL's "bfd"); none is cut."""
-    columns = {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
-    return pack_dataset(Dataset.from_dict(columns), seq_len, strategy="bfd")
-
-
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A micro-batch: input_ids, labels and position_ids, int64 (rows, longest row).
-
-    Positions restart at 0 with each example. transformers builds the block-diagonal attention mask from them, so no
-    token sees another example; a padding token is an example of its own.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-    shape = (len(rows), longest)
-    input_ids = torch.full(shape, pad_token_id)
-    labels = torch.full(shape, IGNORED)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    for i, row in enumerate(rows):
-        length = len(row["input_ids"])
-        input_ids[i, :length] = torch.tensor(row["input_ids"])
-        labels[i, :length] = torch.tensor(row["labels"])
-        position_ids[i, :length] = torch.cat([torch.arange(n) for n in row["seq_lengths"]])
-    return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
 
 
 def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> str:

@@ -42,6 +42,8 @@ def answer(
     """The model's greedy answers, without the end of turn; an answer that does not end is cut at max_new_tokens."""
     was_training = model.training
     model.eval()
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.attention
     answers: list[str] = []
     for start in range(0, len(questions), batch):
         prompts = [
@@ -63,6 +65,7 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
         )
         answers += tokenizer.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    model.set_attn_implementation(attention)
     model.train(was_training)
     return answers
 

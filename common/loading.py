@@ -18,6 +18,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from common.attention import attention_implementation
+from common.loss import fuse_head_and_loss
 from common.machine import Machine, this_machine
 from common.recipe import ModelSpec, UserError
 from common.weights import load_config, model_folder
@@ -84,7 +86,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
         "config": config,
         "dtype": machine.dtype,
         "device_map": {"": machine.device},
-        "attn_implementation": "sdpa",
+        "attn_implementation": attention_implementation(machine),
         "output_loading_info": True,
     }
     if spec.bits == 4 and not _is_4bit_checkpoint(config, spec):
@@ -110,6 +112,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
     _prepare_4bit_modules(model, spec, machine)
+    fuse_head_and_loss(model)
     # Where it came from, not where the cache is: this is written into the adapter's config.
     model.config._name_or_path = model.name_or_path = spec.name
     return model

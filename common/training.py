@@ -17,9 +17,11 @@ from trl import SFTConfig, SFTTrainer
 
 from common.activation_checkpointing import RecomputeWatch, trainer_arguments, watch_recompute
 from common.adapters import trainable_params
+from common.attention import PACKED
 from common.chat_format import ChatFormat
-from common.data import Rows, collate
+from common.data import Rows
 from common.machine import GIB, this_machine
+from common.packing import collate
 from common.planner import Plan
 from common.progress import Report, draw_loss
 from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
@@ -39,15 +41,18 @@ class Trainer(SFTTrainer):
             if name in adapters:
                 parameter.data = adapters[name]
 
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
+        """The model's own fused loss (common.loss): TRL's goes through the head a third time, for its metrics."""
+        return super(SFTTrainer, self).compute_loss(model, inputs, *arguments, **named)
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per trained token of the held-out rows."""
         self.model.eval()
         nll = tokens = 0.0
         with torch.no_grad(), self.compute_loss_context_manager():
             for batch in self.get_eval_dataloader():
-                outputs = self.model(**self._prepare_inputs(batch), use_cache=False, fused_lm_head=True)
-                nll -= outputs.log_probs.sum().item()
-                tokens += outputs.label_mask.sum().item()
+                nll += self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss.item()
+                tokens += len(batch["trained_positions"])
         self.model.train()
         metrics = {"eval_loss": nll / max(tokens, 1)}
         self.log(metrics)
@@ -129,13 +134,14 @@ def build_trainer(
 ) -> Trainer:
     if plan.rows_per_step != recipe.train.rows_per_step:
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
+    flat = model.config._attn_implementation == PACKED
     trainer = Trainer(
         model,
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, flat=flat),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(CheckRecompute(plan.checkpointing))

@@ -3,12 +3,10 @@ from dataclasses import replace
 
 import datasets
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from common.chat_format import IGNORED, ChatFormat, Tokens
 from common.conversations import Message
-from common.data import collate, fit, load_rows, marked, pack
+from common.data import fit, load_rows, marked
 from common.data_files import BadRow
 from common.recipe import DataSpec, UserError
 
@@ -93,51 +91,6 @@ def test_at_most_a_tenth_is_held_out(tmp_path, tokenizer):
     source = write(tmp_path, *[conversation(f"Question {n}") for n in range(30)])
     rows = load_rows(DataSpec(source, eval_rows=200), tokenizer, 64)
     assert sum(map(len, rows.evaluation["seq_lengths"])) == 3
-
-
-def test_packed_rows_hold_every_token_once():
-    lengths = [50, 3, 64, 20, 31, 7, 7, 40, 64, 1, 12]
-    examples = [tokens(length, first=100 * n) for n, length in enumerate(lengths)]
-    packed = pack(examples, 64)
-    assert all(len(row["input_ids"]) == sum(row["seq_lengths"]) <= 64 for row in packed)
-    assert sorted(sum(packed["input_ids"], [])) == sorted(token for e in examples for token in e.input_ids)
-    assert sum(len(row["labels"]) for row in packed) == sum(lengths)
-    assert len(packed) == 5  # 299 tokens need at least 4.7 rows: best fit leaves almost nothing empty
-
-
-def test_pitfall_13_an_example_never_sees_its_neighbour(small_llama):
-    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).eval()
-    model.config.use_cache = False  # as in training; with a cache transformers takes a batch for one sequence
-    examples = [tokens(20, first=10), tokens(15, first=200), tokens(9, first=400)]
-    batch = collate([*pack(examples, 64), *pack([tokens(30, first=500)], 64)], pad_token_id=0)
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        changed = batch["input_ids"].clone()
-        changed[0, :20] = 7
-        moved = model(input_ids=changed, position_ids=batch["position_ids"]).logits
-        alone = model(input_ids=torch.tensor([examples[1].input_ids])).logits
-    assert not torch.equal(moved[0, :20], logits[0, :20])
-    assert torch.equal(moved[0, 20:], logits[0, 20:])
-    # The same sums in another order: fp32 rounding.
-    torch.testing.assert_close(logits[0, 20:35], alone[0], rtol=1e-4, atol=1e-5)
-
-
-def test_the_first_token_of_an_example_is_never_foretold_by_its_neighbour(tokenizer):
-    packed = pack([ChatFormat(tokenizer).encode("Once upon a time") for _ in range(4)], 64)
-    batch = collate(packed, pad_token_id=0)
-    starts = batch["position_ids"] == 0
-    assert (batch["labels"][starts] == IGNORED).all()
-
-
-def test_a_batch_is_padded_with_tokens_that_do_not_count():
-    rows = [*pack([tokens(8)], 8), *pack([tokens(3), tokens(2)], 5)]
-    batch = collate(rows, pad_token_id=0)
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in batch.items()} == {
-        name: (torch.int64, (2, 8)) for name in ("input_ids", "labels", "position_ids")
-    }
-    assert batch["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-    assert batch["input_ids"][1, 5:].tolist() == [0, 0, 0]
-    assert batch["labels"][1, 5:].tolist() == [IGNORED] * 3
 
 
 def test_pitfall_7_a_long_conversation_keeps_whole_turns(tokenizer):

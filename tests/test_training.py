@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from common import training
 from common.activation_checkpointing import checkpoint_activations, decoder_layers
 from common.adapters import attach_lora
-from common.data import collate, load_rows
+from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
+from common.packing import collate
 from common.planner import Plan, plan_for_card
 from common.progress import read_metrics
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError

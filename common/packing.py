@@ -1,0 +1,75 @@
+"""Examples laid into packed rows, and packed rows into micro-batches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn.functional import pad
+from trl import pack_dataset
+
+from common.chat_format import Tokens
+from common.loss import IGNORED, trained_positions
+
+
+def pack(examples: Sequence[Tokens], seq_len: int) -> Dataset:
+    """Examples laid into rows of at most seq_len tokens, best fit first (TRL's "bfd"); none is cut."""
+    columns = {"input_ids": [e.input_ids for e in examples], "labels": [e.labels for e in examples]}
+    return pack_dataset(Dataset.from_dict(columns), seq_len, strategy="bfd")
+
+
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, flat: bool = False) -> dict[str, Any]:
+    """A micro-batch: input_ids, labels and position_ids, int64, and trained_positions as common.loss gives them.
+
+    Positions restart at 0 with each example. As a rectangle (rows, longest row), transformers builds the
+    block-diagonal attention mask from them, and a padding token is an example of its own. `flat` lays the rows behind
+    one another, (1, tokens), without padding, and says in cu_seq_lens_q, int32 (examples + 1,), where each example
+    begins, and in max_length_q how long the longest is: common.attention.
+    """
+    lengths = [n for row in rows for n in row["seq_lengths"]]
+    if flat:
+        longest, shape = sum(lengths), (1, sum(lengths))
+        rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
+    else:
+        longest = max(len(row["input_ids"]) for row in rows)
+        shape = (len(rows), longest)
+    input_ids = torch.full(shape, pad_token_id)
+    labels = torch.full(shape, IGNORED)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    for i, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[i, :length] = torch.tensor(row["input_ids"])
+        labels[i, :length] = torch.tensor(row["labels"])
+        position_ids[i, :length] = torch.cat([torch.arange(n) for n in row["seq_lengths"]])
+    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    batch["trained_positions"] = trained_positions(labels)
+    if not flat:
+        return batch
+    ends = torch.tensor(lengths).cumsum(0)
+    return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
+
+
+def halve(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The micro-batch as two, with the same examples whole; as it is where it holds a single row or example.
+
+    A rectangle is cut between rows, a flat one at the end of the example that is nearest to its middle.
+    """
+    columns = ("input_ids", "labels", "position_ids")
+    rows, tokens = batch["input_ids"].shape
+    if "cu_seq_lens_q" not in batch:
+        if rows == 1:
+            return [batch]
+        halves = [{name: batch[name][part] for name in columns} for part in (slice(rows // 2), slice(rows // 2, None))]
+        return [half | {"trained_positions": trained_positions(half["labels"])} for half in halves]
+    ends = batch["cu_seq_lens_q"].tolist()
+    if len(ends) == 2:
+        return [batch]
+    middle = min(range(1, len(ends) - 1), key=lambda i: abs(ends[i] - tokens / 2))
+    halves = []
+    for part in (ends[: middle + 1], ends[middle:]):
+        half = {name: batch[name][:, part[0] : part[-1]] for name in columns}
+        half["trained_positions"] = trained_positions(half["labels"])
+        half["cu_seq_lens_q"] = batch["cu_seq_lens_q"].new_tensor([end - part[0] for end in part])
+        half["max_length_q"] = max(end - start for start, end in zip(part, part[1:], strict=False))
+        halves.append(half)
+    return halves
