@@ -21,6 +21,9 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
             f"LoraSpec.target_modules names {', '.join(missing)}, which this model does not have; "
             f"its linear modules are {', '.join(sorted(names))}"
         )
+    head = model.get_output_embeddings()
+    if any(module is head and name.rsplit(".", 1)[-1] in spec.target_modules for name, module in model.named_modules()):
+        raise UserError("LoraSpec.target_modules names the head, which the loss reads without an adapter; leave it out")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.rank,
@@ -33,7 +36,9 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
     )
     torch.manual_seed(seed)
     # fp32: in bf16 half of lora_A does not move at all in 100 steps at 2e-5, updates are rounded away.
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    peft_model = get_peft_model(
+        model, config, autocast_adapter_dtype=True, low_cpu_mem_usage=model.device.type == "meta"
+    )
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise RuntimeError(f"{name} is {parameter.dtype}; adapters are trained in fp32")

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.recipe import Recipe, UserError
+from common.recipe import DataSpec, Recipe, UserError, require
 from common.run_folder import prepare_run_folder
 
 ERROR_STATUS = 2
+DRY_DATA = Path(__file__).parent.parent / "data" / "tiny" / "train.jsonl"
 
 
 def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
@@ -24,13 +25,23 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
     parser.add_argument("--out", help=f"output folder (default: outputs/{name})")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument("--plan", action="store_true", help="print how the run would use the card, and stop")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+    plan = parser.add_argument_group("instead of a run")
+    plan.add_argument("--plan", action="store_true", help="print and draw how the run would use the card (make plan)")
+    plan.add_argument("--card-gib", type=float, metavar="GIB", help="plan for a card of this size")
+    plan.add_argument("--seq-len", type=int, metavar="N", help="plan for rows of N tokens")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, for machines")
+    plan.add_argument("--dry-run", action="store_true", help="a few steps with random weights (make dryrun)")
+    plan.add_argument("--layers", type=int, metavar="N", help="of the dry run's model (default: all; 2 without a GPU)")
     flags = parser.parse_args(arguments)
     try:
-        _run(main, _with_flags(recipe, flags, name), plan_only=flags.plan)
+        recipe = _with_flags(recipe, flags, name)
+        if flags.plan:
+            _plan(recipe, flags, name)
+        else:
+            _run(main, dry(recipe, flags.layers) if flags.dry_run else recipe)
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return ERROR_STATUS
@@ -45,23 +56,73 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
         recipe = replace(recipe, data=replace(recipe.data, source=flags.data, eval_source=None, revision=None))
     if flags.max_steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))
+    if flags.seq_len is not None:
+        require(flags.plan, "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe")
+        recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
+    if flags.card_gib is not None:
+        require(flags.plan, "--card-gib is for a plan; a run uses what is free on the GPU of the machine")
+        recipe = replace(recipe, card_gib=flags.card_gib)
     existing = "resume" if flags.resume else "overwrite" if flags.overwrite else recipe.existing_run
     return replace(recipe, out=flags.out or recipe.out or f"outputs/{name}", existing_run=existing)
 
 
-def _run(main: Callable[[Recipe], object], recipe: Recipe, *, plan_only: bool) -> None:
+def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
-    if plan_only:
-        from common.planner import plan_for_card
-
-        plan_for_card(recipe, dry=True)
-        return
     folder = prepare_run_folder(recipe.out, recipe.existing_run)
     try:
         main(recipe)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if it is still empty: nothing was run
+
+
+def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
+    """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
+    quiet_libraries()
+    from common import plan_report, planner
+    from common.machine import this_machine
+
+    machine = this_machine()
+    if flags.card_gib is None and machine.is_gpu:
+        card, setting = planner.Card.of_machine(machine), planner.setting_of(machine)
+    elif recipe.card_gib is not None:
+        card, setting = planner.Card.of_size(recipe.card_gib), None
+    else:
+        planner.plan_for_card(recipe)
+        print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
+        return
+    chooser = planner.Planner(recipe, card, setting)
+    report = plan_report.report(chooser, chooser.choose())
+    print(report.text())
+    picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
+    if not flags.json:
+        picture.parent.mkdir(exist_ok=True)
+    plan_report.draw_plan(report, picture)
+    if flags.json:
+        plan_report.write_json(report, flags.json)
+    print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))
+
+
+def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
+    """The recipe with random weights and the small data set that ships, a few steps long: nothing is downloaded.
+
+    Without a GPU the model is cut to two layers and the rows are short, so that it takes minutes and fits in memory.
+    """
+    from common.machine import this_machine
+
+    train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000)
+    if not this_machine().is_gpu:
+        layers = layers or 2
+        train = replace(train, seq_len=min(train.seq_len, 256), rows_per_step=2, max_steps=2)
+        recipe = replace(recipe, card_gib=None)
+    return replace(
+        recipe,
+        model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
+        data=DataSpec(str(DRY_DATA), eval_rows=8),
+        train=train,
+        out=f"{recipe.out}-dry-run",
+        existing_run="overwrite",
+    )
 
 
 def quiet_libraries() -> None:

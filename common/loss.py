@@ -41,7 +41,8 @@ class _HeadLoss(torch.autograd.Function):
             total += (partition.log() + highest - of_target).sum()
             if gradient is not None:
                 # d loss / d logits = softmax - 1 at the target
-                probabilities.div_(partition).scatter_add_(-1, target, -torch.ones_like(of_target))
+                probabilities.div_(partition)
+                probabilities[torch.arange(len(here), device=here.device), target[:, 0]] -= 1
                 gradient[here] = torch.mm(logits.copy_(probabilities), weight).to(gradient.dtype)
             del logits
         if gradient is not None:

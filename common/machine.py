@@ -38,6 +38,10 @@ class Machine:
             return 0
         return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
 
+    def allocated_bytes(self) -> int | None:
+        """Highest sum of tensors on the GPU so far in bytes; None on a CPU, where nobody counts them."""
+        return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else None
+
     def __str__(self) -> str:
         return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 

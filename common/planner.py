@@ -1,63 +1,65 @@
-"""Splits the rows of an optimizer step into micro-batches that fit the card.
+"""Chooses how a recipe's optimizer step runs on a card: the fastest micro-batch and the least recompute that fit.
 
 Rows per optimizer step is the contract of a recipe: micro-batch rows x accumulation x processes always equals it.
-The memory of a step is estimated from the config with the counts below, on the safe side.
+What fits is counted (common.forecast), not estimated; what is fastest follows from a simple model of time
+(common.step.Speed): every operator takes as long as its matmul or its memory traffic, whichever is longer, but no
+less than launching it from Python, and copies to the host go on beside.
 """
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-
+from common.activation_checkpointing import Policy
+from common.attention import attention_implementation
+from common.forecast import Forecast, Setting, speed_of
 from common.machine import GIB, Machine, require_gpu, this_machine, unusable_gpu
-from common.recipe import Checkpointing, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
+from common.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between
 from common.weights import load_config
 
-# NF4 + double quantisation, bits: 4 + 8/64 + 32/(64*256). arXiv:2305.14314 section 3
-NF4_BYTES_PER_PARAM = (4 + 8 / 64 + 32 / (64 * 256)) / 8
-LORA_BYTES_PER_PARAM = 4 * 4  # fp32: weight, gradient, two Adam moments
-CONTEXT_BYTES = GIB // 2  # CUDA context and cuBLAS workspaces
-# TRL 1.16's fused head (trl/kernels/chunked_logprob.py): tiles of 4096 tokens x 32768 entries, fp32, gradient in bf16
-HEAD_TILE_TOKENS, HEAD_TILE_VOCABULARY, HEAD_TILE_BYTES = 4096, 32768, 4 + 2
-RESERVE_SHARE = 0.05  # of the card: fragmentation, and what an estimate cannot see
-# Past this size the matmuls are saturated and the 4-bit weights are dequantised rarely enough (2 % of a step at 8k
-# tokens for 8B on an RTX 4090, derived); on a CPU, past this size the caches are.
-TOKENS_PER_MICRO_BATCH = 8192
-TOKENS_PER_MICRO_BATCH_CPU = 1024
+# What the count cannot see.
+CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on the cards of this size; not measured by us
+# cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG in common/__init__.py), once for the forward and once for
+# the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
+WORKSPACE_BYTES = 3 * (32 << 20)
+RESERVE_SHARE = 0.03  # of the card: blocks that the allocator cannot use for their size, with expandable segments
+LONGEST_MICRO_BATCH = 16_384  # tokens; past it nothing gets faster, so a plan looks no further
+LONG_ROW = 8_192  # tokens from which attention is a large enough part of a layer to be worth keeping
+CHECKPOINTING_BY_MEMORY: tuple[Checkpointing, ...] = ("every layer", "offload")  # from fast to lean
+TOKENS_PER_MICRO_BATCH_CPU = 1_024  # past this size the caches of a CPU are too small
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one training step: what is there whatever the batch, and what each token of a micro-batch adds."""
+class Card:
+    """The memory that a run may use."""
 
-    weights: int
-    embeddings_and_head: int
-    adapters: int  # with their gradients and optimizer states
-    working_layer: int  # the largest weight, dequantised
-    logits: int  # the fused head's tiles
-    per_token: int
+    name: str
+    size: int  # bytes: of the card, or what is free of it
+    context_is_there: bool = False  # this process has its CUDA context already
+    gpu: str | None = None  # for its speed; None is an RTX 4090
 
     @property
-    def fixed(self) -> int:
-        steady = self.weights + self.embeddings_and_head + self.adapters
-        return steady + self.working_layer + self.logits + CONTEXT_BYTES
+    def reserve(self) -> int:
+        return int(RESERVE_SHARE * self.size)
 
-    def step(self, tokens: int) -> int:
-        return self.fixed + self.per_token * tokens
+    @property
+    def unseen(self) -> int:
+        """Bytes that no step can use."""
+        return self.reserve + WORKSPACE_BYTES + (0 if self.context_is_there else CONTEXT_BYTES)
 
-    def sum_up(self, tokens: int) -> str:
-        parts = {
-            "weights": self.weights,
-            "embeddings and head": self.embeddings_and_head,
-            "adapters with gradients and optimizer": self.adapters,
-            "one weight dequantised": self.working_layer,
-            "logit tiles": self.logits,
-            "CUDA context": CONTEXT_BYTES,
-            f"{tokens:,} tokens": self.per_token * tokens,
-        }
-        return " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    @property
+    def budget(self) -> int:
+        return self.size - self.unseen
+
+    @classmethod
+    def of_size(cls, gib: float) -> "Card":
+        return cls(f"a card of {gib:g} GiB", int(gib * GIB))
+
+    @classmethod
+    def of_machine(cls, machine: Machine) -> "Card":
+        free = machine.free_bytes()
+        return cls(f"{free / GIB:.1f} GiB free on {machine.name}", free, context_is_there=True, gpu=machine.name)
 
 
 @dataclass(frozen=True)
@@ -67,116 +69,219 @@ class Plan:
     micro_batch_rows: int
     accumulation: int
     processes: int
-    checkpointing: Checkpointing
+    checkpointing: Policy
     text: str  # for people
+    peak_bytes: int | None = None  # predicted, as torch.cuda.max_memory_allocated counts; None on a CPU
+    optimizer_bytes: int = 0  # of the optimizer's states
 
     @property
     def rows_per_step(self) -> int:
         return self.micro_batch_rows * self.accumulation * self.processes
 
 
-def estimate_memory(config: PretrainedConfig, model: ModelSpec, lora: LoraSpec, policy: Checkpointing) -> Memory:
-    """Bytes of one training step on a GPU with 16-bit compute and stock modules, from the config's shapes alone."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    linear = {
-        name: module
-        for name, module in skeleton.named_modules()
-        if isinstance(module, nn.Linear) and module is not skeleton.get_output_embeddings()
-    }
-    linear_params = sum(module.weight.numel() for module in linear.values())
-    all_params = sum(parameter.numel() for parameter in skeleton.parameters())
-    lora_params = sum(
-        lora.rank * (module.in_features + module.out_features)
-        for name, module in linear.items()
-        if name.rsplit(".", 1)[-1] in lora.target_modules
-    )
-    layers, hidden, mlp = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q, k = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    # Bytes that stock modules save per token and layer in bf16 (180 KiB for Llama 3 8B, counted on fake tensors), and
-    # the input of each projection once more: PEFT casts it to the fp32 of its adapter, autocast back.
-    saved = 12 * hidden + 8 * mlp + 4 * q + 4 * k + 4 * config.num_attention_heads + 14 * lora.rank
-    saved += 2 * (5 * hidden + q + mlp)
-    boundary = 2 * hidden
-    kept = layers * (saved if policy == "none" else boundary)
-    working = 2 * saved  # the layer under way: what it saved, and gradients of the same shapes
-    return Memory(
-        weights=int(linear_params * (NF4_BYTES_PER_PARAM if model.bits == 4 else 2)),
-        embeddings_and_head=2 * (all_params - linear_params),
-        adapters=LORA_BYTES_PER_PARAM * lora_params,
-        working_layer=2 * max(module.weight.numel() for module in linear.values()),
-        logits=HEAD_TILE_TOKENS * min(config.vocab_size, HEAD_TILE_VOCABULARY) * HEAD_TILE_BYTES,
-        per_token=kept + working,
-    )
+@dataclass(frozen=True)
+class Option:
+    """One way to run the step."""
+
+    rows: int  # of a micro-batch
+    policy: Policy
+    peak: int  # bytes
+    seconds_per_token: float
 
 
-def plan_for_card(recipe: Recipe, *, dry: bool = False) -> Plan:
-    """The micro-batch for this machine's GPU, or for the recipe's card with `dry`; prints it. Nothing is downloaded
+class Planner:
+    """The options of one recipe on one card.
+
+    Every allocation of a step is a straight line in the tokens of the micro-batch, so two counts tell all others. What
+    is chosen is counted again as it is.
+    """
+
+    def __init__(self, recipe: Recipe, card: Card, setting: Setting | None = None) -> None:
+        self.recipe, self.card, self.seq_len = recipe, card, recipe.train.seq_len
+        refuse_more_positions(recipe)
+        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu))
+        self.layers = self.forecast.layers
+        self.counted_at = self.seq_len, max(LONGEST_MICRO_BATCH, 2 * self.seq_len)  # tokens
+
+    def option(self, rows: int, policy: Policy) -> Option:
+        """Peak and time between those of the two counts."""
+        tokens, (short, long) = rows * self.seq_len, self.counted_at
+        first, second = (self.forecast.step(count, policy).seconds(self.forecast.speed) for count in (short, long))
+        seconds = first + (tokens - short) / (long - short) * (second - first)
+        return Option(rows, policy, self.peak(tokens, policy), seconds / tokens)
+
+    def peak(self, tokens: int, policy: Policy) -> int:
+        """Bytes at the worst moment of a micro-batch, from its two counts."""
+        short, long = self.counted_at
+        first, second = (self.forecast.step(count, policy) for count in (short, long))
+        return peak_between(first, second, (tokens - short) / (long - short))
+
+    def exact(self, rows: int, policy: Policy) -> tuple[Option, Step]:
+        """The option counted as it is, and its step."""
+        accumulates = rows < rows_per_process(self.recipe.train)
+        step = self.forecast.step(rows * self.seq_len, policy, accumulates=accumulates)
+        time = step.seconds(self.forecast.speed) / (rows * self.seq_len)
+        return Option(rows, policy, step.peak(), time), step
+
+    def fits(self, option: Option) -> bool:
+        return option.peak <= self.card.budget
+
+    def fastest(self, rows: int, **extras: bool) -> Option | None:
+        """The option that keeps the most layers; None where even recomputing every layer does not fit."""
+        fewest = min(3, self.layers) if extras.get("offload") else 0  # that recompute
+        low, high = 0, self.layers - fewest  # kept
+        best = self.option(rows, Policy(self.layers, low, **extras))
+        if not self.fits(best):
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            option = self.option(rows, Policy(self.layers, middle, **extras))
+            if self.fits(option):
+                best, low = option, middle
+            else:
+                high = middle - 1
+        return best
+
+    def choose(self) -> Option:
+        """The fastest option that fits, under the recipe's own policy if it names one.
+
+        Raises UserError, with the arithmetic and the changes that would fit, when not even one row does.
+        """
+        wanted = self.recipe.train.checkpointing
+        found: list[Option | None] = []
+        for rows in self._sizes():
+            if wanted != "auto":
+                named = self.option(rows, Policy.named(wanted, self.layers))
+                found.append(named if self.fits(named) else None)
+                continue
+            found.append(self.fastest(rows))
+            if found[-1] is None or found[-1].policy.recomputed:
+                found.append(self.fastest(rows, offload=True))
+                if self.seq_len >= LONG_ROW:
+                    found.append(self.fastest(rows, keep_attention=True))
+        options = sorted((option for option in found if option), key=lambda option: option.seconds_per_token)
+        for option in options:
+            exact, _ = self.exact(option.rows, option.policy)
+            if self.fits(exact):
+                return exact
+        raise UserError(self._explain_misfit(wanted))
+
+    def _sizes(self) -> Iterator[int]:
+        here = rows_per_process(self.recipe.train)
+        most = max(1, LONGEST_MICRO_BATCH // self.seq_len)
+        return (rows for rows in range(1, here + 1) if here % rows == 0 and rows <= most)
+
+    def longest_row(self, policy: Policy) -> int:
+        """Tokens of the longest single row that fits, a multiple of 256, whatever the model's positions; 0 for none."""
+        low, high = 0, 1 << 13  # multiples of 256
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.peak(256 * middle, policy) <= self.card.budget:
+                low = middle
+            else:
+                high = middle - 1
+        return 256 * low
+
+    def _explain_misfit(self, wanted: Checkpointing) -> str:
+        leanest, step = self.exact(1, Policy.named("offload" if wanted == "auto" else wanted, self.layers))
+        fixed, over = sum(step.base.values()), leanest.peak - self.card.budget
+        message = (
+            f"one row of {self.seq_len:,} tokens does not fit {self.card.name}: {fixed / GIB:.1f} GiB for the model "
+            f"and its adapters + {(leanest.peak - fixed) / GIB:.1f} GiB for the row is {over / GIB:.1f} GiB over the "
+            f"budget of {max(0, self.card.budget) / GIB:.1f} GiB ({leanest.policy}). "
+        )
+        if step.base[WEIGHTS] + step.base[EMBEDDINGS] > self.card.budget:
+            return message + "The model alone is too large: take a smaller model, or a larger card"
+        moves = list(self._moves(leanest, step, over))
+        return message + ("What would fit: " + ", or ".join(moves) if moves else "Take a smaller model")
+
+    def _moves(self, leanest: Option, step: Step, over: int) -> Iterator[str]:
+        """Changes of the recipe, each of which would make one row fit."""
+        for name in CHECKPOINTING_BY_MEMORY:
+            lean, _ = self.exact(1, Policy.named(name, self.layers))
+            if lean.peak < leanest.peak and self.fits(lean):
+                yield f"checkpointing={name!r} ({lean.peak / GIB:.1f} GiB)"
+                break
+        longest = min(self.longest_row(leanest.policy), self.seq_len - 256)
+        while longest > 0 and self.forecast.step(longest, leanest.policy).peak() > self.card.budget:
+            longest -= 256  # a row shorter than a tile of logits is no straight line
+        if longest > 0:
+            yield f"TrainSpec.seq_len={longest}"
+        adapters = sum(step.base[kind] for kind in (ADAPTERS, GRADIENTS, OPTIMIZER))
+        rank = int(self.recipe.lora.rank * (1 - over / adapters)) // 8 * 8
+        if rank >= 8:
+            yield f"LoraSpec.rank={rank}"
+
+
+def refuse_more_positions(recipe: Recipe) -> None:
+    """Raises UserError when a row is longer than the model can tell positions apart."""
+    seq_len = recipe.train.seq_len
+    positions = getattr(load_config(recipe.model), "max_position_embeddings", seq_len)
+    if seq_len > positions:
+        raise UserError(f"TrainSpec.seq_len is {seq_len:,}; {recipe.model.name} has {positions:,} positions")
+
+
+def plan_for_card(recipe: Recipe) -> Plan:
+    """The plan for this machine's GPU, or for its CPU where the recipe allows that; prints it. Nothing is downloaded
     but, for a model that does not ship its config here, the config.
 
     Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
     """
     machine = this_machine()
-    if recipe.card_gib is not None and not dry:
+    if recipe.card_gib is not None:
         require_gpu(recipe.model.name)
     print(f"machine: {machine}")
     if machine.is_gpu:
-        plan = plan_batch(recipe, machine.free_bytes(), f"{machine.free_bytes() / GIB:.1f} GiB free on {machine.name}")
-    elif recipe.card_gib is not None:
-        plan = plan_batch(recipe, int(recipe.card_gib * GIB), f"a card of {recipe.card_gib:g} GiB")
+        plan = plan_on(recipe, Card.of_machine(machine), setting_of(machine))
     else:
         if reason := unusable_gpu():
             print(f"warning: training on the CPU: {reason}")
-        plan = _cpu_plan(recipe.train, machine)
+        plan = _cpu_plan(recipe, machine)
     print(plan.text)
     return plan
 
 
-def plan_batch(recipe: Recipe, card_bytes: int, card: str) -> Plan:
-    """The largest micro-batch that fits `card_bytes`, up to TOKENS_PER_MICRO_BATCH tokens.
+def setting_of(machine: Machine) -> Setting:
+    return Setting(machine.dtype, attention_implementation(machine))
 
-    Raises UserError when not even one row fits, and when a row is longer than the model's positions.
-    """
-    train = recipe.train
-    config = load_config(recipe.model)
-    positions = getattr(config, "max_position_embeddings", train.seq_len)
-    if train.seq_len > positions:
-        raise UserError(f"TrainSpec.seq_len is {train.seq_len:,}; {recipe.model.name} has {positions:,} positions")
-    memory = estimate_memory(config, recipe.model, recipe.lora, train.checkpointing)
-    budget = int(card_bytes * (1 - RESERVE_SHARE))
-    per_row = memory.per_token * train.seq_len
-    if memory.step(train.seq_len) > budget:
-        over = (memory.step(train.seq_len) - budget) / GIB
-        room = (budget - memory.fixed) // memory.per_token
-        advice = f"Lower TrainSpec.seq_len to {room // 256 * 256:,}" if room >= 256 else "Take a smaller model"
-        if train.checkpointing == "none":
-            advice = "Set checkpointing='every layer'"
-        raise UserError(
-            f"one row does not fit {card}: {memory.fixed / GIB:.1f} GiB fixed + {per_row / GIB:.1f} GiB per row is "
-            f"{over:.1f} GiB over the budget of {budget / GIB:.1f} GiB. {advice}"
-        )
-    fitting = (budget - memory.fixed) // per_row
-    rows = _largest_divisor(_rows_per_process(train), min(fitting, max(1, TOKENS_PER_MICRO_BATCH // train.seq_len)))
-    tokens = rows * train.seq_len
+
+def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
+    """The plan for a card, which need not be there. Raises UserError as plan_for_card."""
+    planner = Planner(recipe, card, setting)
+    return planned(planner, planner.choose())
+
+
+def planned(planner: Planner, option: Option) -> Plan:
+    """The option as a plan, in words."""
+    train, card, policy = planner.recipe.train, planner.card, option.policy
+    _, step = planner.exact(option.rows, policy)
+    kept = f"; {policy.kept} layers keep their activations" if policy.kept and policy.recomputed else ""
+    host = f"; {step.host_peak() / GIB:.1f} GiB in host memory" if policy.offload and policy.recomputed else ""
     why = (
-        f"estimated peak {memory.step(tokens) / GIB:.1f} GiB of {card}, {RESERVE_SHARE:.0%} of it in reserve. In GiB:\n"
-        f"  {memory.sum_up(tokens)}"
+        f"predicted peak {(option.peak + WORKSPACE_BYTES) / GIB:.1f} GiB allocated, "
+        f"{(option.peak + card.unseen) / GIB:.1f} GiB of {card.name} with what a count cannot see{kept}{host}"
     )
-    return _plan(train, rows, why)
+    here, more = rows_per_process(train), option.rows + 1
+    if here % more and more < here and planner.fits(planner.option(more, policy)):
+        why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
+    return _plan(train, option.rows, policy, why, option.peak + WORKSPACE_BYTES, step.base[OPTIMIZER])
 
 
-def _cpu_plan(train: TrainSpec, machine: Machine) -> Plan:
+def _cpu_plan(recipe: Recipe, machine: Machine) -> Plan:
+    refuse_more_positions(recipe)
+    train = recipe.train
+    layers = load_config(recipe.model).num_hidden_layers
+    policy = Policy.named("none" if train.checkpointing == "auto" else train.checkpointing, layers)
     limit = max(1, TOKENS_PER_MICRO_BATCH_CPU // train.seq_len)
-    rows = _largest_divisor(_rows_per_process(train), limit)
-    return _plan(train, rows, f"on a CPU at most {TOKENS_PER_MICRO_BATCH_CPU:,} tokens at a time ({machine.name})")
+    here = rows_per_process(train)
+    rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
+    return _plan(
+        train, rows, policy, f"on a CPU at most {TOKENS_PER_MICRO_BATCH_CPU:,} tokens at a time ({machine.name})"
+    )
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
-
-
-def _rows_per_process(train: TrainSpec) -> int:
+def rows_per_process(train: TrainSpec) -> int:
+    """Rows of an optimizer step that each process trains. Raises UserError when they cannot be shared out."""
     if train.rows_per_step % _processes():
         raise UserError(
             f"TrainSpec.rows_per_step is {train.rows_per_step}, which {_processes()} processes cannot share"
@@ -184,16 +289,18 @@ def _rows_per_process(train: TrainSpec) -> int:
     return train.rows_per_step // _processes()
 
 
-def _largest_divisor(number: int, limit: int) -> int:
-    return max(divisor for divisor in range(1, number + 1) if number % divisor == 0 and divisor <= max(limit, 1))
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
 
 
-def _plan(train: TrainSpec, micro_batch_rows: int, why: str) -> Plan:
-    accumulation = _rows_per_process(train) // micro_batch_rows
+def _plan(
+    train: TrainSpec, rows: int, policy: Policy, why: str, peak_bytes: int | None = None, optimizer_bytes: int = 0
+) -> Plan:
+    accumulation = rows_per_process(train) // rows
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     shared = f" on each of {_processes()} processes" if _processes() > 1 else ""
     text = (
         f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
-        f"{micro_batch_rows} rows{shared}; recompute: {train.checkpointing}\n  {why}"
+        f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}\n  {why}"
     )
-    return Plan(micro_batch_rows, accumulation, _processes(), train.checkpointing, text)
+    return Plan(rows, accumulation, _processes(), policy, text, peak_bytes, optimizer_bytes)

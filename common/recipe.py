@@ -10,7 +10,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 Weights = Literal["pretrained", "random"]
 TrainOn = Literal["assistant", "everything"]
-Checkpointing = Literal["every layer", "none"]
+Checkpointing = Literal["auto", "none", "every layer", "keep attention", "offload"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
@@ -81,7 +81,7 @@ class LoraSpec:
     rank: int
     alpha: float
     _: KW_ONLY
-    dropout: float = 0.0  # above 0 each layer saves its masks and dropped inputs: about 70 KiB a token for 8B
+    dropout: float = 0.0  # above 0 each layer saves its masks and dropped inputs: 70 KiB a token and layer for 8B
     rslora: bool = False  # arXiv:2312.03732: worth it at rank 64 and above
     dora: bool = False  # arXiv:2402.09353: one more vector a layer, and slower
     target_modules: tuple[str, ...] = ALL_LINEAR
@@ -108,11 +108,15 @@ class TrainSpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: Optimizer = "adamw_torch_fused"
-    checkpointing: Checkpointing = "every layer"  # activation checkpointing: which layers recompute in backward
+    # Activation checkpointing: which layers recompute in backward. "auto" lets the plan choose the fastest that fits;
+    # "keep attention" recomputes every layer but attention, "offload" keeps the layers' inputs in host memory.
+    checkpointing: Checkpointing = "auto"
     eval_every: int = 100  # optimizer steps; the end of the run is evaluated too
     save_every: int = 100  # optimizer steps between checkpoints on disk, the last two of which stay
     seed: int = 0
-    deterministic: bool = True  # the same adapter, bit for bit, from the same seed on the same machine
+    # The same adapter from the same seed on the same machine: bit for bit on a CPU; on a GPU up to the order in which
+    # flash attention's backward adds up, for which torch has no faster deterministic form.
+    deterministic: bool = True
 
     def __post_init__(self) -> None:
         for name in (

@@ -1,7 +1,7 @@
-"""The run: TRL's trainer on our rows, our progress line, and the files that a run leaves behind."""
+"""The run: our trainer on our rows, the progress line, and the files that a run leaves behind."""
 
-import contextlib
 import dataclasses
+import heapq
 import json
 import sys
 from functools import partial
@@ -11,84 +11,26 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
+from transformers import PreTrainedTokenizerFast, PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from common.activation_checkpointing import RecomputeWatch, trainer_arguments, watch_recompute
+from common.activation_checkpointing import TRAINER_ARGUMENTS
 from common.adapters import trainable_params
 from common.attention import PACKED
 from common.chat_format import ChatFormat
 from common.data import Rows
+from common.loss import IGNORED, trained_positions
 from common.machine import GIB, this_machine
+from common.optimizer import build_optimizer
 from common.packing import collate
 from common.planner import Plan
 from common.progress import Report, draw_loss
-from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
+from common.recipe import Recipe, TrainSpec, UserError
 from common.run_folder import CHECKPOINTS
+from common.trainer import Trainer, save_adapter
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer with fp32 adapters, a held-out loss weighted by tokens, and no pickled settings on disk."""
-
-    def __init__(self, model: PeftModel, **arguments: Any) -> None:
-        adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        super().__init__(model, **arguments)
-        # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
-        for name, parameter in model.named_parameters():
-            if name in adapters:
-                parameter.data = adapters[name]
-
-    def compute_loss(self, model: Any, inputs: dict[str, Any], *arguments: Any, **named: Any) -> Any:
-        """The model's own fused loss (common.loss): TRL's goes through the head a third time, for its metrics."""
-        return super(SFTTrainer, self).compute_loss(model, inputs, *arguments, **named)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per trained token of the held-out rows."""
-        self.model.eval()
-        nll = tokens = 0.0
-        with torch.no_grad(), self.compute_loss_context_manager():
-            for batch in self.get_eval_dataloader():
-                nll += self.model(**self._prepare_inputs(batch), num_items_in_batch=1).loss.item()
-                tokens += len(batch["trained_positions"])
-        self.model.train()
-        metrics = {"eval_loss": nll / max(tokens, 1)}
-        self.log(metrics)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
-        save_adapter(self.model, output_dir or self.args.output_dir)
-
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: it would be written into every checkpoint."""
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """adapter_model.safetensors and adapter_config.json; without PEFT's look at the hub for a grown vocabulary."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's form, to be filled in
-
-
-class CheckRecompute(TrainerCallback):
-    """Verifies in the first step that the layers recompute as the plan says."""
-
-    def __init__(self, policy: Checkpointing) -> None:
-        self.policy = policy
-        self.stack = contextlib.ExitStack()
-        self.watch: RecomputeWatch | None = None
-
-    def on_train_begin(self, *_: Any, model: PeftModel, **__: Any) -> None:
-        self.watch = self.stack.enter_context(watch_recompute(model))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self.watch is not None:
-            self.stack.close()
-            self.watch.verify(self.policy)
-            self.watch = None
 
 
 def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
@@ -106,7 +48,6 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         warmup_steps=train.warmup_share,  # below 1: a share of all steps
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
-        optim=train.optimizer,
         bf16=machine.dtype == torch.bfloat16,
         fp16=machine.dtype == torch.float16,
         use_cpu=not machine.is_gpu,
@@ -125,7 +66,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         dataloader_pin_memory=machine.is_gpu,
-        **trainer_arguments(plan.checkpointing),
+        **TRAINER_ARGUMENTS,
     )
 
 
@@ -134,9 +75,13 @@ def build_trainer(
 ) -> Trainer:
     if plan.rows_per_step != recipe.train.rows_per_step:
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
-    flat = model.config._attn_implementation == PACKED
+    flat = is_flat(model)
     trainer = Trainer(
         model,
+        plan.checkpointing,
+        worst_batch(rows, plan, flat=flat),
+        plan.optimizer_bytes,
+        optimizers=(build_optimizer(model, recipe.train), None),
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
@@ -144,7 +89,6 @@ def build_trainer(
         data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, flat=flat),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(CheckRecompute(plan.checkpointing))
     return trainer
 
 
@@ -178,8 +122,8 @@ def train(
             trainer.evaluate()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of GPU memory at step {trainer.state.global_step + 1}. Lower TrainSpec.seq_len, or free the card "
-            f"(nvidia-smi shows who else uses it). {plan.text.splitlines()[0]}"
+            f"out of GPU memory at step {trainer.state.global_step + 1}, even {trainer.policy} and micro-batches of a "
+            "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
         ) from error
     steps = [entry for entry in report.history if "loss" in entry]
     held_out = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
@@ -189,6 +133,9 @@ def train(
         "tokens": steps[-1]["tokens"],
         "tokens_per_s": steps[-1]["tokens_per_s"],
         "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
+        "predicted_bytes": plan.peak_bytes,
+        "allocated_bytes": this_machine().allocated_bytes(),
+        "step_downs": trainer.step_downs,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
         "eval_loss_before": held_out[0] if held_out else None,
@@ -197,8 +144,38 @@ def train(
     save(model, tokenizer, folder)
     draw_loss(folder)
     write_run(folder, recipe, plan, rows, model, metrics)
+    print(memory_line(plan, trainer))
     print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
     return metrics
+
+
+def is_flat(model: PeftModel) -> bool:
+    """Whether its attention wants micro-batches laid flat, common.packing.collate."""
+    return bool(model.config._attn_implementation == PACKED)
+
+
+def worst_batch(rows: Rows, plan: Plan, *, flat: bool) -> dict[str, Any]:
+    """A micro-batch of the longest rows there are, held out or not; every token but an example's first is trained."""
+    packed = [part for part in (rows.train, rows.evaluation) if part is not None]
+    lengths = ((sum(n), which, row) for which, part in enumerate(packed) for row, n in enumerate(part["seq_lengths"]))
+    longest = [packed[which][row] for _, which, row in heapq.nlargest(plan.micro_batch_rows, lengths)]
+    batch = collate(longest, pad_token_id=0, flat=flat)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
+    batch["trained_positions"] = trained_positions(batch["labels"])
+    return batch
+
+
+def memory_line(plan: Plan, trainer: Trainer) -> str:
+    """Predicted and measured peak, in words."""
+    machine = this_machine()
+    measured = machine.allocated_bytes()
+    if plan.peak_bytes is None or measured is None:
+        return f"peak memory: {machine.peak_bytes() / GIB:.2f} GiB of RAM; a plan predicts that of a GPU only"
+    line = (
+        f"peak memory: predicted {plan.peak_bytes / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB allocated "
+        f"({measured / plan.peak_bytes - 1:+.1%}), {machine.peak_bytes() / GIB:.2f} GiB reserved"
+    )
+    return line + "".join(f"\n  out of memory in {step}" for step in trainer.step_downs)
 
 
 def _checkpoint_to_resume(folder: Path) -> str | None:

@@ -21,9 +21,11 @@ from transformers import (
 
 from common.cli import quiet_libraries
 from common.machine import Machine
+from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
+TRAIN = str(ROOT / "data" / "tiny" / "train.jsonl")
 ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
@@ -81,3 +83,22 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 @pytest.fixture(scope="session")
 def small_llama(small_model: Callable[..., Path]) -> Path:
     return small_model("llama")
+
+
+@pytest.fixture
+def chats(tmp_path) -> str:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:200]) + "\n")
+    return str(path)
+
+
+@pytest.fixture
+def recipe(small_llama, chats, tmp_path) -> Recipe:
+    return Recipe(
+        model=ModelSpec(str(small_llama)),
+        data=DataSpec(chats, eval_rows=20),
+        lora=LoraSpec(rank=4, alpha=8),
+        train=TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3, max_steps=3),
+        card_gib=None,
+        out=str(tmp_path / "run"),
+    )

@@ -1,13 +1,19 @@
 """The commands as a user types them, in processes of their own."""
 
+import importlib
+import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from common.cli import dry
 from tests.conftest import ROOT
 
 
@@ -46,9 +52,55 @@ def test_an_unknown_recipe_prints_those_that_exist():
 def test_a_copied_recipe_is_found_without_registration(project):
     shutil.copy(project / "recipes" / "llama3_8b.py", project / "recipes" / "my_bot.py")
     assert recipes("--check", "my-bot", cwd=project).returncode == 0
-    done = recipes("my-bot", "--plan", cwd=project)
-    assert done.returncode == 0
-    assert "16 rows of 2,048 tokens per optimizer step" in done.stdout
+    done = recipes("my-bot", "--plan", "--json", "plan.json", "--card-gib", "16", "--seq-len", "1024", cwd=project)
+    assert done.returncode == 0, done.stderr
+    assert "16 rows of 1,024 tokens per optimizer step" in done.stdout
+    assert "peak on a card of 16 GiB" in done.stdout
+    assert json.loads((project / "plan.json").read_text())["recipe"]["train"]["seq_len"] == 1024
+    assert (project / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan", "--card-gib", "3"], "The model alone is too large: take a smaller model, or a larger card"),
+        (["--plan", "--seq-len", "9000"], "TrainSpec.seq_len is 9,000; meta-llama/Meta-Llama-3-8B-Instruct has 8,192"),
+        (["--plan", "--card-gib", "0"], "Recipe.card_gib is 0.0; it must be above 0"),
+        (["--seq-len", "512"], "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe"),
+        (["--card-gib", "16"], "--card-gib is for a plan; a run uses what is free on the GPU of the machine"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_one_line(flags, message):
+    assert message in refused(recipes("llama3-8b", *flags))
+
+
+def test_a_dry_run_downloads_nothing_and_takes_a_small_model_without_a_gpu():
+    llama = importlib.import_module("recipes.llama3_8b").RECIPE
+    recipe = dry(replace(llama, out="outputs/llama3-8b"))
+    assert (recipe.model.weights, recipe.model.layers) == ("random", 2)
+    assert Path(recipe.data.source).is_file()
+    assert (recipe.card_gib, recipe.out, recipe.existing_run) == (None, "outputs/llama3-8b-dry-run", "overwrite")
+    assert recipe.lora == llama.lora
+    assert dry(recipe, layers=5).model.layers == 5
+
+
+@pytest.mark.slow
+def test_a_plan_takes_ten_seconds_at_most(tmp_path):
+    started = time.monotonic()
+    assert recipes("llama3-8b", "--plan", "--json", str(tmp_path / "plan.json")).returncode == 0
+    assert time.monotonic() - started <= 10
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_llama3_8b_takes_three_minutes_and_12_gib_at_most(project):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    started = time.monotonic()
+    done = recipes("llama3-8b", "--dry-run", cwd=project, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started <= 180
+    assert max(before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) <= 12 << 20  # KiB
+    assert "step 2/2" in done.stdout
+    assert "peak memory: " in done.stdout
 
 
 @pytest.mark.parametrize(

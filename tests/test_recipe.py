@@ -34,7 +34,7 @@ def test_a_mistyped_field_is_refused():
         (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, schedule="cos"), "'cosine', 'linear'"),
         (
             lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, checkpointing="some"),
-            "'every layer', 'none'",
+            "'auto', 'none', 'every layer', 'keep attention', 'offload'",
         ),
         (lambda: replace(importlib.import_module("recipes.tiny").RECIPE, card_gib=-1), "card_gib is -1"),
     ],

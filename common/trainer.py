@@ -1,0 +1,190 @@
+"""TRL's trainer, made for a night on one card: it tries the worst moment first, and steps down instead of dying."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer as TransformersTrainer
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_activations, watch_recompute
+from common.packing import halve
+
+Batch = dict[str, Any]
+
+
+class Trainer(SFTTrainer):
+    """fp32 adapters, our fused loss, a held-out loss weighted by tokens, no pickled settings on disk.
+
+    Out of memory, it keeps the activations of fewer layers, then cuts its micro-batches in half, and begins the
+    optimizer step again: what an interrupted backward pass has added to the gradients cannot be told from the rest.
+    Rows per optimizer step stay what they are, and no step is lost.
+    """
+
+    def __init__(
+        self, model: PeftModel, policy: Policy, worst: Batch, optimizer_bytes: int = 0, **arguments: Any
+    ) -> None:
+        """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states."""
+        adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        super().__init__(model, **arguments)
+        # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
+        for name, parameter in model.named_parameters():
+            if name in adapters:
+                parameter.data = adapters[name]
+        self.policy, self.worst, self.optimizer_bytes = policy, worst, optimizer_bytes
+        self.halvings = 0  # how often each micro-batch is cut in half
+        self.step_downs: list[str] = []
+        self.micro_batches: list[Batch] = []  # of the optimizer step under way
+        self.step_under_way = -1
+        self.first_step = FirstStep(self)
+        self.add_callback(self.first_step)
+
+    def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
+        """Forward and backward of one micro-batch; its loss, divided by the tokens of the whole optimizer step."""
+        if self.step_under_way != self.state.global_step:
+            self.step_under_way, self.micro_batches = self.state.global_step, []
+        self.micro_batches.append(inputs)
+
+        def run_all(batches: list[Batch]) -> Tensor:
+            for batch in batches:
+                losses = [
+                    super(Trainer, self).training_step(model, part, num_items_in_batch) for part in self.cut(batch)
+                ]
+            return torch.stack(losses).sum()
+
+        first, again = [inputs], self.micro_batches
+        return self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
+
+    def _stepping_down(self, run: Callable[[], Tensor], retry: Callable[[], Tensor], *, keep_less: bool) -> Tensor:
+        """What `run` returns; out of memory, what `retry` does with less. Raises OutOfMemoryError at the end of it."""
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)  # its frames hold the tensors of the step that failed
+            less = self._less(keep_less)
+            if less is None or self.accelerator.num_processes > 1:  # other processes would wait for this one
+                raise failure
+            self.step_downs.append(f"step {self.state.global_step + 1}: {less}")
+            print(
+                f"out of memory in step {self.state.global_step + 1}; going on with {less}; rows per step stay the same"
+            )
+            self.model.zero_grad()
+            self.first_step.begin_again()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            run = retry
+
+    def _less(self, keep_less: bool) -> str | None:
+        """Changes what takes less memory, and says what: fewer layers kept, else half the micro-batch, else offload."""
+        if keep_less and self.policy.kept:
+            self.policy = replace(self.policy, kept=self.policy.kept // 2)
+        elif any(len(halve(part)) == 2 for part in self.cut(self.micro_batches[-1])):
+            self.halvings += 1
+            return f"each micro-batch in {2**self.halvings} parts"
+        elif keep_less and not self.policy.offload:
+            self.policy = replace(self.policy, offload=True)
+        else:
+            return None
+        checkpoint_activations(self.model, self.policy)
+        return str(self.policy)
+
+    def cut(self, batch: Batch) -> list[Batch]:
+        parts = [batch]
+        for _ in range(self.halvings):
+            parts = [half for part in parts for half in halve(part)]
+        return parts
+
+    def compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **named: Any) -> Any:
+        """The model's own fused loss (common.loss): TRL's goes through the head a third time, for its metrics."""
+        return TransformersTrainer.compute_loss(self, model, inputs, *arguments, **named)
+
+    def rehearse(self) -> None:
+        """Goes through the worst moment before the first step: gradients and optimizer states there, every row full.
+
+        A run that cannot finish ends here, in its first seconds, or begins with what it can. Weights, gradients and
+        random numbers are left as they were.
+        """
+        device = self.args.device
+        trained = torch.tensor(len(self.worst["trained_positions"]), device=device)
+        there = any(self.optimizer.state.values())  # in a resumed run
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            states = torch.empty(0 if there else self.optimizer_bytes, dtype=torch.uint8, device=device)
+            for _ in range(2 if self.args.gradient_accumulation_steps > 1 else 1):
+                self.training_step(self.model, self.worst, trained)
+            self.nll(self.worst)
+            del states
+        self.model.zero_grad()
+        self.step_under_way = -1
+
+    @torch.no_grad()
+    def nll(self, batch: Batch) -> float:
+        """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens."""
+        self.model.eval()
+
+        def run() -> Tensor:
+            with self.accelerator.autocast():
+                losses = [
+                    self.model(**self._prepare_inputs(part), num_items_in_batch=1).loss for part in self.cut(batch)
+                ]
+            return torch.stack(losses).sum()
+
+        self.micro_batches = [batch]
+        total = self._stepping_down(run, run, keep_less=False).item()
+        self.model.train()
+        return total
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss per trained token of the held-out rows."""
+        nll = tokens = 0.0
+        for batch in self.get_eval_dataloader():
+            nll += self.nll(batch)
+            tokens += len(batch["trained_positions"])
+        metrics = {"eval_loss": nll / max(tokens, 1)}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
+        save_adapter(self.model, output_dir or self.args.output_dir)
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None: it would be written into every checkpoint."""
+
+
+class FirstStep(TrainerCallback):
+    """Rehearses the worst moment, then verifies in the first step that the layers recompute as the policy says."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.stack = contextlib.ExitStack()
+        self.watch: RecomputeWatch | None = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.rehearse()
+        self.watch = self.stack.enter_context(watch_recompute(self.trainer.model))
+
+    def begin_again(self) -> None:
+        """Forgets what ran before a step down."""
+        if self.watch is not None:
+            self.stack.close()
+            self.watch = self.stack.enter_context(watch_recompute(self.trainer.model))
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if self.watch is not None:
+            self.stack.close()
+            self.watch.verify(self.trainer.policy)
+            self.watch = None
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """adapter_model.safetensors and adapter_config.json; without PEFT's look at the hub for a grown vocabulary."""
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's form, to be filled in
