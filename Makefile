@@ -5,6 +5,10 @@ SHELL := /bin/bash
 MODEL ?= tiny
 DATA ?=
 OUT ?=
+CARD_GIB ?=
+SEQ_LEN ?=
+JSON ?=
+LAYERS ?=
 ARGS ?=
 
 VENV := .venv
@@ -15,15 +19,22 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune test check setup parity _recipe
+.PHONY: help finetune plan dryrun test check setup parity memory _recipe
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
-finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; flags in ARGS: --max-steps N, --plan, --resume, --overwrite
+finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; flags in ARGS: --max-steps N, --resume, --overwrite
 	@$(PY) -m recipes "$(MODEL)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 SEQ_LEN=4096 JSON=plan.json
+	@$(PY) -m recipes "$(MODEL)" --plan $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
+		$(if $(JSON),--json "$(JSON)") $(ARGS)
+
+dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
+	@$(PY) -m recipes "$(MODEL)" --dry-run $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
 	@$(PY) -m pytest $(ARGS)
@@ -33,6 +44,9 @@ check: $(VENV)/.installed-dev ## ruff and mypy
 
 parity: $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses and time
 	@$(PY) -m benchmarks.parity $(ARGS)
+
+memory: $(VENV)/.installed ## on a GPU: predicted against measured memory and time, every policy
+	@$(PY) -m benchmarks.memory $(ARGS)
 
 setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
 

@@ -1,20 +1,26 @@
 """What only a GPU can show. Run with: make test ARGS="-m gpu"."""
 
+import importlib
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.activation_checkpointing import checkpoint_activations
+from benchmarks.memory import in_words, measure, policies
+from common.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
 from common.adapters import attach_lora
+from common.attention import packed_attention
 from common.data import load_rows
+from common.forecast import Forecast
 from common.loading import load_4bit, load_tokenizer
+from common.loss import head_loss
 from common.machine import GIB, this_machine
-from common.planner import plan_for_card
+from common.planner import Plan, plan_for_card, setting_of
 from common.recipe import DataSpec
 from common.training import train
 from recipes.llama3_8b import RECIPE
@@ -37,7 +43,7 @@ def test_make_finetune_learns_on_a_gpu(tmp_path):
     assert after >= 90
 
 
-def run(out: str, layers: int | None, steps: int) -> tuple[dict, int]:
+def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> tuple[dict, int]:
     """Llama 3 8B, or its first layers, with random weights: metrics, and the peak that was allocated in bytes."""
     recipe = replace(
         RECIPE,
@@ -46,8 +52,10 @@ def run(out: str, layers: int | None, steps: int) -> tuple[dict, int]:
         train=replace(RECIPE.train, max_steps=steps),
         out=out,
     )
+    Path(out).mkdir(parents=True, exist_ok=True)
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    plan = plan_for_card(recipe)
+    plan = plan or plan_for_card(recipe)
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
     model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
@@ -55,14 +63,118 @@ def run(out: str, layers: int | None, steps: int) -> tuple[dict, int]:
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
 
 
-def test_the_same_seed_gives_the_same_adapter_on_a_gpu(tmp_path):
+def test_the_same_seed_gives_nearly_the_same_adapter_on_a_gpu(tmp_path):
+    """Not bit for bit: flash attention's backward adds up dq in whatever order its blocks end."""
     for name in ("a", "b"):
         run(str(tmp_path / name), layers=2, steps=2)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "b"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all((first[name] - second[name]).norm() <= 1e-2 * first[name].norm() for name in first)
 
 
-def test_llama3_8b_stays_within_its_estimate(tmp_path):
+def test_head_loss_in_bf16_is_that_of_float64():
+    torch.manual_seed(0)
+    hidden = torch.randn(700, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(128_256, 256, device="cuda", dtype=torch.bfloat16) / 16
+    positions = torch.arange(0, 700, 2, device="cuda")
+    targets = torch.randint(128_256, (350,), device="cuda")
+    total = head_loss(hidden, weight, positions, targets)
+    (total / 350).backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact[positions] @ weight.double().T, targets, reduction="sum")
+    (expected / 350).backward()
+    # Logits are rounded to bf16, 2^-9 of each: errors that average out in the sum, and stand in a gradient.
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=0)
+    assert (hidden.grad.double() - exact.grad).norm() <= 2**-6 * exact.grad.norm()
+
+
+def test_packed_attention_is_attention_within_each_example():
+    torch.manual_seed(0)
+    ends = [0, 100, 101, 350, 512]
+    q = torch.randn(1, 8, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    k, v = (torch.randn(1, 2, 512, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    starts = torch.tensor(ends, device="cuda", dtype=torch.int32)
+    output, _ = packed_attention(None, q, k, v, None, cu_seq_lens_q=starts, max_length_q=249)
+    wanted = torch.randn_like(output)
+    got = torch.autograd.grad(output, (q, k, v), wanted)
+    exact = [states.detach().double().requires_grad_() for states in (q, k, v)]
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(states[:, :, start:end] for states in exact), is_causal=True, enable_gqa=True
+        )
+        for start, end in zip(ends, ends[1:], strict=False)
+    ]
+    expected = torch.cat(parts, dim=2).transpose(1, 2)
+    for mine, true in zip(
+        (output, *got), (expected, *torch.autograd.grad(expected, exact, wanted.double())), strict=True
+    ):
+        assert (mine.double() - true).norm() <= 2**-6 * true.norm()  # bf16 has 8 bits
+
+
+def test_every_policy_gives_the_same_gradients_on_a_gpu():
+    """Offload's copies run on a stream of their own: a missing wait shows here, as a wrong gradient."""
+    spec = replace(RECIPE.model, weights="random", layers=6)
+    model = attach_lora(load_4bit(spec), RECIPE.lora).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    ids = torch.randint(1000, (1, 4096), device="cuda")
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(4096, device="cuda")[None]}
+    batch |= {"cu_seq_lens_q": torch.tensor([0, 4096], dtype=torch.int32, device="cuda"), "max_length_q": 4096}
+
+    def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+        checkpoint_activations(model, policy)
+        model.zero_grad()
+        with watch_recompute(model) as watch, torch.autocast("cuda", torch.bfloat16):
+            model(**batch).loss.backward()
+        watch.verify(policy)
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    expected = gradients(Policy(6, 6))
+    for policy in (
+        Policy(6),
+        Policy(6, 2),
+        Policy(6, keep_attention=True),
+        Policy(6, offload=True),
+        Policy(6, 2, True, True),
+    ):
+        for _ in range(3):
+            got = gradients(policy)
+            for name in expected:  # flash attention adds up dq in whatever order its blocks end
+                assert (got[name] - expected[name]).norm() <= 1e-2 * expected[name].norm(), (policy, name)
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "mistral_7b", "qwen_14b"])
+def test_the_predicted_peak_is_the_measured_one(name):
+    """Six layers, where fixed costs weigh more than in the whole model; `make memory` measures that."""
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=6))
+    machine = this_machine()
+    forecast = Forecast(recipe, setting_of(machine))
+    model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    for tokens in (2048, 8192):
+        for policy in policies(6):
+            result = measure(model, forecast, tokens, policy, machine, repeats=1)
+            print(in_words(result))
+            error = result["predicted_bytes"] / result["allocated_bytes"] - 1
+            assert -0.01 <= error <= 0.03, in_words(result)
+
+
+def test_a_card_that_is_too_small_for_the_plan_makes_the_run_step_down(tmp_path):
+    free = run(str(tmp_path / "plenty"), layers=4, steps=2, plan=Plan(1, 16, 1, Policy(4, 4), "a test"))
+    try:
+        torch.cuda.empty_cache()
+        share = 0.8 * free[1] / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(share)
+        metrics, peak = run(str(tmp_path / "tight"), layers=4, steps=2, plan=Plan(1, 16, 1, Policy(4, 4), "a test"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert metrics["step_downs"]
+    assert peak < 0.8 * free[1]
+    assert metrics["last_loss"] == pytest.approx(free[0]["last_loss"], rel=1e-3)
+
+
+def test_llama3_8b_stays_within_its_plan(tmp_path):
     metrics, peak = run(str(tmp_path), layers=None, steps=2)
     print(f"{this_machine()}: peak {peak / GIB:.2f} GiB allocated, {metrics['tokens_per_s']:,.0f} tokens/s")
-    assert peak <= 24 * GIB
+    assert peak <= 1.01 * metrics["predicted_bytes"]
+    assert metrics["step_downs"] == []

@@ -1,0 +1,172 @@
+"""Predicted against measured memory and time of real steps, on the GPU of this machine. Random weights, no download.
+
+    make memory                                       # three models, two lengths, every policy; about ten minutes
+    make memory ARGS="--models llama3-8b --tokens 2048"
+
+The step is the planned one: full rows, every token trained, gradients of an earlier micro-batch and optimizer states
+there. What does not fit the card is left out and said so. Results go to benchmarks/results/memory_<gpu>.json.
+"""
+
+import argparse
+import gc
+import importlib
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from common.activation_checkpointing import Policy, checkpoint_activations
+from common.adapters import attach_lora
+from common.attention import PACKED
+from common.forecast import Forecast, full_batch, speed_of
+from common.loading import load_4bit
+from common.machine import GIB, Machine, this_machine
+from common.optimizer import build_optimizer
+from common.planner import WORKSPACE_BYTES, setting_of
+from common.recipe import Recipe, UserError
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")
+TOKENS = (2_048, 8_192)
+
+
+def policies(layers: int) -> list[Policy]:
+    return [
+        Policy(layers, layers),
+        Policy(layers, layers // 2),
+        Policy(layers),
+        Policy(layers, keep_attention=True),
+        Policy(layers, offload=True),
+    ]
+
+
+def measure(
+    model: PeftModel, forecast: Forecast, tokens: int, policy: Policy, machine: Machine, repeats: int = 3
+) -> dict[str, Any]:
+    """One micro-batch of so many tokens, after one that left its gradients; then the optimizer's step.
+
+    Bytes as torch.cuda.max_memory_allocated and max_memory_reserved count them (None on a CPU), seconds of the fastest
+    micro-batch, without the optimizer.
+    """
+    train = forecast.recipe.train
+    checkpoint_activations(model, policy)
+    optimizer = build_optimizer(model, train)
+    batch = full_batch(tokens, tokens, flat=forecast.setting.attention == PACKED)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    batch["input_ids"] = torch.randint(vocabulary, (1, tokens))
+    batch["labels"], batch["position_ids"] = batch["input_ids"].clone(), torch.arange(tokens)[None]
+    batch["trained_positions"] = torch.arange(tokens - 1)
+    if "cu_seq_lens_q" in batch:
+        batch["cu_seq_lens_q"] = torch.tensor([0, tokens], dtype=torch.int32)
+    batch = {name: value.to(machine.device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def micro_batch() -> float:
+        started = time.perf_counter()
+        low = torch.bfloat16 if machine.dtype == torch.float32 else machine.dtype
+        with torch.autocast(machine.device.type, low, enabled=machine.dtype != torch.float32):
+            loss = model(**batch, num_items_in_batch=2 * tokens).loss
+        loss.backward()
+        if machine.is_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def step() -> list[float]:
+        seconds = [micro_batch() for _ in range(2)]
+        torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return seconds
+
+    step()  # compiles, allocates the optimizer's states
+    if machine.is_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = [time for _ in range(repeats) for time in step()]
+    predicted = forecast.step(tokens, policy)
+    return {
+        "model": forecast.recipe.model.name,
+        "tokens": tokens,
+        "policy": str(policy),
+        "predicted_bytes": predicted.peak() + WORKSPACE_BYTES,
+        "allocated_bytes": machine.allocated_bytes(),
+        "reserved_bytes": machine.peak_bytes() if machine.is_gpu else None,
+        "predicted_seconds": predicted.seconds(forecast.speed),
+        "seconds": min(seconds),
+        "tokens_per_s": tokens / min(seconds),
+    }
+
+
+def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list[dict[str, Any]]:
+    """All policies at all lengths, largest last; what does not fit has only its prediction."""
+    recipe = replace(recipe, model=replace(recipe.model, weights="random"))
+    forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
+    model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    results = []
+    for tokens in lengths:
+        for policy in policies(forecast.layers):
+            try:
+                results.append(measure(model, forecast, tokens, policy, machine))
+            except torch.OutOfMemoryError:
+                predicted = forecast.step(tokens, policy).peak() + WORKSPACE_BYTES
+                results.append({"model": recipe.model.name, "tokens": tokens, "policy": str(policy)})
+                results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}
+            model.zero_grad()
+            gc.collect()
+            print(in_words(results[-1]), flush=True)
+    return results
+
+
+def in_words(result: dict[str, Any]) -> str:
+    line = f"{result['model']} {result['tokens']:,} tokens, {result['policy']}: predicted "
+    line += f"{result['predicted_bytes'] / GIB:.2f} GiB"
+    if result.get("out_of_memory"):
+        return line + ", out of memory"
+    if result["allocated_bytes"] is not None:
+        error = result["predicted_bytes"] / result["allocated_bytes"] - 1
+        line += f", measured {result['allocated_bytes'] / GIB:.2f} allocated ({error:+.1%}), "
+        line += f"{result['reserved_bytes'] / GIB:.2f} reserved"
+    return line + f"; {result['tokens_per_s']:,.0f} tokens/s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    args = parser.parse_args()
+    machine = this_machine()
+    if not machine.is_gpu:
+        print("error: this measures a GPU, and torch sees none here; the counts are tested on a CPU by make test")
+        return 2
+    results: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "machine": str(machine),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "command": " ".join(sys.argv),
+        "recipes": {},
+        "measurements": [],
+    }
+    path = RESULTS / f"memory_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
+    for name in args.models:
+        recipe = importlib.import_module(f"recipes.{name.replace('-', '_')}").RECIPE
+        results["recipes"][name] = asdict(recipe)
+        try:
+            results["measurements"] += measure_recipe(recipe, args.tokens, machine)
+        except UserError as error:
+            print(f"{name}: {error}")
+        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        gc.collect()
+        torch.cuda.empty_cache()
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
