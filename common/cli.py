@@ -79,7 +79,7 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
 def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
     """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
     quiet_libraries()
-    from common import plan_report, planner
+    from common import plan_picture, plan_report, planner
     from common.machine import this_machine
 
     machine = this_machine()
@@ -97,7 +97,7 @@ def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
     if not flags.json:
         picture.parent.mkdir(exist_ok=True)
-    plan_report.draw_plan(report, picture)
+    plan_picture.draw_plan(report, picture)
     if flags.json:
         plan_report.write_json(report, flags.json)
     print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))

@@ -1,4 +1,4 @@
-"""A plan for people (text and a picture) and for machines (JSON), before anything is downloaded."""
+"""A plan in words for people and in JSON for machines, before anything is downloaded."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.activation_checkpointing import Policy
 from common.machine import GIB
@@ -16,9 +16,6 @@ from common.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
 from common.recipe import Recipe, UserError
 from common.step import KINDS, WEIGHTS, Speed, Step
 from common.weights import load_config
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 UNSEEN = "context and reserve"  # Card.unseen: what no step can use
 NONE, EVERY_LAYER, OFFLOAD, CHOICE = (
@@ -29,9 +26,6 @@ NONE, EVERY_LAYER, OFFLOAD, CHOICE = (
 )
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
-POINTS = 2000  # of a curve; more than the picture has pixels
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), which stay apart for colour-blind readers; in the order of KINDS.
-COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#D55E00")
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ class Report:
             )
         if not self.plan.checkpointing.recomputed:
             return "why: the fastest that fits; no layer needs to recompute"
-        over = f"; without checkpointing it would be {_room(self.card, free)}" if not free.fits else ""
+        over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
         return f"why: the fastest that fits{over}"
 
     def _times(self) -> str:
@@ -97,9 +91,9 @@ class Report:
         rule = "─" * (LABEL_WIDTH + COLUMN_WIDTH * len(self.rows))
         lines = [*(_line(*head) for head in heads), rule]
         for kind in (*KINDS, UNSEEN):
-            lines.append(_line(_label(kind, self.recipe), *(_gib(row.parts[kind]) for row in self.rows)))
+            lines.append(_line(label_of(kind, self.recipe), *(_gib(row.parts[kind]) for row in self.rows)))
         lines += [rule, _line(f"peak on {self.card.name}", *(_gib(row.peak) for row in self.rows))]
-        lines.append(_line("fits", *(f"{'yes' if row.fits else 'no'}, {_room(self.card, row)}" for row in self.rows)))
+        lines.append(_line("fits", *(f"{'yes' if row.fits else 'no'}, {room_on(self.card, row)}" for row in self.rows)))
         lines.append(
             _line("layers that recompute", *(f"{r.policy.recomputed} of {r.policy.layers}" for r in self.rows))
         )
@@ -156,7 +150,7 @@ def unseen_parts(card: Card) -> dict[str, int]:
 
 def write_json(report: Report, path: Path) -> None:
     """The report for machines. Raises UserError where it cannot be written."""
-    with _writing(path):
+    with writing(path):
         path.write_text(json.dumps(_values(report), indent=2) + "\n", encoding="utf-8")
 
 
@@ -214,127 +208,19 @@ def _policy_values(policy: Policy) -> dict[str, int | bool]:
     }
 
 
-def draw_plan(report: Report, path: Path) -> None:
-    """A PNG of the memory in an optimizer step's last micro-batch, without checkpointing and as chosen, over time.
-
-    Where no checkpointing is the choice, it stands beside recomputing every layer. Raises UserError where the picture
-    cannot be written.
-    """
-    from matplotlib.figure import Figure  # slow to import
-
-    chosen, card = report.row(CHOICE), report.card
-    pair = [report.row(NONE), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
-    titles = [
-        "no checkpointing" + (": our choice" if not chosen.policy.recomputed else ""),
-        f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
-    ]
-    times = [row.step.seconds(report.speed) for row in pair]
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=times)  # one millisecond is as wide in both
-    top = 1.12 * max(card.size, *(row.peak for row in pair)) / GIB
-    panels[0].set(ylabel="memory of the card, GiB", ylim=(0, top))
-    for axes, row, title in zip(panels, pair, titles, strict=True):
-        _draw_panel(axes, row, report)
-        axes.set_title(title, fontsize=10.5, pad=20)
-    for size, name, side in ((card.size, "card", "bottom"), (card.budget, "budget", "top")):
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
-        panels[1].annotate(f"{name} {size / GIB:.1f} GiB", (1, size / GIB), va=side, fontsize=9, **place)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9.5)
-    plan, train = report.plan, report.recipe.train
-    rows = "1 row" if plan.micro_batch_rows == 1 else f"{plan.micro_batch_rows} rows"
-    title = (
-        f"{report.recipe.model.name} on {card.name}: the last micro-batch of an optimizer step, "
-        f"{rows} × {train.seq_len:,} tokens"
-    )
-    figure.suptitle(textwrap.fill(title, 108), fontweight="bold")
-    with _writing(path):
-        figure.savefig(path, format="png", dpi=130)
-
-
-def _draw_panel(axes: "Axes", row: Row, report: Report) -> None:
-    card = report.card
-    times, kinds = curve(row.step, report.speed)
-    labels = [_label(kind, report.recipe) for kind in KINDS]
-    axes.stackplot(times, kinds, labels=labels, colors=COLOURS, step="post", linewidth=0)
-    totals = [sum(values) for values in zip(*kinds, strict=True)]
-    on_card = [total + card.unseen / GIB for total in totals]
-    grey: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.6", "hatch": "////", "linewidth": 0}
-    axes.fill_between(times, totals, on_card, step="post", label=UNSEEN, **grey)
-    axes.step(times, on_card, where="post", color="0.3", linewidth=0.7)
-    axes.axhline(card.size / GIB, color="black", linewidth=1.6)
-    axes.axhline(card.budget / GIB, color="black", linewidth=0.8, linestyle="--")
-    start = 0.0
-    for name, length in phases(row.step, report.speed).items():
-        axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
-        at, side = (start + length / 2, "center") if name != "optimizer" else (times[-1], "right")  # it is short
-        axes.text(at, 1.01, name, transform=axes.get_xaxis_transform(), ha=side, fontsize=8, color="0.25")
-        start += length
-    _, top = axes.get_ylim()
-    # Then the words would lie on the card's line or the budget's.
-    card_line_near = card.size / GIB - 0.2 * top < row.peak / GIB <= card.size / GIB
-    highest = max(range(len(totals)), key=totals.__getitem__)
-    axes.annotate(
-        f"peak {row.peak / GIB:.1f} GiB, {_room(card, row)}",
-        (times[highest], on_card[highest]),
-        xytext=(times[highest], (card.size if card_line_near else row.peak) / GIB + 0.04 * top),
-        ha="center",
-        fontweight="bold",
-        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"},
-        arrowprops={"arrowstyle": "-|>", "facecolor": "black", "shrinkA": 0, "shrinkB": 0},
-        zorder=5,
-    )
-    axes.set(xlabel="modelled time, ms", xlim=(0, times[-1]))
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def phases(step: Step, speed: Speed) -> dict[str, float]:
-    """Milliseconds of the parts of a step, in order."""
-    lengths = dict.fromkeys(("forward", "head and loss", "backward", "optimizer"), 0.0)
-    for segment in step.segments:
-        name = {"embedding": "forward", "loss": "head and loss"}.get(segment.name, segment.name)
-        lengths[name if name in lengths else name.split()[0]] += 1e3 * speed.seconds(segment.work)
-    return lengths
-
-
-def curve(step: Step, speed: Speed) -> tuple[list[float], list[list[float]]]:
-    """Milliseconds, and for each of KINDS the GiB from then on: of each POINTS-th of the time its worst moment.
-
-    The allocations and releases of a segment are spread evenly over it.
-    """
-    total = step.seconds(speed)
-    moments = step.timeline()
-    start, worst = 0.0, [(0.0, step.base)]  # seconds, bytes
-    interval = -1
-    for segment in step.segments:
-        length = speed.seconds(segment.work)
-        for index in range(len(segment.events)):
-            _, now = next(moments)
-            at = start + length * index / len(segment.events)
-            if int(at / total * POINTS) > interval:
-                interval = int(at / total * POINTS)
-                worst.append((at, now.copy()))
-            elif sum(now.values()) > sum(worst[-1][1].values()):
-                worst[-1] = at, now.copy()
-        start += length
-    worst.append((total, worst[-1][1]))
-    return [1e3 * at for at, _ in worst], [[now[kind] / GIB for _, now in worst] for kind in KINDS]
-
-
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _label(kind: str, recipe: Recipe) -> str:
+def label_of(kind: str, recipe: Recipe) -> str:
     return f"{'4-bit' if recipe.model.bits == 4 else '16-bit'} weights" if kind == WEIGHTS else kind
 
 
-def _room(card: Card, row: Row) -> str:
+def room_on(card: Card, row: Row) -> str:
     room = (card.size - row.peak) / GIB
     return f"{room:.1f} GiB free" if row.fits else f"{-room:.1f} GiB over"
 

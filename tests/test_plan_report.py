@@ -6,17 +6,14 @@ import pytest
 
 from common.activation_checkpointing import Policy
 from common.machine import GIB
+from common.plan_picture import POINTS, curve, draw_plan, phases
 from common.plan_report import (
     CHOICE,
     EVERY_LAYER,
     NONE,
     OFFLOAD,
-    POINTS,
     TEXT_WIDTH,
     UNSEEN,
-    curve,
-    draw_plan,
-    phases,
     report,
     unseen_parts,
     write_json,

@@ -32,6 +32,7 @@ FLOORS = {
     "planner": 7,
     "progress": 7,
     "plan_report": 8,
+    "plan_picture": 9,
     "trainer": 8,
     "training": 9,
     "cli": 10,
