@@ -70,8 +70,7 @@ def measure(
 
     def micro_batch() -> float:
         started = time.perf_counter()
-        low = torch.bfloat16 if machine.dtype == torch.float32 else machine.dtype
-        with torch.autocast(machine.device.type, low, enabled=machine.dtype != torch.float32):
+        with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
             loss = model(**batch, num_items_in_batch=2 * tokens).loss
         loss.backward()
         if machine.is_gpu:

@@ -94,8 +94,7 @@ class Forecast:
             batch = full_batch(tokens, min(tokens, recipe.train.seq_len), flat=self.setting.attention == PACKED)
 
             def loss() -> torch.Tensor:
-                low = self.setting.dtype if self.setting.dtype != torch.float32 else torch.bfloat16
-                with torch.autocast("cpu", low, enabled=self.setting.dtype != torch.float32):
+                with torch.autocast("cpu", self.setting.dtype, enabled=self.setting.dtype != torch.float32):
                     value: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
                 return value
 

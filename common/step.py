@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 
@@ -30,20 +30,24 @@ class Speed:
     host_link: float = 25e9  # bytes a second each way; PCIe 4.0 x16 moves about 25 of its 32 GB/s
     launch: float = 6e-6  # seconds of Python and dispatch an operator; assumed, not measured
 
-    @cache  # noqa: B019
     def seconds(self, work: "Work") -> float:
         """Each operator takes as long as its slower side; copies to the host and launching go on beside it."""
-        operators = sum(max(flops / self.flops, size / self.bandwidth) for flops, size in work.operators)
+        operators = float((work.table / (self.flops, self.bandwidth)).max(axis=1).sum())
         return max(operators, work.host_bytes / self.host_link, work.launches * self.launch)
 
 
-@dataclass(eq=False)
+@dataclass
 class Work:
     """What a segment does."""
 
     operators: list[tuple[float, float]] = field(default_factory=list)  # FLOP of its matmul, bytes it reads and writes
     host_bytes: float = 0.0
     launches: int = 0
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The operators as float64 (operators, 2), once they are all there."""
+        return np.array(self.operators, dtype=np.float64).reshape(-1, 2)
 
     @property
     def flops(self) -> float:
