@@ -28,6 +28,7 @@ from common.attention import PACKED
 from common.forecast import Forecast, full_batch, speed_of
 from common.loading import load_4bit
 from common.machine import GIB, Machine, this_machine
+from common.modules import fuse_layers
 from common.optimizer import build_optimizer
 from common.planner import WORKSPACE_BYTES, setting_of
 from common.recipe import Recipe, UserError
@@ -108,6 +109,7 @@ def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    fuse_layers(model, recipe.train.kernels)
     results = []
     for tokens in lengths:
         for policy in policies(forecast.layers):

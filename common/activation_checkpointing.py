@@ -144,7 +144,7 @@ class RecomputeWatch(TorchDispatchMode):
 
 @contextmanager
 def watch_recompute(model: PreTrainedModel | PeftModel) -> Iterator[RecomputeWatch]:
-    """Watches the block: the embedding runs once per micro-batch, a layer's first norm once more in a recompute."""
+    """Watches the block: the embedding runs once per micro-batch, a layer's attention once more in a recompute."""
     watch = RecomputeWatch(decoder_layers(model))
 
     def count_micro_batch(*_: Any) -> None:
@@ -158,7 +158,7 @@ def watch_recompute(model: PreTrainedModel | PeftModel) -> Iterator[RecomputeWat
         return count
 
     handles = [
-        layer.get_submodule("input_layernorm").register_forward_pre_hook(hook(index))
+        layer.get_submodule("self_attn").register_forward_pre_hook(hook(index))
         for index, layer in enumerate(watch.layers)
     ]
     handles.append(model.get_input_embeddings().register_forward_pre_hook(count_micro_batch))

@@ -17,16 +17,25 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.adapters import attach_lora
 from common.loss import fuse_head_and_loss
-from common.recipe import LoraSpec, ModelSpec
+from common.modules import make_lean, obstacle
+from common.recipe import Kernels, LoraSpec, ModelSpec
 from common.weights import load_config
 
 NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # values a scale, scales a scale of scales: arXiv:2305.14314 section 3
 
 
 def fake_lora_model(
-    spec: ModelSpec, lora: LoraSpec, layers: int, mode: FakeTensorMode, *, dtype: torch.dtype, attention: str
+    spec: ModelSpec,
+    lora: LoraSpec,
+    layers: int,
+    mode: FakeTensorMode,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    kernels: Kernels,
 ) -> PeftModel:
-    """`layers` layers of the recipe's model with its adapters, in training mode, as load_4bit and attach_lora make it.
+    """`layers` layers of the recipe's model with its adapters, in training mode, as load_4bit, attach_lora and
+    fuse_layers make it.
 
     dtype: of the compute and of the weights that are not 4-bit. attention: its name in transformers. Nothing is
     downloaded but, for a model that ships no config here, the config. Raises UserError as load_config and attach_lora.
@@ -43,6 +52,8 @@ def fake_lora_model(
     with mode:
         _materialise(adapted, dtype)
     _keep_masks_as_on_a_gpu(adapted)
+    if kernels == "lean" and not obstacle(adapted):
+        make_lean(adapted)
     return adapted.train()
 
 

@@ -87,6 +87,7 @@ class Forecast:
             mode,
             dtype=self.setting.dtype,
             attention=self.setting.attention,
+            kernels=recipe.train.kernels,
         )
         checkpoint_activations(model, policy)
         optimizer = build_optimizer(model, recipe.train)  # not under the mode: bitsandbytes makes tables of values

@@ -46,6 +46,7 @@ def _varlen_flops(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, _: 
 SCRATCH: dict[Any, Callable[..., int]] = {torch.ops.torch_attn._varlen_attn_backward.default: _varlen_scratch}
 FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.linear.default: lambda inputs, weight, *_: 2 * inputs.numel() * len(weight),
+    torch.ops.aten.addmm_.default: lambda _, a, b: 2 * a.numel() * b.shape[-1],
     torch.ops.torch_attn._varlen_attn.default: _varlen_flops,
     # five matmuls instead of two
     torch.ops.torch_attn._varlen_attn_backward.default: lambda grad, q, k, v, out, lse, starts, ends, longest, *rest: (
@@ -62,7 +63,31 @@ FREE = {
     torch.ops.aten.detach.default,
 }
 TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
-GEMM_4BIT = torch.ops.bitsandbytes.gemm_4bit.default
+
+
+def _gemm_4bit(
+    inputs: Tensor,
+    weight: Tensor,
+    shape: Any,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """What the operator does inside from 1,536 tokens on (bitsandbytes/backends/cuda/ops.py)."""
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        assert absmax_offset is not None
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    dequantised = ops.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
+    return torch.nn.functional.linear(inputs, dequantised, bias)
+
+
+# Operators that allocate inside, and what stands for them in a count, where it sees what they do.
+IN_SIGHT: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
 
 
 class _Ledger(TorchDispatchMode):
@@ -121,8 +146,9 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if operator is GEMM_4BIT:
-            return self._gemm_4bit(*args, **kwargs)
+        if operator in IN_SIGHT:
+            with self:
+                return IN_SIGHT[operator](*args, **kwargs)
         outputs = operator(*args, **kwargs)
         if operator.namespace == "prim":  # questions about a tensor
             return outputs
@@ -147,28 +173,6 @@ class _Ledger(TorchDispatchMode):
             work.operators.append((flops, sum(tensor.nbytes for tensor in consumed + produced)))
             work.launches += 1
         return outputs
-
-    def _gemm_4bit(
-        self,
-        inputs: Tensor,
-        weight: Tensor,
-        shape: Any,
-        absmax: Tensor,
-        blocksize: int,
-        quant_type: str,
-        bias: Tensor | None = None,
-        absmax_8bit: Tensor | None = None,
-        absmax_code: Tensor | None = None,
-        absmax_offset: Tensor | None = None,
-    ) -> Tensor:
-        """What the operator does inside from 1,536 tokens on (bitsandbytes/backends/cuda/ops.py), in sight."""
-        ops = torch.ops.bitsandbytes
-        with self:
-            if absmax_8bit is not None:
-                assert absmax_offset is not None
-                absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
-            dequantised = ops.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
-            return torch.nn.functional.linear(inputs, dequantised, bias)
 
     def _scratch(self, size: int) -> None:
         segment, birth = len(self.names) - 1, len(self.births)

@@ -11,6 +11,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 Weights = Literal["pretrained", "random"]
 TrainOn = Literal["assistant", "everything"]
 Checkpointing = Literal["auto", "none", "every layer", "keep attention", "offload"]
+Kernels = Literal["lean", "stock"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
@@ -111,6 +112,8 @@ class TrainSpec:
     # Activation checkpointing: which layers recompute in backward. "auto" lets the plan choose the fastest that fits;
     # "keep attention" recomputes every layer but attention, "offload" keeps the layers' inputs in host memory.
     checkpointing: Checkpointing = "auto"
+    # The decoder layers: "lean" computes them with our fused operators, "stock" as transformers and PEFT do.
+    kernels: Kernels = "lean"
     eval_every: int = 100  # optimizer steps; the end of the run is evaluated too
     save_every: int = 100  # optimizer steps between checkpoints on disk, the last two of which stay
     seed: int = 0
@@ -136,6 +139,7 @@ class TrainSpec:
         require_one_of(self.schedule, Schedule, "TrainSpec.schedule")
         require_one_of(self.optimizer, Optimizer, "TrainSpec.optimizer")
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")
+        require_one_of(self.kernels, Kernels, "TrainSpec.kernels")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from common.chat_format import ChatFormat
 from common.data import Rows
 from common.loss import IGNORED, trained_positions
 from common.machine import GIB, this_machine
+from common.modules import is_lean, obstacle
 from common.optimizer import build_optimizer
 from common.packing import collate
 from common.planner import Plan
@@ -75,6 +76,8 @@ def build_trainer(
 ) -> Trainer:
     if plan.rows_per_step != recipe.train.rows_per_step:
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
+    if is_lean(model) != (recipe.train.kernels == "lean" and obstacle(model) is None):
+        raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls fuse_layers")
     flat = is_flat(model)
     trainer = Trainer(
         model,

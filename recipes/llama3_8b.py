@@ -11,6 +11,7 @@ from common.adapters import attach_lora
 from common.cli import run
 from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
+from common.modules import fuse_layers
 from common.planner import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.training import train
@@ -40,6 +41,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # before the weights, too
     model = load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
+    fuse_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     train(model, tokenizer, rows, recipe, plan)
 

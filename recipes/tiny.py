@@ -14,6 +14,7 @@ from common.cli import run
 from common.data import load_rows
 from common.evaluation import answer, load_questions, print_before_after
 from common.loading import load_4bit, load_tokenizer
+from common.modules import fuse_layers
 from common.planner import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.training import train
@@ -39,6 +40,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)
     model = load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
+    fuse_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     questions = load_questions(recipe.data.eval_source)
     before = answer(model, tokenizer, questions)

@@ -10,6 +10,7 @@ from common.activation_checkpointing import (
 )
 from common.adapters import attach_lora
 from common.loading import load_4bit
+from common.modules import fuse_layers
 from common.recipe import LoraSpec, ModelSpec
 from tests.conftest import ARCHITECTURES, FP32
 
@@ -29,12 +30,13 @@ def folders(small_model):
     return {name: small_model(name, num_hidden_layers=3) for name in ARCHITECTURES}
 
 
-def adapted(folder, policy=EVERY, dropout=0.0):
+def adapted(folder, policy=EVERY, dropout=0.0, kernels="lean"):
     model = attach_lora(load_4bit(ModelSpec(str(folder)), FP32), LoraSpec(rank=4, alpha=8, dropout=dropout))
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: without this no gradient reaches lora_A
             torch.nn.init.normal_(parameter, std=0.05)
+    fuse_layers(model, kernels)
     checkpoint_activations(model, policy)
     return model.train()
 
@@ -45,18 +47,21 @@ def gradients(model) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(("kernels", "dropout"), [("lean", 0.0), ("stock", 0.0), ("stock", 0.2)])
 @pytest.mark.parametrize("policy", RECOMPUTING)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_pitfalls_15_and_16_every_policy_gives_the_same_gradients_bit_for_bit(folders, architecture, policy, dropout):
-    expected = gradients(adapted(folders[architecture], NONE, dropout))
-    got = gradients(adapted(folders[architecture], RECOMPUTING[policy], dropout))
+def test_pitfalls_15_and_16_every_policy_gives_the_same_gradients_bit_for_bit(
+    folders, architecture, policy, kernels, dropout
+):
+    expected = gradients(adapted(folders[architecture], NONE, dropout, kernels))
+    got = gradients(adapted(folders[architecture], RECOMPUTING[policy], dropout, kernels))
     assert len(got) == 3 * 7 * 2
     assert all(got[name] is not None and got[name].abs().sum() > 0 for name in got)
     # A recompute does the same sums in the same order, and what is kept or copied is what was computed.
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kernels", ["lean", "stock"])
 @pytest.mark.parametrize(
     ("policy", "runs", "attentions"),
     [
@@ -69,8 +74,8 @@ def test_pitfalls_15_and_16_every_policy_gives_the_same_gradients_bit_for_bit(fo
     ],
     ids=str,
 )
-def test_each_layer_and_attention_run_as_often_as_the_policy_says(folders, policy, runs, attentions):
-    model = adapted(folders["llama"], policy)
+def test_each_layer_and_attention_run_as_often_as_the_policy_says(folders, policy, runs, attentions, kernels):
+    model = adapted(folders["llama"], policy, kernels=kernels)
     with watch_recompute(model) as watch:
         gradients(model)
     assert [watch.runs[index] for index in range(3)] == runs

@@ -20,6 +20,7 @@ from common.forecast import Forecast
 from common.loading import load_4bit, load_tokenizer
 from common.loss import head_loss
 from common.machine import GIB, this_machine
+from common.modules import fuse_layers
 from common.planner import Plan, plan_for_card, setting_of
 from common.recipe import DataSpec
 from common.training import train
@@ -59,6 +60,7 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
     model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
+    fuse_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
 
@@ -114,6 +116,7 @@ def test_every_policy_gives_the_same_gradients_on_a_gpu():
     """Offload's copies run on a stream of their own: a missing wait shows here, as a wrong gradient."""
     spec = replace(RECIPE.model, weights="random", layers=6)
     model = attach_lora(load_4bit(spec), RECIPE.lora).train()
+    fuse_layers(model, "lean")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -151,6 +154,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     machine = this_machine()
     forecast = Forecast(recipe, setting_of(machine))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    fuse_layers(model, recipe.train.kernels)
     for tokens in (2048, 8192):
         for policy in policies(6):
             result = measure(model, forecast, tokens, policy, machine, repeats=1)

@@ -6,6 +6,7 @@ from benchmarks.memory import in_words, measure, policies
 from common.adapters import attach_lora
 from common.forecast import Forecast, Setting
 from common.loading import load_4bit
+from common.modules import fuse_layers
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from tests.conftest import FP32
 
@@ -15,6 +16,7 @@ def test_every_policy_is_measured(small_model):
     recipe = Recipe(ModelSpec(folder), DataSpec("none"), LoraSpec(4, 8), TrainSpec(64, 2, 1e-3), None)
     forecast = Forecast(recipe, Setting(torch.float32, "sdpa"))
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora).train()
+    fuse_layers(model, recipe.train.kernels)
     results = [measure(model, forecast, 64, policy, FP32, repeats=1) for policy in policies(3)]
     assert len({result["policy"] for result in results}) == 5
     assert all(result["predicted_bytes"] > 0 and result["tokens_per_s"] > 0 for result in results)

@@ -10,6 +10,7 @@ from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora, trainable_params
 from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
+from common.modules import fuse_layers
 from common.planner import Plan
 from common.recipe import DataSpec
 from common.training import train
@@ -45,6 +46,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
 
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     assert trainable_params(model) == 2 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
+    fuse_layers(model, recipe.train.kernels)
     plan = Plan(1, 2, 1, Policy(2), "a test")
     checkpoint_activations(model, plan.checkpointing)
     metrics = train(model, tokenizer, rows, recipe, plan)

@@ -1,0 +1,205 @@
+"""LoRA linear layers over frozen 4-bit weights, fused with what stands before and after them in a decoder layer.
+
+Each computes its low-rank branch first and lets the frozen matmul add to it (cuBLAS' own accumulation, no pass over
+memory), dequantises each weight once a use, and keeps nothing for backward but its input: not the norm's output, which
+is computed again, not the product of gate and up, and no bottleneck of LoRA. They are autograd functions over operators
+that others see (matmuls, bitsandbytes' dequantisation, those of this folder), so a plan counts what a run allocates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from common.kernels.rms_norm import rms_norm, rms_norm_backward
+from common.kernels.swiglu import swiglu, swiglu_backward_
+
+
+@dataclass(frozen=True)
+class LoraLinear:
+    """y = x W^T + bias + scale * (x A^T) B^T; without an adapter the first two terms."""
+
+    weight: Tensor  # frozen: (out, in), or packed in 4 bit with a `quant_state`
+    bias: Tensor | None = None  # frozen, (out,)
+    a: Tensor | None = None  # (rank, in), any float dtype; cast to that of x at use
+    b: Tensor | None = None  # (out, rank)
+    scale: float = 1.0
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The frozen weight (out, in), dequantised anew."""
+        state = getattr(self.weight, "quant_state", None)
+        return (self.weight.data if state is None else bnb.dequantize_4bit(self.weight.data, state)).to(dtype)
+
+    def scaled_b(self, dtype: torch.dtype) -> Tensor:
+        assert self.b is not None
+        return (self.b.detach() if self.scale == 1 else self.b.detach() * self.scale).to(dtype)
+
+
+def _stacked_a(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Tensor | None:
+    """The A of all of them, (sum of ranks, in): what they share is one matmul with their common input."""
+    parts = [linear.a.detach().to(dtype) for linear in linears if linear.a is not None]
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+
+
+def _split(bottleneck: Tensor | None, linears: Sequence[LoraLinear], dim: int) -> list[Tensor | None]:
+    """Of each layer its part of what _stacked_a leads to; None without an adapter."""
+    if bottleneck is None:
+        return [None for _ in linears]
+    parts = iter(bottleneck.split([len(linear.a) for linear in linears if linear.a is not None], dim))
+    return [None if linear.a is None else next(parts) for linear in linears]
+
+
+def _forward(x: Tensor, linears: Sequence[LoraLinear], onto: Tensor | None = None) -> list[Tensor]:
+    """What the layers give for their common input x (tokens, in): each (tokens, out), plus `onto`."""
+    a = _stacked_a(linears, x.dtype)
+    outputs = []
+    for linear, bottleneck in zip(linears, _split(None if a is None else x @ a.t(), linears, 1), strict=True):
+        start = linear.bias if onto is None else onto if linear.bias is None else onto + linear.bias
+        if bottleneck is None:
+            weight = linear.dense(x.dtype)
+            outputs.append(x @ weight.t() if start is None else torch.addmm(start, x, weight.t()))
+            continue
+        b = linear.scaled_b(x.dtype).t()
+        branch = bottleneck @ b if start is None else torch.addmm(start, bottleneck, b)
+        outputs.append(branch.addmm_(x, linear.dense(x.dtype).t()))
+    return outputs
+
+
+def _input_gradient(grads: Sequence[Tensor], linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of the common input, and of each layer's bottleneck, (tokens, rank)."""
+    dtype = grads[0].dtype
+    bottlenecks = [
+        None if linear.b is None else grad @ linear.scaled_b(dtype) for grad, linear in zip(grads, linears, strict=True)
+    ]
+    a = _stacked_a(linears, dtype)
+    total = None
+    if a is not None:
+        parts = [part for part in bottlenecks if part is not None]
+        total = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]) @ a
+    for grad, linear in zip(grads, linears, strict=True):
+        weight = linear.dense(dtype)
+        total = grad @ weight if total is None else total.addmm_(grad, weight)
+        del weight
+    assert total is not None
+    return total, bottlenecks
+
+
+def _adapter_gradients(
+    x: Tensor, grads: Sequence[Tensor], bottleneck_grads: Sequence[Tensor | None], linears: Sequence[LoraLinear]
+) -> list[Tensor | None]:
+    """The gradients of A and B of each layer in turn, in their own dtype; None without an adapter."""
+    a = _stacked_a(linears, x.dtype)
+    if a is None:
+        return [None] * (2 * len(linears))
+    parts = [part for part in bottleneck_grads if part is not None]
+    of_a = _split((torch.cat(parts, 1) if len(parts) > 1 else parts[0]).t() @ x, linears, 0)
+    found: list[Tensor | None] = []
+    for linear, grad, bottleneck, grad_a in zip(linears, grads, _split(x @ a.t(), linears, 1), of_a, strict=True):
+        if linear.a is None or linear.b is None or bottleneck is None or grad_a is None:
+            found += [None, None]
+            continue
+        grad_b = (grad.t() @ bottleneck).to(linear.b.dtype)
+        found += [grad_a.to(linear.a.dtype), grad_b if linear.scale == 1 else grad_b * linear.scale]
+    return found
+
+
+def _adapters(linears: Sequence[LoraLinear]) -> list[Tensor | None]:
+    return [adapter for linear in linears for adapter in (linear.a, linear.b)]
+
+
+class _NormedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear], *_: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.weight, ctx.eps, ctx.linears = weight, eps, linears
+        ctx.save_for_backward(hidden)
+        return *_forward(rms_norm(hidden, weight, eps), linears), hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden,) = ctx.saved_tensors
+        *grads, residual = grads  # type: ignore[assignment]
+        grad, bottlenecks = _input_gradient(grads, ctx.linears)
+        normed = rms_norm(hidden, ctx.weight, ctx.eps)
+        adapters = _adapter_gradients(normed, grads, bottlenecks, ctx.linears)
+        del normed
+        return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual), None, None, None, *adapters
+
+
+def normed_linears(hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+    """Each layer's output for the RMS norm of hidden (tokens, size), and hidden itself, for the residual: its gradient
+    then joins that of the norm without a pass of its own. Saves hidden."""
+    outputs: tuple[Tensor, ...] = _NormedLinears.apply(hidden, weight, eps, linears, *_adapters(linears))
+    return outputs
+
+
+class _LinearOnto(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, linear: LoraLinear, *_: Tensor | None) -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(x)
+        return _forward(x, [linear], residual)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x, bottlenecks = _input_gradient([grad], [ctx.linear])
+        return grad_x, grad, None, *_adapter_gradients(x, [grad], bottlenecks, [ctx.linear])
+
+
+def linear_onto(x: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
+    """residual (tokens, out) plus the layer's output for x (tokens, in). Saves x."""
+    output: Tensor = _LinearOnto.apply(x, residual, linear, *_adapters([linear]))
+    return output
+
+
+class _KeepGateUp(torch.autograd.Function):
+    """Saves gate and up, and stands for the down projection in backward; its output has a shape and no memory."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, linear: LoraLinear, shape: torch.Size, *_: Tensor | None) -> Tensor:
+        ctx.linear = linear
+        ctx.save_for_backward(gate, up)
+        return gate.new_empty(()).expand(shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        grad_up, bottlenecks = _input_gradient([grad], [ctx.linear])
+        product, grad_gate = swiglu_backward_(grad_up, gate, up)
+        adapters = _adapter_gradients(product, [grad], bottlenecks, [ctx.linear])
+        return grad_gate, grad_up, None, None, *adapters
+
+
+class _DownOnto(torch.autograd.Function):
+    """The forward pass alone: saves nothing, and hands its gradient on to _KeepGateUp."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, placeholder: Tensor, residual: Tensor, gate: Tensor, up: Tensor, linear: LoraLinear
+    ) -> Tensor:
+        return _forward(swiglu(gate, up), [linear], residual)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, grad, None, None, None
+
+
+def swiglu_linear_onto(gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
+    """residual (tokens, out) plus the layer's output for silu(gate) * up, both (tokens, in). Saves gate and up.
+
+    It saves them first and computes then: PyTorch's non-reentrant checkpoint stops a recompute when everything is
+    there that was saved, so a layer that recomputes never runs this matmul a second time, whose result nobody reads.
+    """
+    placeholder = _KeepGateUp.apply(gate, up, linear, residual.shape, *_adapters([linear]))
+    output: Tensor = _DownOnto.apply(placeholder, residual, gate.detach(), up.detach(), linear)
+    return output

@@ -1,0 +1,114 @@
+"""RMSNorm (arXiv:1910.07467) with a frozen weight. Saves its input alone; backward computes the rest again.
+
+y = weight * (x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), in fp32, rounded to x's dtype before and after the weight
+as transformers does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op, register_autograd
+
+from common.kernels import HAS_TRITON, constexpr, jit, next_power_of_2, tl
+
+
+@custom_op("common::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each row of x (rows, size) divided by its root mean square, times weight (size,); contiguous, in x's dtype.
+
+    Differentiable in x.
+    """
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    return (x32 * rstd).to(x.dtype) * weight
+
+
+@custom_op("common::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """The gradient of x from that of rms_norm's output; plus `residual`, the gradient that x has from elsewhere."""
+    x32 = x.float()
+    rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
+    normed, scaled = x32 * rstd, grad.float() * weight.float()
+    grad_x = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return (grad_x if residual is None else grad_x + residual).to(x.dtype)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
+
+
+register_autograd("common::rms_norm", _backward, setup_context=_save)
+
+
+@jit
+def _forward_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+    start = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    x = tl.load(x_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    normed = (x * rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + start + columns, (normed * weight).to(y_ptr.dtype.element_ty), inside)
+
+
+@jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, size, eps, BLOCK: constexpr, HAS_RESIDUAL: constexpr
+):
+    start = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    x = tl.load(x_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, 0) / size + eps)
+    normed = x * rstd
+    weight = tl.load(weight_ptr + columns, inside, other=0.0).to(tl.float32)
+    scaled = tl.load(grad_ptr + start + columns, inside, other=0.0).to(tl.float32) * weight
+    out = rstd * (scaled - normed * (tl.sum(scaled * normed, 0) / size))
+    if HAS_RESIDUAL:
+        out += tl.load(residual_ptr + start + columns, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + start + columns, out.to(out_ptr.dtype.element_ty), inside)
+
+
+def _launch(kernel: Any, x: Tensor, *tensors: Tensor, eps: float, **constants: bool) -> None:
+    """One program a row of x, which holds it in registers."""
+    size = x.shape[-1]
+    block = next_power_of_2(size)
+    warps = min(max(block // 512, 1), 16)
+    kernel[(x.numel() // size,)](*tensors, size, eps, BLOCK=block, num_warps=warps, **constants)
+
+
+def forward_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _launch(_forward_kernel, x, x, weight, y, eps=eps)
+    return y
+
+
+def backward_triton(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    grad, x = grad.contiguous(), x.contiguous()
+    out = torch.empty_like(x)
+    more = x if residual is None else residual.contiguous()
+    _launch(_backward_kernel, x, grad, x, weight, more, out, eps=eps, HAS_RESIDUAL=residual is not None)
+    return out
+
+
+if HAS_TRITON:
+    rms_norm.register_kernel("cuda")(forward_triton)
+    rms_norm_backward.register_kernel("cuda")(backward_triton)

@@ -1,0 +1,88 @@
+"""SwiGLU (arXiv:2002.05202): silu(gate) * up, and its backward pass, which also computes the product again."""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from common.kernels import HAS_TRITON, constexpr, jit, tl, triton
+
+BLOCK = 1024  # entries a program
+
+
+@custom_op("common::swiglu", mutates_args=())
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of equal shapes, in fp32, rounded once; contiguous. Its gradient: swiglu_backward_."""
+    gate32 = gate.float()
+    return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype)
+
+
+@custom_op("common::swiglu_backward_", mutates_args={"grad"})
+def swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The product again, and the gradient of gate, from `grad`, the product's gradient, which becomes that of up.
+
+    All of one shape; grad is contiguous.
+    """
+    gate32, up32, grad32 = gate.float(), up.float(), grad.float()
+    sigmoid = torch.sigmoid(gate32)
+    silu = gate32 * sigmoid
+    # d silu / d gate = sigmoid + gate * sigmoid * (1 - sigmoid)
+    grad_gate = grad32 * up32 * (sigmoid + silu * (1 - sigmoid))
+    product = (silu * up32).to(gate.dtype)
+    grad.copy_(grad32 * silu)
+    return product, grad_gate.to(gate.dtype)
+
+
+@swiglu.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@swiglu_backward_.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate), torch.empty_like(gate)
+
+
+@jit
+def _forward_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entries < size
+    gate = tl.load(gate_ptr + entries, inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + entries, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + entries, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
+
+
+@jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr, gate_ptr, up_ptr, product_ptr, grad_gate_ptr, size, BLOCK: constexpr
+):
+    entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entries < size
+    grad = tl.load(grad_ptr + entries, inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + entries, inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + entries, inside, other=0.0).to(tl.float32)
+    dtype = grad_ptr.dtype.element_ty
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(product_ptr + entries, (silu * up).to(dtype), inside)
+    tl.store(grad_gate_ptr + entries, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), inside)
+    tl.store(grad_ptr + entries, (grad * silu).to(dtype), inside)
+
+
+def forward_triton(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    _forward_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK)
+    return out
+
+
+def backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up = gate.contiguous(), up.contiguous()
+    product, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
+    grid = (triton.cdiv(grad.numel(), BLOCK),)
+    _backward_kernel[grid](grad, gate, up, product, grad_gate, grad.numel(), BLOCK=BLOCK)
+    return product, grad_gate
+
+
+if HAS_TRITON:
+    swiglu.register_kernel("cuda")(forward_triton)
+    swiglu_backward_.register_kernel("cuda")(backward_triton_)

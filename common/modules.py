@@ -1,0 +1,167 @@
+"""Lean decoder layers for Llama, Mistral, Qwen2 and Qwen3: the modules that were loaded, with a leaner forward pass.
+
+A lean module is the loaded one under a subclass of its own class (as torch's fully_shard does it): parameters, names,
+hooks and what PEFT attached stay as they are, so an adapter loads in plain peft and transformers. What the lean pass
+does not cover, such as generation with a cache or a merged adapter, goes through the stock one.
+"""
+
+from typing import Any
+
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
+
+from common.kernels import HAS_TRITON
+from common.kernels.lora_linear import LoraLinear, linear_onto, normed_linears, swiglu_linear_onto
+from common.kernels.rms_norm import rms_norm
+from common.kernels.rope import rope
+from common.recipe import Kernels
+
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+
+
+class _LeanLayer(nn.Module):
+    """Attention and MLP, each with the norm before it and the residual after it."""
+
+    def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
+        if past_key_values is not None or any(_not_plain(self.get_submodule(name)) for name in PROJECTIONS):
+            output: Tensor = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
+            return output
+        hidden = self.self_attn(hidden_states, norm=self.input_layernorm, **kwargs)
+        output = self.mlp(hidden, norm=self.post_attention_layernorm)
+        return output
+
+
+class _LeanAttention(nn.Module):
+    """Saves its input, what attention itself saves, and with norms of queries and keys (Qwen3) their inputs."""
+
+    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, **kwargs: Any) -> Any:
+        """The residual stream after attention, where the lean layer names the norm before it; else the stock pass."""
+        if norm is None:
+            return super().forward(hidden_states, **kwargs)
+        cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
+        linears = [lora_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        query, key, value, hidden = normed_linears(
+            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
+        )
+        if hasattr(self, "q_norm"):
+            query, key = _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm)
+        query, key = rope(query, key, cos, sin)
+        rows, tokens, _ = hidden_states.shape
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        output, _ = attend(
+            self,
+            *(states.view(rows, tokens, -1, self.head_dim).transpose(1, 2) for states in (query, key, value)),
+            kwargs.pop("attention_mask", None),
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
+            **kwargs,
+        )
+        return linear_onto(output.reshape(len(hidden), -1), lora_linear(self.o_proj), hidden).view_as(hidden_states)
+
+
+class _LeanMLP(nn.Module):
+    """Saves its input, gate and up."""
+
+    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None) -> Tensor:
+        """The residual stream after the MLP, where the lean layer names the norm before it; else the stock pass."""
+        if norm is None:
+            output: Tensor = super().forward(hidden_states)
+            return output
+        linears = [lora_linear(module) for module in (self.gate_proj, self.up_proj)]
+        gate, up, hidden = normed_linears(hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears)
+        return swiglu_linear_onto(gate, up, lora_linear(self.down_proj), hidden).view_as(hidden_states)
+
+
+def _norm_heads(states: Tensor, norm: Any) -> Tensor:
+    size = len(norm.weight)
+    return rms_norm(states.view(-1, size), norm.weight, norm.variance_epsilon).view_as(states)
+
+
+_STOCK = {
+    _LeanLayer: (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer),
+    _LeanAttention: (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention),
+    _LeanMLP: (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP),
+}
+LEAN = {
+    stock: type(f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__})
+    for lean, classes in _STOCK.items()
+    for stock in classes
+}
+
+
+def fuse_layers(model: PeftModel, kernels: Kernels) -> None:
+    """With "lean" the model's decoder layers compute as common.kernels does, with "stock" as the libraries do.
+
+    Says in a line where "lean" is not to be had: for other architectures, and with LoRA dropout or DoRA.
+    """
+    if kernels == "stock":
+        return
+    if reason := obstacle(model):
+        print(f"layers: stock, slower and with more memory, because {reason}")
+        return
+    make_lean(model)
+    if model.device.type == "cuda" and not HAS_TRITON:
+        print("layers: lean, but in plain PyTorch operators, slower: Triton is not installed (pip install triton)")
+
+
+def make_lean(model: nn.Module) -> None:
+    """Every module that has a lean class takes it; `obstacle` must be None."""
+    for module in model.modules():
+        module.__class__ = LEAN.get(type(module), type(module))
+
+
+def is_lean(model: nn.Module) -> bool:
+    return any(isinstance(module, _LeanLayer) for module in model.modules())
+
+
+def obstacle(model: Any) -> str | None:
+    """Why the model's layers cannot be lean, in words; None if they can."""
+    known = _STOCK[_LeanLayer]
+    layers = [module for module in model.modules() if type(module) in known or isinstance(module, _LeanLayer)]
+    if not layers:
+        return f"there are no lean layers for {model.config.model_type}"
+    if model.config.hidden_act != "silu":
+        return f"the lean layers know SiLU, not {model.config.hidden_act}"
+    return next(
+        (reason for layer in layers for name in PROJECTIONS if (reason := _not_plain(layer.get_submodule(name)))), None
+    )
+
+
+def _not_plain(module: Any) -> str | None:
+    """Why a LoraLinear cannot express the module, in words; None if it can."""
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    if not isinstance(base, Linear4bit) and type(base) is not nn.Linear:
+        return f"they cannot read a {type(base).__name__}"
+    if base is module or module.disable_adapters:
+        return None
+    name = next(iter(module.active_adapters), None)
+    if module.merged or len(module.active_adapters) != 1 or name not in module.lora_A:
+        return "they read exactly one adapter"
+    if module.lora_variant or module.lora_bias[name]:
+        return "they know plain LoRA only (no DoRA)"
+    if not isinstance(module.lora_dropout[name], nn.Identity):
+        return "they have no LoRA dropout"
+    return None
+
+
+def lora_linear(module: Any) -> LoraLinear:
+    """The module's weights, with the adapter that is active now, as the lean pass reads them."""
+    if not isinstance(module, LoraLayer):
+        return LoraLinear(module.weight, module.bias)
+    base = module.base_layer
+    if module.disable_adapters:
+        return LoraLinear(base.weight, base.bias)
+    (name,) = module.active_adapters
+    adapter = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    return LoraLinear(base.weight, base.bias, *adapter)

@@ -1,0 +1,308 @@
+"""Every operator against float64, forward and each gradient: the reference, and its Triton kernel, interpreted.
+
+On a GPU the same cases run compiled and in bf16 (tests/test_gpu.py). Without a GPU the kernels are compiled at least,
+for each generation of cards.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from common.kernels import HAS_TRITON, lora_linear, rms_norm, rope, swiglu
+from common.kernels.lora_linear import LoraLinear, linear_onto, normed_linears, swiglu_linear_onto
+from tests.conftest import ROOT
+
+EPS = 1e-5
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="there is no Triton for this machine (requirements-dev.txt)")
+interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="Triton interprets where there is no GPU; here: ARGS='-m gpu'"
+)
+IMPLEMENTATIONS = ["reference", pytest.param("triton", marks=[needs_triton, interpreted])]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().requires_grad_() for tensor in tensors]
+
+
+def assert_near(got: Tensor, expected: Tensor, units: float = 8) -> None:
+    """Within so many units in the last place of the largest entry, for the dtype of `got`."""
+    limit = units * torch.finfo(got.dtype).eps * expected.abs().max().item()
+    assert got.shape == expected.shape
+    assert (got.double() - expected).abs().max().item() <= limit
+
+
+def norm_in_float64(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def rope_in_float64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads = x.unflatten(1, (-1, cos.shape[-1]))
+    first, second = heads.chunk(2, -1)
+    return (heads * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]).flatten(1)
+
+
+# Operators and Triton launchers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3), (3, 64), (5, 100), (2, 5120)])
+def test_rms_norm(shape, dtype, implementation):
+    forward, backward = {
+        "reference": (rms_norm.rms_norm, rms_norm.rms_norm_backward),
+        "triton": (rms_norm.forward_triton, rms_norm.backward_triton),
+    }[implementation]
+    x, grad, residual = (random(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
+    weight = random(shape[1], seed=3, dtype=dtype)
+    exact_x, exact_weight = exact(x, weight)
+    expected = norm_in_float64(exact_x, exact_weight)
+    assert_near(forward(x, weight, EPS), expected)
+    (expected_grad,) = torch.autograd.grad(expected, exact_x, grad.double())
+    assert_near(backward(grad, x, weight, EPS), expected_grad, 16)
+    assert_near(backward(grad, x, weight, EPS, residual), expected_grad + residual.double(), 16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "heads", "key_heads", "dim"), [(1, 1, 1, 2), (7, 5, 3, 12), (3, 40, 8, 128)])
+def test_rope(tokens, heads, key_heads, dim, dtype, implementation):
+    operator = {"reference": rope.rope, "triton": rope.rope_triton}[implementation]
+    query, key = random(tokens, heads * dim, dtype=dtype), random(tokens, key_heads * dim, seed=1, dtype=dtype)
+    angles = random(tokens, dim // 2, seed=2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    for got, source in zip(operator(query, key, cos, sin), (query, key), strict=True):
+        (x,) = exact(source)
+        expected = rope_in_float64(x, cos.double(), sin.double())
+        assert_near(got, expected)
+        (grad,) = torch.autograd.grad(expected, x, source.double())
+        again = operator(query, key, cos, sin, True)[0 if source is query else 1]
+        assert_near(again, grad)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2, 1024)])
+def test_swiglu(shape, dtype, implementation):
+    forward, backward_ = {
+        "reference": (swiglu.swiglu, swiglu.swiglu_backward_),
+        "triton": (swiglu.forward_triton, swiglu.backward_triton_),
+    }[implementation]
+    gate, up, grad = (random(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
+    exact_gate, exact_up = exact(gate, up)
+    expected = silu(exact_gate) * exact_up
+    assert_near(forward(gate, up), expected)
+    of_gate, of_up = torch.autograd.grad(expected, (exact_gate, exact_up), grad.double())
+    product, grad_gate = backward_(grad, gate, up)
+    assert_near(product, expected)
+    assert_near(grad_gate, of_gate, 16)
+    assert_near(grad, of_up, 16)  # in place
+
+
+def test_the_operators_are_what_torch_expects_of_one():
+    """Schema, fake version and gradient: what fake tensors, checkpointing and torch.compile go by."""
+    x, weight = random(3, 8).requires_grad_(), random(8)
+    torch.library.opcheck(rms_norm.rms_norm, (x, weight, EPS))
+    torch.library.opcheck(rms_norm.rms_norm_backward, (random(3, 8), x.detach(), weight, EPS, random(3, 8)))
+    query, key = random(3, 16).requires_grad_(), random(3, 8).requires_grad_()
+    torch.library.opcheck(rope.rope, (query, key, random(3, 4), random(3, 4), False))
+    torch.library.opcheck(swiglu.swiglu, (random(3, 8), random(3, 8)))
+    torch.library.opcheck(swiglu.swiglu_backward_, (random(3, 8), random(3, 8), random(3, 8)))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from common.kernels import rms_norm, rope, swiglu
+
+sizes = {"size": "i32", "eps": "fp32", "query_heads": "i32", "key_heads": "i32", "half": "i32"}
+constants = {"HAS_RESIDUAL": True, "INVERSE": True, "BLOCK": 8192, "QUERY_BLOCK": 64, "KEY_BLOCK": 8, "HALF_BLOCK": 64}
+for kernel in (rms_norm._forward_kernel, rms_norm._backward_kernel, rope._kernel,
+               swiglu._forward_kernel, swiglu._backward_kernel):
+    names = kernel.arg_names
+    known = {name: constants[name] for name in names if name in constants}
+    for capability in (75, 80, 86, 89, 90, 120):
+        dtype = "*bf16" if capability >= 80 else "*fp16"
+        signature = {name: "constexpr" if name in known else sizes.get(name, dtype) for name in names}
+        compiled = triton.compile(ASTSource(kernel, signature, known), GPUTarget("cuda", capability, 32))
+        assert compiled.asm["cubin"], (kernel, capability)
+        print(capability, "compiled")
+"""
+
+
+@needs_triton
+def test_every_kernel_compiles_for_every_generation_of_cards(tmp_path):
+    """From the RTX 20 to the RTX 50 series and H100, by Triton's own compiler and assembler: no GPU is needed."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("compiled") == 5 * 6
+
+
+# LoRA linear layers -----------------------------------------------------------------------------------------------
+
+
+def linear(
+    inputs: int, outputs: int, *, rank: int | None = 4, bias: bool = False, scale: float = 2.0, bits: int = 4, seed=0
+) -> LoraLinear:
+    """A layer with its adapter; of a 4-bit one the weight is NF4 with double quantisation."""
+    weight: Tensor = nn.Parameter(random(outputs, inputs, seed=seed) / inputs**0.5, requires_grad=False)
+    if bits == 4:
+        packed, state = bnb.quantize_4bit(weight.data, blocksize=64, compress_statistics=True, quant_type="nf4")
+        weight = nn.Parameter(packed, requires_grad=False)
+        weight.quant_state = state
+    a, b = (None, None) if rank is None else (random(rank, inputs, seed=seed + 1), random(outputs, rank, seed=seed + 2))
+    if a is not None:
+        a, b = nn.Parameter(a / 4), nn.Parameter(b / 4)
+    return LoraLinear(weight, random(outputs, seed=seed + 3) if bias else None, a, b, scale)
+
+
+def linear_in_float64(x: Tensor, layer: LoraLinear, a: Tensor | None, b: Tensor | None) -> Tensor:
+    y = x @ layer.dense(torch.float32).double().T
+    if layer.bias is not None:
+        y = y + layer.bias.double()
+    return y if a is None else y + layer.scale * (x @ a.T) @ b.T
+
+
+CASES = {
+    "4 bit": {},
+    "with a bias": {"bias": True},
+    "scale 1": {"scale": 1.0},
+    "16 bit": {"bits": 16},
+    "rank 1": {"rank": 1},
+    "no adapter": {"rank": None},
+    "no adapter, a bias": {"rank": None, "bias": True},
+}
+
+
+def compare(outputs, expected, inputs, exact_inputs, layers, exact_adapters) -> None:
+    """Values, and the gradients of every input and adapter, from the same random gradients of the outputs."""
+    for got, true in zip(outputs, expected, strict=True):
+        assert_near(got, true, 32)
+    adapters = [adapter for layer in layers for adapter in (layer.a, layer.b) if adapter is not None]
+    grads = [random(*output.shape, seed=70 + i) for i, output in enumerate(outputs)]
+    got = torch.autograd.grad(outputs, [*inputs, *adapters], grads)
+    true = torch.autograd.grad(expected, [*exact_inputs, *exact_adapters], [grad.double() for grad in grads])
+    assert len(got) == len(true)
+    for mine, right in zip(got, true, strict=True):
+        assert_near(mine, right, 64)
+
+
+def exact_adapters_of(layers):
+    pairs = [(None, None) if layer.a is None else tuple(exact(layer.a, layer.b)) for layer in layers]
+    return pairs, [adapter for pair in pairs for adapter in pair if adapter is not None]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_linears_after_a_norm(case, tokens):
+    layers = [linear(64, outputs, seed=10 * outputs, **CASES[case]) for outputs in (96, 33, 64)]
+    layers[1] = linear(64, 33, rank=3, seed=5)  # another rank beside them
+    hidden, weight = random(tokens, 64).requires_grad_(), random(64, seed=9)
+    outputs = normed_linears(hidden, weight, EPS, layers)
+    (exact_hidden,) = exact(hidden)
+    normed = norm_in_float64(exact_hidden, weight.double())
+    pairs, adapters = exact_adapters_of(layers)
+    expected = [linear_in_float64(normed, layer, *pair) for layer, pair in zip(layers, pairs, strict=True)]
+    compare(outputs, [*expected, exact_hidden * 1], [hidden], [exact_hidden], layers, adapters)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_linear_onto_the_residual(case, tokens):
+    layer = linear(64, 33, **CASES[case])
+    x, residual = random(tokens, 64).requires_grad_(), random(tokens, 33, seed=8).requires_grad_()
+    exact_x, exact_residual = exact(x, residual)
+    pairs, adapters = exact_adapters_of([layer])
+    expected = exact_residual + linear_in_float64(exact_x, layer, *pairs[0])
+    compare([linear_onto(x, layer, residual)], [expected], [x, residual], [exact_x, exact_residual], [layer], adapters)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_linear_after_swiglu_onto_the_residual(case, tokens):
+    layer = linear(64, 33, **CASES[case])
+    gate, up = (random(tokens, 64, seed=seed).requires_grad_() for seed in (6, 7))
+    residual = random(tokens, 33, seed=8).requires_grad_()
+    exact_inputs = exact(gate, up, residual)
+    pairs, adapters = exact_adapters_of([layer])
+    product = silu(exact_inputs[0]) * exact_inputs[1]
+    expected = exact_inputs[2] + linear_in_float64(product, layer, *pairs[0])
+    got = swiglu_linear_onto(gate, up, layer, residual)
+    compare([got], [expected], [gate, up, residual], exact_inputs, [layer], adapters)
+
+
+def saved_for_backward(run) -> list[Tensor]:
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        run()
+    return saved
+
+
+def test_nothing_is_saved_but_the_inputs():
+    layers = [linear(64, 96), linear(64, 96, seed=4)]
+    down = linear(96, 64)
+    hidden, gate, up = random(7, 64).requires_grad_(), random(7, 96).requires_grad_(), random(7, 96).requires_grad_()
+    for run, inputs in (
+        (lambda: normed_linears(hidden, random(64), EPS, layers), [hidden]),
+        (lambda: linear_onto(gate, down, hidden), [gate]),
+        (lambda: swiglu_linear_onto(gate, up, down, hidden), [gate, up]),
+    ):
+        assert [tensor.data_ptr() for tensor in saved_for_backward(run)] == [tensor.data_ptr() for tensor in inputs]
+
+
+class Dequantisations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator is torch.ops.bitsandbytes.dequantize_4bit.default
+        return operator(*args, **(kwargs or {}))
+
+
+def mlp(hidden: Tensor, layers: list[LoraLinear]) -> Tensor:
+    gate, up, hidden = normed_linears(hidden, torch.ones(64), EPS, layers[:2])
+    return swiglu_linear_onto(gate, up, layers[2], hidden)
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_a_recompute_skips_the_matmul_whose_result_nobody_reads(early_stop):
+    """Each use of a weight dequantises it once: 3 forward, 3 backward, and of the recompute's 3 the last is skipped."""
+    layers = [linear(64, 96), linear(64, 96, seed=4), linear(96, 64)]
+    hidden = random(7, 64).requires_grad_()
+    plain = torch.autograd.grad(mlp(hidden, layers).sum(), [hidden, layers[2].a])
+    with Dequantisations() as dequantisations:
+        output = checkpoint(mlp, hidden, layers, use_reentrant=False, early_stop=early_stop)
+        got = torch.autograd.grad(output.sum(), [hidden, layers[2].a])
+    assert dequantisations.count == 3 + 3 + (2 if early_stop else 3)
+    assert all(torch.equal(mine, right) for mine, right in zip(got, plain, strict=True))
+
+
+def test_the_placeholder_that_stands_for_a_saved_pair_takes_no_memory():
+    gate, up = random(7, 64).requires_grad_(), random(7, 64).requires_grad_()
+    placeholder = lora_linear._KeepGateUp.apply(gate, up, linear(64, 33), torch.Size((7, 33)), None, None)
+    assert placeholder.shape == (7, 33)
+    assert placeholder.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_the_layers_compile_without_a_graph_break():
+    layers = [linear(64, 96), linear(64, 96, seed=4), linear(96, 64)]
+    hidden = random(7, 64).requires_grad_()
+    compiled = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    mine, plain = compiled(hidden, layers), mlp(hidden, layers)
+    torch.testing.assert_close(mine, plain)
+    inputs = [hidden, layers[0].a, layers[2].b]
+    for got, right in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (mine, plain)), strict=True):
+        torch.testing.assert_close(got, right)
