@@ -17,6 +17,7 @@ from common.adapters import attach_lora
 from common.attention import packed_attention
 from common.data import load_rows
 from common.forecast import Forecast
+from common.kernels import rms_norm, rope, swiglu
 from common.loading import load_4bit, load_tokenizer
 from common.loss import head_loss
 from common.machine import GIB, this_machine
@@ -26,6 +27,7 @@ from common.recipe import DataSpec
 from common.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
+from tests.test_kernels import EPS, norm_in_float64, rope_in_float64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +89,86 @@ def test_head_loss_in_bf16_is_that_of_float64():
     # Logits are rounded to bf16, 2^-9 of each: errors that average out in the sum, and stand in a gradient.
     torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=0)
     assert (hidden.grad.double() - exact.grad).norm() <= 2**-6 * exact.grad.norm()
+
+
+def error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of the whole tensor, relative."""
+    return ((got.double() - exact).norm() / exact.norm()).item()
+
+
+def randoms(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+
+
+BF16 = 2**-8  # a rounding to bf16 is off by half of that at most
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (5, 100), (2048, 4096), (17, 5120), (2048 * 40, 128)])
+def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape):
+    x, grad, residual, weight = randoms(shape, shape, shape, shape[1:])
+    exact = x.double().requires_grad_()
+    expected = norm_in_float64(exact, weight.double())
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
+    assert error(rms_norm.rms_norm_forward(x, weight, EPS), expected) <= BF16
+    assert error(rms_norm.rms_norm_backward(grad, x, weight, EPS, residual), expected_grad + residual.double()) <= BF16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "key_heads", "dim"), [(7, 5, 3, 12), (2048, 32, 8, 128), (300, 40, 8, 128)]
+)
+def test_the_rope_kernel_in_bf16_is_that_of_float64(tokens, heads, key_heads, dim):
+    query, key, angles = randoms((tokens, heads * dim), (tokens, key_heads * dim), (tokens, dim // 2))
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    for got, source in zip(rope.rotate(query, key, cos, sin, False), (query, key), strict=True):
+        assert error(got, rope_in_float64(source.double(), cos.double(), sin.double())) <= BF16
+    back = rope.rotate(*rope.rotate(query, key, cos, sin, False), cos, sin, True)
+    scale = (cos.double() ** 2 + sin.double() ** 2)[:, None]  # one, but for the rounding of cos and sin
+    for got, source in zip(back, (query, key), strict=True):
+        assert error(got, (source.double().unflatten(1, (-1, dim)) * scale).flatten(1)) <= 2 * BF16
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2048, 14336)])
+def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
+    gate, up, grad = randoms(shape, shape, shape)
+    inputs = [gate.double().requires_grad_(), up.double().requires_grad_()]
+    expected = torch.nn.functional.silu(inputs[0]) * inputs[1]
+    of_gate, of_up = torch.autograd.grad(expected, inputs, grad.double())
+    assert error(swiglu.swiglu(gate, up), expected) <= BF16
+    product, grad_gate = swiglu.swiglu_backward_(grad, gate, up)
+    assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "qwen_14b"])
+def test_lean_layers_in_bf16_are_as_close_to_fp32_as_stock_ones(name):
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    spec = replace(recipe.model, weights="random", layers=2)
+    ids = torch.randint(1000, (1, 512), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+
+    def loss_and_gradients(kernels: str, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+        model = attach_lora(load_4bit(spec, replace(this_machine(), dtype=dtype)), recipe.lora).train()
+        model.set_attn_implementation("sdpa")
+        generator = torch.Generator("cuda").manual_seed(1)
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.data.normal_(std=0.02, generator=generator)
+        fuse_layers(model, kernels)
+        checkpoint_activations(model, Policy(2, 1))
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item(), {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+
+    exact_loss, exact = loss_and_gradients("stock", torch.float32)
+    errors = {}
+    for kernels in ("lean", "stock"):
+        loss, gradients = loss_and_gradients(kernels, torch.bfloat16)
+        assert loss == pytest.approx(exact_loss, rel=2e-3)
+        errors[kernels] = {key: error(gradients[key], exact[key].double()) for key in exact}
+    mean = {kernels: sum(found.values()) / len(found) for kernels, found in errors.items()}
+    print(f"{name}: mean error of a gradient, lean {mean['lean']:.4f}, stock {mean['stock']:.4f}")
+    assert mean["lean"] <= 1.1 * mean["stock"]
+    assert max(errors["lean"].values()) <= 1.5 * max(errors["stock"].values())
 
 
 def test_packed_attention_is_attention_within_each_example():

@@ -16,7 +16,7 @@ from torch.nn.functional import silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from common.kernels import HAS_TRITON, lora_linear, rms_norm, rope, swiglu
+from common.kernels import HAS_TRITON, REFERENCES, lora_linear, rms_norm, rope, swiglu
 from common.kernels.lora_linear import LoraLinear, linear_onto, normed_linears, swiglu_linear_onto
 from tests.conftest import ROOT
 
@@ -61,7 +61,7 @@ def rope_in_float64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize("shape", [(1, 3), (3, 64), (5, 100), (2, 5120)])
 def test_rms_norm(shape, dtype, implementation):
     forward, backward = {
-        "reference": (rms_norm.rms_norm, rms_norm.rms_norm_backward),
+        "reference": (rms_norm.rms_norm_forward, rms_norm.rms_norm_backward),
         "triton": (rms_norm.forward_triton, rms_norm.backward_triton),
     }[implementation]
     x, grad, residual = (random(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
@@ -78,11 +78,11 @@ def test_rms_norm(shape, dtype, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "heads", "key_heads", "dim"), [(1, 1, 1, 2), (7, 5, 3, 12), (3, 40, 8, 128)])
 def test_rope(tokens, heads, key_heads, dim, dtype, implementation):
-    operator = {"reference": rope.rope, "triton": rope.rope_triton}[implementation]
+    operator = {"reference": rope.rotate, "triton": rope.rotate_triton}[implementation]
     query, key = random(tokens, heads * dim, dtype=dtype), random(tokens, key_heads * dim, seed=1, dtype=dtype)
     angles = random(tokens, dim // 2, seed=2).repeat(1, 2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    for got, source in zip(operator(query, key, cos, sin), (query, key), strict=True):
+    for got, source in zip(operator(query, key, cos, sin, False), (query, key), strict=True):
         (x,) = exact(source)
         expected = rope_in_float64(x, cos.double(), sin.double())
         assert_near(got, expected)
@@ -111,14 +111,39 @@ def test_swiglu(shape, dtype, implementation):
 
 
 def test_the_operators_are_what_torch_expects_of_one():
-    """Schema, fake version and gradient: what fake tensors, checkpointing and torch.compile go by."""
-    x, weight = random(3, 8).requires_grad_(), random(8)
-    torch.library.opcheck(rms_norm.rms_norm, (x, weight, EPS))
-    torch.library.opcheck(rms_norm.rms_norm_backward, (random(3, 8), x.detach(), weight, EPS, random(3, 8)))
-    query, key = random(3, 16).requires_grad_(), random(3, 8).requires_grad_()
-    torch.library.opcheck(rope.rope, (query, key, random(3, 4), random(3, 4), False))
-    torch.library.opcheck(swiglu.swiglu, (random(3, 8), random(3, 8)))
-    torch.library.opcheck(swiglu.swiglu_backward_, (random(3, 8), random(3, 8), random(3, 8)))
+    """Schema and fake version: what fake tensors, checkpointing and torch.compile go by."""
+    x, weight = random(3, 8), random(8)
+    arguments = {
+        rms_norm.rms_norm_forward: (x, weight, EPS),
+        rms_norm.rms_norm_backward: (x + 1, x, weight, EPS, x + 2),
+        rope.rotate: (random(3, 16), random(3, 8), random(3, 4), random(3, 4), False),
+        swiglu.swiglu: (x, x + 1),
+        swiglu.swiglu_backward_: (x, x + 1, x + 2),
+    }
+    assert arguments.keys() == REFERENCES.keys()
+    for operator, values in arguments.items():
+        torch.library.opcheck(operator, values)
+
+
+def test_the_gradients_of_the_norm_and_of_rope_are_those_of_float64():
+    """As the layers use them, by name; two times the same, and none for what is frozen."""
+    x, weight = random(5, 24).requires_grad_(), random(24)
+    exact_x, exact_weight = exact(x, weight)
+    (got,) = torch.autograd.grad(rms_norm.rms_norm(x, weight, EPS), x, random(5, 24, seed=1))
+    (expected,) = torch.autograd.grad(norm_in_float64(exact_x, exact_weight), exact_x, random(5, 24, seed=1).double())
+    assert_near(got, expected, 16)
+    query, key, angles = random(5, 24).requires_grad_(), random(5, 12, seed=1).requires_grad_(), random(5, 3, seed=2)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+    outputs = rope.rope(query, key, cos, sin)
+    grads = random(5, 24, seed=3), random(5, 12, seed=4)
+    inputs = exact(query, key)
+    right = [rope_in_float64(states, cos.double(), sin.double()) for states in inputs]
+    for mine, true in zip(
+        torch.autograd.grad(outputs, (query, key), grads),
+        torch.autograd.grad(right, inputs, [grad.double() for grad in grads]),
+        strict=True,
+    ):
+        assert_near(mine, true)
 
 
 COMPILE = """

@@ -13,9 +13,7 @@ from common import memory
 from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora
 from common.forecast import Forecast, Setting, copies, full_batch
-from common.kernels.rms_norm import rms_norm, rms_norm_backward
-from common.kernels.rope import rope
-from common.kernels.swiglu import swiglu, swiglu_backward_
+from common.kernels import REFERENCES
 from common.loading import load_4bit
 from common.machine import GIB
 from common.memory import count_step, round_up
@@ -118,9 +116,9 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
     monkeypatch.setattr(memory, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
-    for operator in (rms_norm, rms_norm_backward, rope, swiglu, swiglu_backward_):
+    for operator, reference in REFERENCES.items():
         # On a CPU it is its reference that runs, which allocates more than the Triton kernel that a plan counts.
-        monkeypatch.setitem(memory.IN_SIGHT, operator._opoverload, operator._init_fn)
+        monkeypatch.setitem(memory.IN_SIGHT, operator, reference)
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
     counted = step.peak() - sum(step.base.values())

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.kernels.rms_norm import rms_norm, rms_norm_backward
+from common.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from common.kernels.swiglu import swiglu, swiglu_backward_
 
 
@@ -32,7 +32,15 @@ class LoraLinear:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight (out, in), dequantised anew."""
         state = getattr(self.weight, "quant_state", None)
-        return (self.weight.data if state is None else bnb.dequantize_4bit(self.weight.data, state)).to(dtype)
+        if state is None:
+            return self.weight.detach().to(dtype)
+        ops, absmax = torch.ops.bitsandbytes, state.absmax
+        if state.nested:
+            of = state.state2
+            absmax = ops.dequantize_blockwise(absmax, of.absmax, of.code, of.blocksize, torch.float32).add_(
+                state.offset
+            )
+        return ops.dequantize_4bit(self.weight.detach(), absmax, state.blocksize, state.quant_type, state.shape, dtype)
 
     def scaled_b(self, dtype: torch.dtype) -> Tensor:
         assert self.b is not None
@@ -118,7 +126,7 @@ class _NormedLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.weight, ctx.eps, ctx.linears = weight, eps, linears
         ctx.save_for_backward(hidden)
-        return *_forward(rms_norm(hidden, weight, eps), linears), hidden
+        return *_forward(rms_norm_forward(hidden, weight, eps), linears), hidden
 
     @staticmethod
     @once_differentiable
@@ -126,7 +134,7 @@ class _NormedLinears(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         *grads, residual = grads  # type: ignore[assignment]
         grad, bottlenecks = _input_gradient(grads, ctx.linears)
-        normed = rms_norm(hidden, ctx.weight, ctx.eps)
+        normed = rms_norm_forward(hidden, ctx.weight, ctx.eps)
         adapters = _adapter_gradients(normed, grads, bottlenecks, ctx.linears)
         del normed
         return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual), None, None, None, *adapters

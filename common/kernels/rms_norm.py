@@ -8,52 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
+from torch.autograd.function import once_differentiable
 
-from common.kernels import HAS_TRITON, constexpr, jit, next_power_of_2, tl
+from common.kernels import constexpr, jit, next_power_of_2, register, tl
 
 
-@custom_op("common::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Each row of x (rows, size) divided by its root mean square, times weight (size,); contiguous, in x's dtype.
-
-    Differentiable in x.
-    """
+def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
     return (x32 * rstd).to(x.dtype) * weight
 
 
-@custom_op("common::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    """The gradient of x from that of rms_norm's output; plus `residual`, the gradient that x has from elsewhere."""
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
     normed, scaled = x32 * rstd, grad.float() * weight.float()
     grad_x = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return (grad_x if residual is None else grad_x + residual).to(x.dtype)
-
-
-@rms_norm.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@rms_norm_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-    return rms_norm_backward(grad, *ctx.saved_tensors, ctx.eps), None, None
-
-
-register_autograd("common::rms_norm", _backward, setup_context=_save)
 
 
 @jit
@@ -109,6 +80,38 @@ def backward_triton(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residua
     return out
 
 
-if HAS_TRITON:
-    rms_norm.register_kernel("cuda")(forward_triton)
-    rms_norm_backward.register_kernel("cuda")(backward_triton)
+# y (rows, size) of x (rows, size) and weight (size,); contiguous, in x's dtype.
+rms_norm_forward = register(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps) -> Tensor",
+    _forward,
+    lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
+    forward_triton,
+)
+# The gradient of x from that of y; plus `residual`, the gradient that x has from elsewhere.
+rms_norm_backward = register(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? residual=None) -> Tensor",
+    _backward,
+    lambda grad, x, weight, eps, residual=None: torch.empty_like(x, memory_format=torch.contiguous_format),
+    backward_triton,
+)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.weight, ctx.eps = weight, eps
+        ctx.save_for_backward(x)
+        y: Tensor = rms_norm_forward(x, weight, eps)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return rms_norm_backward(grad, x, ctx.weight, ctx.eps), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Each row of x (rows, size) over its root mean square, times weight (size,). Differentiable in x."""
+    y: Tensor = _RmsNorm.apply(x, weight, eps)
+    return y

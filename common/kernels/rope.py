@@ -5,45 +5,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, register_autograd
+from torch.autograd.function import once_differentiable
 
-from common.kernels import HAS_TRITON, constexpr, jit, next_power_of_2, tl
+from common.kernels import constexpr, jit, next_power_of_2, register, tl
 
 
-@custom_op("common::rope", mutates_args=())
-def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """query (tokens, heads * dim) and key (tokens, fewer heads * dim) rotated, in fp32, rounded once; contiguous.
-
-    cos, sin: (tokens, dim), both halves of a row alike. inverse: by the opposite angle, which is the gradient.
-    Differentiable in query and key.
-    """
+def _rotate_both(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     return _rotate(query, cos, sin, inverse), _rotate(key, cos, sin, inverse)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     dim = cos.shape[-1]
-    first, second = x.float().view(len(x), -1, 2, dim // 2).unbind(2)
+    first, second = x.float().reshape(len(x), -1, 2, dim // 2).unbind(2)
     cosine, sine = (part[:, None, : dim // 2].float() for part in (cos, sin))
     if inverse:
         sine = -sine
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), -1).flatten(1).to(x.dtype)
-
-
-@rope.register_fake
-def _(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, bool], output: Any) -> None:
-    _, _, cos, sin, ctx.inverse = inputs
-    ctx.save_for_backward(cos, sin)
-
-
-def _backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
-    return *rope(query.contiguous(), key.contiguous(), *ctx.saved_tensors, not ctx.inverse), None, None, None
-
-
-register_autograd("common::rope", _backward, setup_context=_save)
 
 
 @jit
@@ -82,7 +59,7 @@ def _kernel(  # type: ignore[no-untyped-def]
         tl.store(target + offsets + half, (second * cos + first * sin).to(dtype), inside)
 
 
-def rope_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
+def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     query, key, cos, sin = (tensor.contiguous() for tensor in (query, key, cos, sin))
     outputs = torch.empty_like(query), torch.empty_like(key)
     tokens, dim = cos.shape
@@ -93,5 +70,37 @@ def rope_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: b
     return outputs
 
 
-if HAS_TRITON:
-    rope.register_kernel("cuda")(rope_triton)
+def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
+
+
+# query (tokens, heads * dim) and key (tokens, fewer heads * dim) rotated, in fp32, rounded once; contiguous. cos, sin:
+# (tokens, dim), both halves of a row alike. inverse: by the opposite angle, which is the gradient.
+rotate = register(
+    "rotate(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
+    _rotate_both,
+    _fake,
+    rotate_triton,
+)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        rotated: tuple[Tensor, Tensor] = rotate(query, key, cos, sin, False)
+        return rotated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, query: Tensor, key: Tensor) -> tuple[Tensor | None, ...]:
+        return *rotate(query, key, *ctx.saved_tensors, True), None, None
+
+
+def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """query (tokens, heads * dim) and key (tokens, fewer heads * dim) at their positions; differentiable in both.
+
+    cos, sin: (tokens, dim), both halves of a row alike, as transformers gives them.
+    """
+    rotated: tuple[Tensor, Tensor] = _Rope.apply(query, key, cos, sin)
+    return rotated

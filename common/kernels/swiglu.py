@@ -2,26 +2,18 @@
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from common.kernels import HAS_TRITON, constexpr, jit, tl, triton
+from common.kernels import constexpr, jit, register, tl, triton
 
 BLOCK = 1024  # entries a program
 
 
-@custom_op("common::swiglu", mutates_args=())
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of equal shapes, in fp32, rounded once; contiguous. Its gradient: swiglu_backward_."""
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
     gate32 = gate.float()
     return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype)
 
 
-@custom_op("common::swiglu_backward_", mutates_args={"grad"})
-def swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The product again, and the gradient of gate, from `grad`, the product's gradient, which becomes that of up.
-
-    All of one shape; grad is contiguous.
-    """
+def _backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     gate32, up32, grad32 = gate.float(), up.float(), grad.float()
     sigmoid = torch.sigmoid(gate32)
     silu = gate32 * sigmoid
@@ -30,16 +22,6 @@ def swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     product = (silu * up32).to(gate.dtype)
     grad.copy_(grad32 * silu)
     return product, grad_gate.to(gate.dtype)
-
-
-@swiglu.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate)
-
-
-@swiglu_backward_.register_fake
-def _(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(gate), torch.empty_like(gate)
 
 
 @jit
@@ -83,6 +65,15 @@ def backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return product, grad_gate
 
 
-if HAS_TRITON:
-    swiglu.register_kernel("cuda")(forward_triton)
-    swiglu_backward_.register_kernel("cuda")(backward_triton_)
+# silu(gate) * up, of equal shapes, in fp32, rounded once; contiguous. Its gradient: swiglu_backward_.
+swiglu = register(
+    "swiglu(Tensor gate, Tensor up) -> Tensor", _forward, lambda gate, up: torch.empty_like(gate), forward_triton
+)
+# The product again, and the gradient of gate, from `grad`, the product's gradient, which becomes that of up. All of one
+# shape; grad is contiguous.
+swiglu_backward_ = register(
+    "swiglu_backward_(Tensor(a!) grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    _backward_,
+    lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(gate)),
+    backward_triton_,
+)
