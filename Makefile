@@ -19,11 +19,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune plan dryrun test check setup parity memory _recipe
+.PHONY: help finetune plan dryrun test check setup bench gpu-check parity memory _recipe
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
-	@sed -nE 's/^([a-z]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; flags in ARGS: --max-steps N, --resume, --overwrite
@@ -41,6 +41,12 @@ test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for t
 
 check: $(VENV)/.installed-dev ## ruff and mypy
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+bench: $(VENV)/.installed ## our step beside TRL, liger, transformers and unsloth: speed, memory, losses
+	@$(PY) -m benchmarks.bench $(ARGS)
+
+gpu-check: $(VENV)/.installed-dev ## everything that only a GPU can show, in pieces; ARGS=--rehearse without one
+	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
 parity: $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses and time
 	@$(PY) -m benchmarks.parity $(ARGS)

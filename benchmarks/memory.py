@@ -13,6 +13,7 @@ import importlib
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -48,16 +49,9 @@ def policies(layers: int) -> list[Policy]:
     ]
 
 
-def measure(
-    model: PeftModel, forecast: Forecast, tokens: int, policy: Policy, machine: Machine, repeats: int = 3
-) -> dict[str, Any]:
-    """One micro-batch of so many tokens, after one that left its gradients; then the optimizer's step.
-
-    Bytes as torch.cuda.max_memory_allocated and max_memory_reserved count them (None on a CPU), seconds of the fastest
-    micro-batch, without the optimizer.
-    """
+def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Machine) -> Callable[[], list[float]]:
+    """An optimizer step of two micro-batches of random tokens, one row each; it returns the seconds of each."""
     train = forecast.recipe.train
-    checkpoint_activations(model, policy)
     optimizer = build_optimizer(model, train)
     batch = full_batch(tokens, tokens, flat=forecast.setting.attention == PACKED)
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -85,6 +79,19 @@ def measure(
         optimizer.zero_grad()
         return seconds
 
+    return step
+
+
+def measure(
+    model: PeftModel, forecast: Forecast, tokens: int, policy: Policy, machine: Machine, repeats: int = 3
+) -> dict[str, Any]:
+    """One micro-batch of so many tokens, after one that left its gradients; then the optimizer's step.
+
+    Bytes as torch.cuda.max_memory_allocated and max_memory_reserved count them (None on a CPU), seconds of the fastest
+    micro-batch, without the optimizer.
+    """
+    checkpoint_activations(model, policy)
+    step = random_step(model, forecast, tokens, machine)
     step()  # compiles, allocates the optimizer's states
     if machine.is_gpu:
         torch.cuda.empty_cache()
@@ -141,6 +148,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--out", type=Path, help="the .json")
     args = parser.parse_args()
     machine = this_machine()
     if not machine.is_gpu:
@@ -154,7 +162,7 @@ def main() -> int:
         "recipes": {},
         "measurements": [],
     }
-    path = RESULTS / f"memory_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
+    path = args.out or RESULTS / f"memory_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
     for name in args.models:
         recipe = importlib.import_module(f"recipes.{name.replace('-', '_')}").RECIPE
         results["recipes"][name] = asdict(recipe)

@@ -1,0 +1,277 @@
+"""Our training step beside other stacks: tokens a second, memory, time to the first step, losses.
+
+    make bench                                                    # three models at 24 GiB; without a GPU the tiny one
+    make bench ARGS="--models llama3-8b --tokens 4096 --stacks ours trl unsloth --peers /path/with/unsloth"
+
+Each stack runs in a process of its own, in turn, `--rounds` times; the rate is that of the median step. On a GPU with
+more than `--card-gib` another process holds the rest of its memory. Results go to benchmarks/results/bench_<machine>,
+.json as they come in, .png at the end.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from benchmarks.models import recipe_of
+from benchmarks.stacks import NEEDS_GPU, STACKS, Job
+from common.activation_checkpointing import Policy
+from common.forecast import Forecast
+from common.machine import GIB, this_machine
+from common.planner import setting_of
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"
+LIMIT = 540  # seconds a process may take
+Result = dict[str, Any]
+
+
+def checkpoint(name: str) -> Path:
+    """The folder of the model's 4-bit checkpoint, made once."""
+    folder = CHECKPOINTS / name
+    if not (folder / "tokenizer.json").exists():  # written last
+        subprocess.run([sys.executable, "-m", "benchmarks.models", name, str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+def write_rows(path: Path, tokens: int, rows: int, folder: Path) -> None:
+    """Rows of the shipped conversations' text, each `tokens` ids long and one single example."""
+    from transformers import AutoTokenizer
+
+    lines = (ROOT / "data" / "tiny" / "train.jsonl").read_text().splitlines()
+    text = "\n".join(message["content"] for line in lines for message in json.loads(line)["messages"])
+    stream = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    stream *= -(-tokens * rows // len(stream))
+    path.write_text("".join(json.dumps(stream[i * tokens : (i + 1) * tokens]) + "\n" for i in range(rows)))
+
+
+@contextmanager
+def card_of(gib: float | None) -> Iterator[None]:
+    """Inside, the GPU has only so much free memory."""
+    if gib is None or not torch.cuda.is_available():
+        yield
+        return
+    command = [sys.executable, "-m", "benchmarks.ballast", "--leave-gib", str(gib)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ballast:
+        assert ballast.stdin and ballast.stdout
+        print(f"ballast {ballast.stdout.readline().strip()}", flush=True)
+        try:
+            yield
+        finally:
+            ballast.stdin.close()
+
+
+def run_stack(stack: str, job: Job, peers: str | None) -> Result:
+    """The stack's own result, or what it failed with, in words."""
+    environment = dict(os.environ)
+    if peers and stack.startswith("unsloth"):
+        environment["PYTHONPATH"] = os.pathsep.join([peers, str(ROOT)])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(asdict(replace(job, started_at=time.time()))))
+        command = [sys.executable, "-m", "benchmarks.stacks", stack, "--job", str(path)]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return {"stack": stack, "failed": f"took longer than {LIMIT} s"}
+    if done.returncode:
+        return {"stack": stack, "failed": reason(done.stderr)}
+    result: Result = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def reason(stderr: str) -> str:
+    """The error of a process in a few words."""
+    lines = [line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
+    last = (lines or stderr.splitlines() or ["no message"])[-1]
+    return "out of memory" if "OutOfMemoryError" in last else last[:200]
+
+
+def tokens_per_s(results: list[Result], job: Result) -> float:
+    seconds = [second for result in results for second in result["seconds"]]
+    return job["tokens"] * job["accumulation"] / statistics.median(seconds)
+
+
+def flops_per_token(name: str, tokens: int) -> float:
+    """Of forward and backward without any recompute, counted from our step."""
+    recipe = recipe_of(name)
+    forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)), setting_of(this_machine()))
+    step = forecast.step(tokens, Policy(forecast.layers, forecast.layers))
+    return sum(segment.work.flops for segment in step.segments) / tokens
+
+
+def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
+    """One entry for each model, length and stack, with its rounds put together."""
+    found = []
+    cases = dict.fromkeys((m["model"], m["job"]["tokens"], m["stack"]) for m in measurements)
+    for model, tokens, stack in cases:
+        rounds = [m for m in measurements if (m["model"], m["job"]["tokens"], m["stack"]) == (model, tokens, stack)]
+        entry: Result = {"model": model, "tokens": tokens, "stack": stack}
+        good = [m for m in rounds if "failed" not in m]
+        if not good:
+            found.append(entry | {"failed": rounds[0]["failed"]})
+            continue
+        rate = tokens_per_s(good, rounds[0]["job"])
+        reference = next(
+            (
+                m["losses"]
+                for m in measurements
+                if m["stack"] == "trl" and "losses" in m and (m["model"], m["job"]["tokens"]) == (model, tokens)
+            ),
+            None,
+        )
+        entry |= {
+            "tokens_per_s": rate,
+            "share_of_ceiling": rate * rounds[0]["flops_per_token"] / matmul_flops,
+            "allocated_bytes": good[0]["allocated_bytes"],
+            "reserved_bytes": good[0]["reserved_bytes"],
+            "resident_bytes": good[0]["resident_bytes"],
+            "first_step_seconds": statistics.median(m["first_step_seconds"] for m in good),
+            "policy": good[0]["policy"],
+        }
+        if reference:
+            entry["loss_difference"] = max(abs(a - b) for a, b in zip(good[0]["losses"], reference, strict=True))
+        found.append(entry)
+    return found
+
+
+def table(report: Result) -> str:
+    """The summary as Markdown, in the order in which the stacks ran."""
+    gpu = any(entry.get("allocated_bytes") for entry in report["summary"])
+    memory = "peak allocated / reserved" if gpu else "peak of RAM"
+    lines = [
+        f"| model | tokens a micro-batch | stack | tokens/s | ours is | {memory} | first step | share of the ceiling "
+        "| largest loss difference from TRL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for entry in report["summary"]:
+        start = f"| `{entry['model']}` | {entry['tokens']:,} | {entry['stack']} |"
+        if "failed" in entry:
+            lines.append(f"{start} {entry['failed']} | – | – | – | – | – |")
+            continue
+        mine = next(
+            (
+                e.get("tokens_per_s")
+                for e in report["summary"]
+                if e["stack"] == "ours" and (e["model"], e["tokens"]) == (entry["model"], entry["tokens"])
+            ),
+            None,
+        )
+        ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] != "ours" else "–"
+        sizes = (entry["allocated_bytes"], entry["reserved_bytes"]) if gpu else (entry["resident_bytes"],)
+        difference = f"{entry['loss_difference']:.4f}" if "loss_difference" in entry else "–"
+        lines.append(
+            f"{start} {entry['tokens_per_s']:,.0f} | {ratio} | {' / '.join(f'{size / GIB:.1f}' for size in sizes)} GiB "
+            f"| {entry['first_step_seconds']:.0f} s | {entry['share_of_ceiling']:.0%} | {difference} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(report: Result, path: Path) -> None:
+    """Tokens a second of every stack, a panel for each model and length."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    cases = list(dict.fromkeys((entry["model"], entry["tokens"]) for entry in report["summary"]))
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.2 * len(cases) + 2, 3.6), squeeze=False, layout="constrained")
+    for axis, (model, tokens) in zip(axes[0], cases, strict=True):
+        entries = [e for e in report["summary"] if (e["model"], e["tokens"]) == (model, tokens)][::-1]
+        rates = [entry.get("tokens_per_s", 0.0) for entry in entries]
+        colours = ["#1f77b4" if entry["stack"] == "ours" else "#b0b7bf" for entry in entries]
+        bars = axis.barh([entry["stack"] for entry in entries], rates, color=colours)
+        labels = [f"{e['tokens_per_s']:,.0f}" if "tokens_per_s" in e else "failed" for e in entries]
+        axis.bar_label(bars, labels, padding=3)
+        axis.set_xlim(0, 1.2 * max([*rates, 1.0]))
+        axis.set_title(f"{model}, {tokens:,} tokens a micro-batch", fontsize=10)
+        axis.set_xlabel("tokens/s")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{report['machine']}, {report['date']}", fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def processor() -> str:
+    """The machine's name, in words."""
+    machine = this_machine()
+    if machine.is_gpu:
+        return machine.name
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {machine.name}"
+
+
+def main() -> int:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["llama3-8b", "mistral-7b", "qwen-14b"] if gpu else ["tiny"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192] if gpu else [256])
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=[s for s in STACKS if gpu or s not in NEEDS_GPU])
+    parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
+    parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before them")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an optimizer step")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--card-gib", type=float, default=24.0)
+    parser.add_argument("--peers", help="PYTHONPATH of the unsloth stacks, where unsloth needs other versions")
+    parser.add_argument("--out", type=Path, help="the .json; the picture goes beside it")
+    args = parser.parse_args()
+    if args.warmup < 1 or args.steps < 1:
+        parser.error("--warmup and --steps must be at least 1")
+    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if gpu else "cpu").lower()
+    out = args.out or RESULTS / f"bench_{name}.json"
+    matmul = subprocess.run(
+        [sys.executable, "-m", "benchmarks.ceiling"], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    report: Result = {
+        "date": date.today().isoformat(),
+        "machine": processor(),
+        "command": "python -m benchmarks.bench " + " ".join(sys.argv[1:]),
+        "card_gib": args.card_gib if gpu else None,
+        "matmul_flops": float(matmul.stdout),
+        "summary": [],
+        "measurements": [],
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for model in args.models:
+        folder = checkpoint(model)
+        for tokens in args.tokens:
+            flops = flops_per_token(model, tokens)
+            with tempfile.TemporaryDirectory() as scratch, card_of(args.card_gib):
+                rows = Path(scratch) / "rows.jsonl"
+                write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
+                limit = args.card_gib if gpu else None
+                job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
+                for _ in range(args.rounds):
+                    for stack in args.stacks:
+                        result = run_stack(stack, job, args.peers)
+                        result |= {"model": model, "job": asdict(job), "flops_per_token": flops}
+                        report["measurements"].append(result)
+                        report["summary"] = summary(report["measurements"], report["matmul_flops"])
+                        out.write_text(json.dumps(report, indent=1) + "\n")
+                        said = result.get("failed") or f"{tokens_per_s([result], result['job']):,.0f} tokens/s"
+                        print(f"{model}, {tokens:,} tokens, {stack}: {said}", flush=True)
+    draw(report, out.with_suffix(".png"))
+    print(f"\n{table(report)}\n\nwritten to {out}, drawn in {out.with_suffix('.png')}")
+    return 0 if all("failed" not in entry for entry in report["summary"] if entry["stack"] == "ours") else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

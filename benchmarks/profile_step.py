@@ -1,0 +1,123 @@
+"""Where the time of our step goes: each kernel's share, largest first.
+
+    python -m benchmarks.profile_step --model llama3-8b --tokens 4096        # on a GPU; random weights, no download
+    python -m benchmarks.profile_step --model tiny --tokens 256              # on a CPU, by operator
+
+Two micro-batches and the optimizer's step under torch.profiler, without recompute unless --recompute. The gaps are the
+time in which the GPU waits for Python. Results go to benchmarks/results/profile_<model>_<machine>.json.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.memory import RESULTS, random_step
+from benchmarks.models import recipe_of
+from common.activation_checkpointing import Policy, checkpoint_activations
+from common.adapters import attach_lora
+from common.forecast import Forecast, speed_of
+from common.loading import load_4bit
+from common.machine import this_machine
+from common.modules import fuse_layers
+from common.planner import setting_of
+
+# What a kernel does, by the first pattern that its name matches; names differ between cards and versions.
+KINDS = {
+    "attention": r"flash|fmha|attention",
+    "dequantisation": r"dequant",
+    "optimizer": r"adam|multi_tensor",
+    "our kernels": r"^_(forward|backward)_kernel|^_kernel|common::",
+    "matmul": r"gemm|cutlass|nvjet|xmma|matmul|aten::(add)?mm",
+}
+
+
+def kind_of(name: str) -> str:
+    return next(
+        (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise, other"
+    )
+
+
+def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bool) -> dict[str, Any]:
+    """Microseconds of each kernel (on a CPU of each operator) in one optimizer step, and those of the whole step."""
+    machine = this_machine()
+    recipe = recipe_of(model_name)
+    if model_name != "tiny":
+        recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=layers))
+    forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
+    model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    fuse_layers(model, recipe.train.kernels)
+    checkpoint_activations(model, Policy(forecast.layers, 0 if recompute else forecast.layers))
+    step = random_step(model, forecast, tokens, machine)
+    for _ in range(3):
+        step()
+    started = time.perf_counter()
+    step()
+    microseconds = 1e6 * (time.perf_counter() - started)
+    activity = ProfilerActivity.CUDA if machine.is_gpu else ProfilerActivity.CPU
+    with profile(activities=[activity]) as profiler:
+        step()
+    kernels = []
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if machine.is_gpu else event.self_cpu_time_total
+        if spent:
+            kernels.append({"name": event.key, "kind": kind_of(event.key), "calls": event.count, "microseconds": spent})
+    kernels.sort(key=lambda kernel: -kernel["microseconds"])
+    return {
+        "date": date.today().isoformat(),
+        "machine": str(machine),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "model": model_name,
+        "tokens": 2 * tokens,
+        "recompute": recompute,
+        "step_microseconds": microseconds,
+        "kernels": kernels,
+    }
+
+
+def in_words(result: dict[str, Any], rows: int = 25) -> str:
+    total, kernels = result["step_microseconds"], result["kernels"]
+    lines = [f"{result['model']}, {result['tokens']:,} tokens in two micro-batches: {total / 1e3:,.1f} ms a step", ""]
+    shares: dict[str, float] = {}
+    for kernel in kernels:
+        shares[kernel["kind"]] = shares.get(kernel["kind"], 0.0) + kernel["microseconds"]
+    shares["gaps"] = max(0.0, total - sum(shares.values()))
+    lines += [f"{spent / total:6.1%}  {kind}" for kind, spent in sorted(shares.items(), key=lambda item: -item[1])]
+    lines += ["", "  share   calls  kernel"]
+    lines += [
+        f"{kernel['microseconds'] / total:7.2%} {kernel['calls']:7,}  {kernel['name'][:90]}"
+        for kernel in kernels[:rows]
+    ]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama3-8b")
+    parser.add_argument("--tokens", type=int, default=4096, help="a micro-batch")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--recompute", action="store_true", help="every layer recomputes")
+    parser.add_argument("--out", type=Path, help="folder of the .json")
+    args = parser.parse_args()
+    result = profile_step(args.model, args.tokens, args.layers, args.recompute)
+    folder = args.out or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    machine = this_machine()
+    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if machine.is_gpu else "cpu").lower()
+    path = folder / f"profile_{args.model.replace('-', '_')}_{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{in_words(result)}\n\nwritten to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,230 @@
+"""One training stack, timed: `python -m benchmarks.stacks NAME --job job.json` prints one JSON line.
+
+Every stack trains the same 4-bit checkpoint on the same rows, with LoRA of rank 16 on all linear layers, AdamW and the
+same learning rate, through its own trainer; only what its own documentation sets up differs. A process runs one stack:
+unsloth patches what the others use, and each has its own memory to itself.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate", "triton", "liger-kernel", "unsloth")
+RANK, LEARNING_RATE, SEED = 16, 2e-4, 0
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stack is given."""
+
+    model: str  # folder of a 4-bit checkpoint with its tokenizer
+    rows: str  # a file with one JSON list of token ids a line, each `tokens` long
+    tokens: int  # a row, and a micro-batch
+    accumulation: int  # micro-batches an optimizer step
+    warmup: int  # optimizer steps that are not timed
+    steps: int  # that are
+    card_gib: float | None  # the allocator's limit; None is all there is
+    started_at: float  # time.time() when the process was started
+
+
+def ours(job: Job, folder: str, **options: Any) -> Any:
+    from datasets import Dataset
+
+    from common.activation_checkpointing import checkpoint_activations
+    from common.adapters import attach_lora
+    from common.data import Rows
+    from common.loading import load_4bit, load_tokenizer
+    from common.modules import fuse_layers
+    from common.planner import plan_for_card
+    from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+    from common.training import build_trainer
+
+    train = TrainSpec(
+        job.tokens,
+        job.accumulation,
+        LEARNING_RATE,
+        schedule="constant",
+        warmup_share=0.0,
+        max_steps=job.warmup + job.steps,
+        save_every=1_000_000,
+        **options,
+    )
+    recipe = Recipe(ModelSpec(job.model), DataSpec(job.rows), LoraSpec(RANK, RANK), train, None, out=folder)
+    plan = plan_for_card(recipe)
+    tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model)
+    model = attach_lora(model, recipe.lora, SEED)
+    fuse_layers(model, train.kernels)
+    checkpoint_activations(model, plan.checkpointing)
+    rows = [{"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]} for ids in read_rows(job)]
+    return build_trainer(model, tokenizer, Rows(Dataset.from_list(rows), None, []), recipe, plan, Path(folder))
+
+
+def trl(job: Job, folder: str, **options: Any) -> Any:
+    """TRL, PEFT and bitsandbytes as their documentation sets them up; TRL recomputes every layer unless told else."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTTrainer
+
+    gpu = torch.cuda.is_available()
+    torch.manual_seed(SEED)
+    return SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16 if gpu else torch.float32),
+        args=sft_config(job, folder, **options),
+        train_dataset=dataset(job),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear"),
+    )
+
+
+def unsloth(job: Job, folder: str, **options: Any) -> Any:
+    from unsloth import FastLanguageModel  # first: it patches what is imported after it
+
+    from trl import SFTTrainer  # isort: skip
+
+    model, tokenizer = FastLanguageModel.from_pretrained(job.model, max_seq_length=job.tokens, load_in_4bit=True)
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=RANK,
+        lora_alpha=RANK,
+        lora_dropout=0,
+        bias="none",
+        target_modules=TARGETS,
+        use_gradient_checkpointing="unsloth",
+        random_state=SEED,
+        max_seq_length=job.tokens,
+        **options,
+    )
+    return SFTTrainer(model, args=sft_config(job, folder), train_dataset=dataset(job), processing_class=tokenizer)
+
+
+STACKS: dict[str, Callable[[Job, str], Any]] = {
+    "ours": ours,
+    "ours, stock layers": lambda job, folder: ours(job, folder, kernels="stock"),
+    "trl": trl,
+    "trl + liger": lambda job, folder: trl(job, folder, use_liger_kernel=True),
+    "trl, selective": lambda job, folder: trl(job, folder, gradient_checkpointing_kwargs={"selective": True}),
+    "transformers, every 2nd layer": lambda job, folder: trl(
+        job, folder, gradient_checkpointing_kwargs={"every_n_layers": 2}
+    ),
+    "unsloth": unsloth,
+    "unsloth, auto": lambda job, folder: unsloth(job, folder, checkpoint_skip_layers="auto"),
+}
+NEEDS_GPU = ("trl + liger", "unsloth", "unsloth, auto")  # their Triton kernels
+
+
+def sft_config(job: Job, folder: str, **options: Any) -> Any:
+    import torch
+    from trl import SFTConfig
+
+    gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=folder,
+        max_length=job.tokens,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=job.accumulation,
+        max_steps=job.warmup + job.steps,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        optim="adamw_torch_fused",
+        bf16=gpu,
+        use_cpu=not gpu,
+        seed=SEED,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+
+
+def read_rows(job: Job) -> list[list[int]]:
+    return [json.loads(line) for line in Path(job.rows).read_text().splitlines()]
+
+
+def dataset(job: Job) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"input_ids": read_rows(job)})
+
+
+def run(name: str, job: Job) -> dict[str, Any]:
+    """Trains, and returns seconds of each timed step, losses, peaks in bytes, and seconds to the end of the first."""
+    if name.startswith("unsloth"):
+        import unsloth  # noqa: F401
+    import torch
+    from transformers import TrainerCallback
+
+    gpu = torch.cuda.is_available()
+    if gpu and job.card_gib is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, job.card_gib * (1 << 30) / total))
+    ends: list[float] = []
+    first_step = 0.0
+
+    class Stopwatch(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            nonlocal first_step
+            if gpu:
+                torch.cuda.synchronize()
+            first_step = first_step or time.time() - job.started_at
+            ends.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = STACKS[name](job, folder)
+        trainer.add_callback(Stopwatch())
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    timed = [b - a for a, b in zip(ends, ends[1:], strict=False)][job.warmup - 1 :]
+    return {
+        "stack": name,
+        "seconds": timed,
+        "losses": losses,
+        "first_step_seconds": first_step,
+        "allocated_bytes": torch.cuda.max_memory_allocated() if gpu else None,
+        "reserved_bytes": torch.cuda.max_memory_reserved() if gpu else None,
+        "resident_bytes": resident_bytes(),
+        "policy": str(getattr(trainer, "policy", "")) or None,
+        "versions": versions(),
+    }
+
+
+def resident_bytes() -> int:
+    """The most host memory that the process has had."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stack", choices=STACKS)
+    parser.add_argument("--job", type=Path, required=True, help="a JSON file with the fields of Job")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    result = run(args.stack, Job(**json.loads(args.job.read_text())))
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
