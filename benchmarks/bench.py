@@ -3,9 +3,9 @@
     make bench                                                    # three models at 24 GiB; without a GPU the tiny one
     make bench ARGS="--models llama3-8b --tokens 4096 --stacks ours trl unsloth --peers /path/with/unsloth"
 
-Each stack runs in a process of its own, in turn, `--rounds` times; the rate is that of the median step. On a GPU with
-more than `--card-gib` another process holds the rest of its memory. Results go to benchmarks/results/bench_<machine>,
-.json as they come in, .png at the end.
+Each stack runs in a process of its own, in turn, `--rounds` times; the rate is that of the median step of the median
+round, and between brackets stand the slowest and the fastest round. On a GPU with more than `--card-gib` another process
+holds the rest of its memory. Results go to benchmarks/results/bench_<machine>, .json as they come in, .png at the end.
 """
 
 import argparse
@@ -33,7 +33,6 @@ from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common.activation_checkpointing import Policy
 from common.forecast import Forecast
 from common.machine import GIB, this_machine
-from common.planner import setting_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -105,15 +104,17 @@ def reason(stderr: str) -> str:
     return "out of memory" if "OutOfMemoryError" in last else last[:200]
 
 
-def tokens_per_s(results: list[Result], job: Result) -> float:
-    seconds = [second for result in results for second in result["seconds"]]
-    return job["tokens"] * job["accumulation"] / statistics.median(seconds)
+def tokens_per_s(result: Result) -> float:
+    """Of the median step."""
+    job = result["job"]
+    rate: float = job["tokens"] * job["accumulation"] / statistics.median(result["seconds"])
+    return rate
 
 
 def flops_per_token(name: str, tokens: int) -> float:
-    """Of forward and backward without any recompute, counted from our step."""
+    """Of forward and backward without any recompute and with causal attention, counted from our step on a GPU."""
     recipe = recipe_of(name)
-    forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)), setting_of(this_machine()))
+    forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)))
     step = forecast.step(tokens, Policy(forecast.layers, forecast.layers))
     return sum(segment.work.flops for segment in step.segments) / tokens
 
@@ -129,7 +130,8 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
         if not good:
             found.append(entry | {"failed": rounds[0]["failed"]})
             continue
-        rate = tokens_per_s(good, rounds[0]["job"])
+        rates = [tokens_per_s(m) for m in good]
+        rate = statistics.median(rates)
         reference = next(
             (
                 m["losses"]
@@ -140,6 +142,7 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
         )
         entry |= {
             "tokens_per_s": rate,
+            "slowest_and_fastest_round": [min(rates), max(rates)],
             "share_of_ceiling": rate * rounds[0]["flops_per_token"] / matmul_flops,
             "allocated_bytes": good[0]["allocated_bytes"],
             "reserved_bytes": good[0]["reserved_bytes"],
@@ -147,7 +150,7 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
             "first_step_seconds": statistics.median(m["first_step_seconds"] for m in good),
             "policy": good[0]["policy"],
         }
-        if reference:
+        if reference and stack != "trl":
             entry["loss_difference"] = max(abs(a - b) for a, b in zip(good[0]["losses"], reference, strict=True))
         found.append(entry)
     return found
@@ -177,9 +180,11 @@ def table(report: Result) -> str:
         )
         ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] != "ours" else "–"
         sizes = (entry["allocated_bytes"], entry["reserved_bytes"]) if gpu else (entry["resident_bytes"],)
+        peak = " / ".join(f"{size / GIB:.1f}" for size in sizes)
+        slowest, fastest = entry["slowest_and_fastest_round"]
         difference = f"{entry['loss_difference']:.4f}" if "loss_difference" in entry else "–"
         lines.append(
-            f"{start} {entry['tokens_per_s']:,.0f} | {ratio} | {' / '.join(f'{size / GIB:.1f}' for size in sizes)} GiB "
+            f"{start} {entry['tokens_per_s']:,.0f} ({slowest:,.0f} – {fastest:,.0f}) | {ratio} | {peak} GiB "
             f"| {entry['first_step_seconds']:.0f} s | {entry['share_of_ceiling']:.0%} | {difference} |"
         )
     return "\n".join(lines)
@@ -228,7 +233,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before them")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an optimizer step")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--card-gib", type=float, default=24.0)
     parser.add_argument("--peers", help="PYTHONPATH of the unsloth stacks, where unsloth needs other versions")
     parser.add_argument("--out", type=Path, help="the .json; the picture goes beside it")
@@ -266,7 +271,7 @@ def main() -> int:
                         report["measurements"].append(result)
                         report["summary"] = summary(report["measurements"], report["matmul_flops"])
                         out.write_text(json.dumps(report, indent=1) + "\n")
-                        said = result.get("failed") or f"{tokens_per_s([result], result['job']):,.0f} tokens/s"
+                        said = result.get("failed") or f"{tokens_per_s(result):,.0f} tokens/s"
                         print(f"{model}, {tokens:,} tokens, {stack}: {said}", flush=True)
     draw(report, out.with_suffix(".png"))
     print(f"\n{table(report)}\n\nwritten to {out}, drawn in {out.with_suffix('.png')}")

@@ -33,7 +33,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[s
         return {
             "kernels": [*python, "pytest", "tests/test_kernels.py", "-k", "rope or swiglu"],
             "forms": [*python, "benchmarks.kernels", "--tokens", "64", "--repeats", "3", "--out", str(results)],
-            "bench-tiny-128": bench(results, None, "tiny", 128, "--steps", "2", "--warmup", "1", "--rounds", "1"),
+            "bench-tiny-128": bench(results, None, "tiny", 128, "--steps", "2", "--warmup", "1"),
             "profile": profile(results, "tiny", 64),
         }
     tests = [*python, "pytest", "-m", "gpu", "tests/test_gpu.py", "-s"]
@@ -44,10 +44,10 @@ def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[s
     found["profile"] = profile(results, "llama3-8b", 4096)
     found["dryrun"] = [*python, "recipes", "llama3-8b", "--dry-run"]
     for tokens in (2048, 8192):
-        found[f"bench-llama3-8b-{tokens}"] = bench(results, peers, "llama3-8b", tokens, "--rounds", "1")
+        found[f"bench-llama3-8b-{tokens}"] = bench(results, peers, "llama3-8b", tokens)
     for model in MODELS[1:]:
         for tokens in (4096, 2048, 8192):
-            found[f"bench-{model}-{tokens}"] = bench(results, peers, model, tokens, "--rounds", "1")
+            found[f"bench-{model}-{tokens}"] = bench(results, peers, model, tokens)
     for model in MODELS[1:]:
         found[f"memory-{model}"] = memory(results, model)
     found["tests"] = [*tests, "-k", f"not ({CORRECT})"]
@@ -57,7 +57,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[s
 def bench(results: Path, peers: str | None, model: str, tokens: int, *flags: str) -> list[str]:
     out = results / f"bench_{model.replace('-', '_')}_{tokens}.json"
     command = [sys.executable, "-m", "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--out", str(out)]
-    return [*command, *flags, *(["--peers", peers] if peers else [])]
+    return [*command, "--rounds", "1", *flags, *(["--peers", peers] if peers else [])]
 
 
 def memory(results: Path, model: str) -> list[str]:
