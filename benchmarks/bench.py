@@ -4,8 +4,9 @@
     make bench ARGS="--models llama3-8b --tokens 4096 --stacks ours trl unsloth --peers /path/with/unsloth"
 
 Each stack runs in a process of its own, in turn, `--rounds` times; the rate is that of the median step of the median
-round, and between brackets stand the slowest and the fastest round. On a GPU with more than `--card-gib` another process
-holds the rest of its memory. Results go to benchmarks/results/bench_<machine>, .json as they come in, .png at the end.
+round, and between brackets stand the slowest and the fastest round. On a GPU with more than `--card-gib` another
+process holds the rest of its memory. Results go to benchmarks/results/bench_<machine>, .json as they come in, .png at
+the end.
 """
 
 import argparse
