@@ -30,6 +30,7 @@ from common.machine import this_machine
 RANK = 16
 LLAMA = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096)}
 SMALL = {"q, o": (192, 192), "gate, up": (192, 512), "down": (512, 192)}
+SHAPES = {"llama": LLAMA, "small": SMALL}
 
 
 def microseconds(run: Callable[[], Any], repeats: int) -> float:
@@ -89,7 +90,7 @@ def operator_forms(
     for name, (operator, values) in arguments.items():
         yield name, "ours", partial(operator, *values)
         yield name, "reference", partial(REFERENCES[operator], *values)
-    if small:
+    if device == "cpu":  # liger's are Triton kernels
         return
     try:
         from liger_kernel.ops import LigerRMSNormFunction, LigerRopeFunction, LigerSiLUMulFunction
@@ -108,15 +109,16 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096] if machine.is_gpu else [256])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--out", type=Path, help="folder of the .json")
+    parser.add_argument("--shapes", choices=SHAPES, default="llama" if machine.is_gpu else "small")
     args = parser.parse_args()
-    device, shapes = machine.device.type, LLAMA if machine.is_gpu else SMALL
+    device, shapes = machine.device.type, SHAPES[args.shapes]
     found: list[dict[str, Any]] = []
     for tokens in args.tokens:
         for shape, (inputs, outputs) in shapes.items():
             for form, run in lora_forms(tokens, inputs, outputs, machine.dtype, device).items():
                 found.append({"tokens": tokens, "what": f"LoRA linear, {shape}", "form": form})
                 found[-1]["microseconds"] = microseconds(run, args.repeats)
-        for name, form, run in operator_forms(tokens, not machine.is_gpu, machine.dtype, device):
+        for name, form, run in operator_forms(tokens, args.shapes == "small", machine.dtype, device):
             found.append({"tokens": tokens, "what": name, "form": form})
             found[-1]["microseconds"] = microseconds(run, args.repeats)
     for entry in found:

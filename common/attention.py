@@ -47,6 +47,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
+    sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     **kwargs: Any,
@@ -54,17 +55,23 @@ def packed_attention(
     """Causal attention within each example, in transformers' form.
 
     query: bf16 or fp16 (1, heads, tokens, dim); key and value: the same with the model's fewer heads. cu_seq_lens_q:
-    int32 (examples + 1,), where each begins, and the end; max_length_q: tokens in the longest. Returns (1, tokens,
-    heads, dim). transformers makes no mask for an attention that it does not know, so generating from prompts of
-    several lengths needs "sdpa". Raises ValueError without the lengths.
+    int32 (examples + 1,), where each begins, and the end; max_length_q: tokens in the longest. sliding_window: tokens
+    that each one sees, itself among them. Returns (1, tokens, heads, dim). transformers makes no mask for an attention
+    that it does not know, so generating from prompts of several lengths needs "sdpa". Raises ValueError without the
+    lengths, and for a window that this torch cannot do.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.packing.collate")
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         raise ValueError(f"packed attention scales by dim ** -0.5, the model asks for {scaling}")
+    causal = _CAUSAL
+    if sliding_window is not None and sliding_window < max_length_q:
+        if "window_size" not in _ARGUMENTS:
+            raise ValueError(f"torch {torch.__version__} has no packed attention with a window of {sliding_window}")
+        causal = _CAUSAL | {"window_size": (sliding_window - 1, 0)}
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    output = varlen_attn(q, k, v, *lengths, **_CAUSAL)
+    output = varlen_attn(q, k, v, *lengths, **causal)
     assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
     return output.unsqueeze(0), None
 

@@ -10,11 +10,12 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from common import modules
+from common import attention, modules
 from common.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.adapters import attach_lora
 from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
+from common.loss import IGNORED
 from common.modules import fuse_layers, is_lean, obstacle
 from common.optimizer import build_optimizer
 from common.packing import collate
@@ -23,6 +24,7 @@ from common.trainer import save_adapter
 from common.training import build_trainer
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests.conftest import ARCHITECTURES, FP32, SMALL
+from tests.test_packing import flash_attention_in_torch
 from tests.test_training import prepare, split
 
 IDS = torch.arange(10, 74).view(2, 32)
@@ -148,6 +150,23 @@ def test_no_token_sees_another_example_of_its_row(folders):
     assert torch.equal(found[0][0], found[1][0])
     for name, gradient in found[0][1].items():  # of other tokens nothing but zeros is added
         torch.testing.assert_close(found[1][1][name], gradient, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_rows_laid_flat_give_the_loss_and_gradients_of_a_rectangle(folders, architecture, monkeypatch):
+    """As on a GPU, but for the kernel of its attention, which tests/test_gpu.py compares with float64."""
+    monkeypatch.setattr(attention, "varlen_attn", flash_attention_in_torch)
+    labels = [IGNORED if i in (0, 20) else 10 + i for i in range(32)]  # no example predicts the next one's first token
+    row = {"input_ids": list(range(10, 42)), "labels": labels, "seq_lengths": [20, 12]}
+    rows = [row, {name: values[:9] for name, values in row.items()} | {"seq_lengths": [9]}]
+    found = []
+    for name in ("sdpa", attention.PACKED):
+        model = adapted(folders[architecture]).train()
+        model.set_attn_implementation(name)
+        model(**collate(rows, 0, flat=name == attention.PACKED)).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
 
 
 def test_names_are_those_of_the_stock_model_and_the_adapter_loads_in_plain_peft(folders, tmp_path):

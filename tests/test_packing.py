@@ -58,22 +58,29 @@ def test_a_batch_is_padded_with_tokens_that_do_not_count():
 
 def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
     """What torch's varlen_attn computes, example by example."""
-    assert arguments in ({"window_size": (-1, 0), "enable_gqa": True}, {"is_causal": True})
+    window, right = arguments.pop("window_size", (-1, 0))
+    assert right == 0 and arguments in ({"enable_gqa": True}, {"is_causal": True})
+    seen = torch.ones(longest, longest, dtype=torch.bool).tril()
+    if window >= 0:
+        seen &= ~seen.tril(-window - 1)
     bounds = starts.tolist()
     assert longest == max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
     outputs = [
         torch.nn.functional.scaled_dot_product_attention(
-            *(states[start:end].transpose(0, 1) for states in (q, k, v)), is_causal=True, enable_gqa=True
+            *(states[start:end].transpose(0, 1) for states in (q, k, v)),
+            attn_mask=seen[: end - start, : end - start],
+            enable_gqa=True,
         ).transpose(0, 1)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_flat_rows_and_rectangles_give_the_same_loss(small_model, architecture, monkeypatch):
+@pytest.mark.parametrize(("architecture", "window"), [*((name, None) for name in ARCHITECTURES), ("mistral", 8)])
+def test_flat_rows_and_rectangles_give_the_same_loss(small_model, architecture, window, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", flash_attention_in_torch)
-    model = AutoModelForCausalLM.from_pretrained(small_model(architecture), dtype=torch.float32)
+    folder = small_model(architecture, **({"sliding_window": window} if architecture == "mistral" else {}))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.config.use_cache = False
     rows = [*pack([tokens(20), tokens(15, 200), tokens(9, 400)], 64), *pack([tokens(30, 500)], 64)]
     losses = {}
