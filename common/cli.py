@@ -2,16 +2,19 @@
 
 import argparse
 import contextlib
+import errno
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.recipe import DataSpec, Recipe, UserError, require
+from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run_folder import prepare_run_folder
 
 ERROR_STATUS = 2
+# The disk is full, or the quota, or one may not write there.
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DRY_DATA = Path(__file__).parent.parent / "data" / "tiny" / "train.jsonl"
 
 
@@ -45,9 +48,19 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     except UserError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return ERROR_STATUS
+    except Stopped as stop:
+        out = f' OUT="{flags.out}"' if flags.out else ""
+        data = f' DATA="{flags.data}"' if flags.data else ""
+        print(f"\n{stop}. Go on with: make finetune MODEL={name}{data}{out} ARGS=--resume", file=sys.stderr)
+        return 128 + stop.signal_number
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
+    except OSError as error:
+        if error.errno not in NO_WRITING:
+            raise
+        print(f"\nerror: {error.filename or recipe.out} cannot be written: {error.strerror}", file=sys.stderr)
+        return ERROR_STATUS
     return 0
 
 

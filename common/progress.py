@@ -18,7 +18,13 @@ METRICS = "metrics.jsonl"
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The entries of metrics.jsonl, oldest first; none when there is no such file yet."""
     path = folder / METRICS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # a killed run may leave half a line
+            break
+    return entries
 
 
 class Report(TrainerCallback):
@@ -28,7 +34,7 @@ class Report(TrainerCallback):
         self.folder = folder
         self.every = every
         self.live = sys.stdout.isatty()
-        self.history: list[dict[str, Any]] = []
+        self.history = read_metrics(folder)
         self.shown_at = -math.inf
         self.started_at = 0.0
         self.first_step = self.tokens_before = 0

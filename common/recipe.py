@@ -21,6 +21,14 @@ class UserError(Exception):
     """Something that the user can mend. Shown as one line without a traceback; the exit status is 2."""
 
 
+class Stopped(Exception):
+    """The run was stopped by a signal. The message says where it is; the exit status is 128 + the signal's number."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
 def require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer as TransformersTrainer
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_activations, watch_recompute
+from common.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
 from common.packing import halve
 
 Batch = dict[str, Any]
@@ -28,16 +30,23 @@ class Trainer(SFTTrainer):
     """
 
     def __init__(
-        self, model: PeftModel, policy: Policy, worst: Batch, optimizer_bytes: int = 0, **arguments: Any
+        self,
+        model: PeftModel,
+        policy: Policy,
+        worst: Batch,
+        optimizer_bytes: int = 0,
+        run: dict[str, Any] | None = None,
+        **arguments: Any,
     ) -> None:
-        """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states."""
+        """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states.
+        run: what a checkpoint says it belongs to."""
         adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model, **arguments)
         # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
         for name, parameter in model.named_parameters():
             if name in adapters:
                 parameter.data = adapters[name]
-        self.policy, self.worst, self.optimizer_bytes = policy, worst, optimizer_bytes
+        self.policy, self.worst, self.optimizer_bytes, self.run = policy, worst, optimizer_bytes, run or {}
         self.halvings = 0  # how often each micro-batch is cut in half
         self.step_downs: list[str] = []
         self.micro_batches: list[Batch] = []  # of the optimizer step under way
@@ -150,6 +159,43 @@ class Trainer(SFTTrainer):
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _get_output_dir(self, *_: Any, **__: Any) -> str:
+        """Where the stock trainer writes a checkpoint: beside its place."""
+        return str(staging_folder(Path(self.args.output_dir)))
+
+    def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
+        """The stock trainer's checkpoint, whole or not there (common.checkpoints); the newest ones stay.
+
+        Where it cannot be written, for a full disk, the run says so and goes on: it still has the one before.
+        """
+        folder, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
+        clean(folder)
+        try:
+            super()._save_checkpoint(*arguments, **named)
+            seal(staging_folder(folder) / name, folder / name, self.run)
+            keep_newest(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a failed write
+            kept = next((path.name for path in checkpoints(folder)), "none yet")
+            print(
+                f"warning: {name} cannot be written ({str(error).splitlines()[0]}); training goes on, the last "
+                f"checkpoint is {kept}"
+            )
+        finally:
+            clean(folder)
+
+    def take_over_finished(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is that of the last step; then its adapter is loaded, and nothing is left to train.
+
+        The stock trainer would train one step more.
+        """
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        total = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+        if state.global_step < total or state.num_train_epochs < self.args.num_train_epochs:
+            return False
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = state
+        return True
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""

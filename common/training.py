@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig
 
 from common.activation_checkpointing import TRAINER_ARGUMENTS
 from common.adapters import trainable_params
 from common.attention import PACKED
 from common.chat_format import ChatFormat
+from common.checkpoints import clean, newest_intact, run_of
 from common.data import Rows
 from common.loss import IGNORED, trained_positions
 from common.machine import GIB, this_machine
@@ -27,11 +27,11 @@ from common.optimizer import build_optimizer
 from common.packing import collate
 from common.planner import Plan
 from common.progress import Report, draw_loss
-from common.recipe import Recipe, TrainSpec, UserError
+from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.resume import LIBRARIES, identity, refuse_another_run
 from common.run_folder import CHECKPOINTS
+from common.stopping import StopSignals
 from common.trainer import Trainer, save_adapter
-
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
 
 
 def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
@@ -57,7 +57,6 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         eval_steps=train.eval_every,
         save_strategy="steps",
         save_steps=train.save_every,
-        save_total_limit=2,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would print 0.0 for NaN
         include_num_input_tokens_seen="non_padding",
@@ -84,6 +83,7 @@ def build_trainer(
         plan.checkpointing,
         worst_batch(rows, plan, flat=flat),
         plan.optimizer_bytes,
+        run_identity(recipe, rows, plan),
         optimizers=(build_optimizer(model, recipe.train), None),
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
         train_dataset=rows.train,
@@ -116,11 +116,16 @@ def train(
         )
     report = Report(folder)
     trainer.add_callback(report)
-    checkpoint = _checkpoint_to_resume(folder) if recipe.existing_run == "resume" else None
+    checkpoint = _checkpoint_to_resume(folder, trainer.run) if recipe.existing_run == "resume" else None
     try:
         if rows.evaluation is not None and checkpoint is None:
             trainer.evaluate()
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with StopSignals() as stop:
+            trainer.add_callback(stop)
+            if checkpoint is None or not trainer.take_over_finished(checkpoint):
+                trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        if stop.received and trainer.state.global_step < trainer.state.max_steps:
+            raise Stopped(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.received)
         if rows.evaluation is not None and "eval_loss" not in report.history[-1]:
             trainer.evaluate()
     except torch.OutOfMemoryError as error:
@@ -181,12 +186,21 @@ def memory_line(plan: Plan, trainer: Trainer) -> str:
     return line + "".join(f"\n  out of memory in {step}" for step in trainer.step_downs)
 
 
-def _checkpoint_to_resume(folder: Path) -> str | None:
-    checkpoints = folder / CHECKPOINTS
-    newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    print(
-        f"going on from {newest}" if newest else f"{checkpoints} holds no checkpoint yet: starting from the beginning"
-    )
+def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to."""
+    sizes = f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.processes} processes"
+    return identity(recipe, rows, plan=sizes, machine=str(this_machine()))
+
+
+def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
+    """The newest intact checkpoint of this very run; says which. Raises UserError when it belongs to another one."""
+    clean(folder / CHECKPOINTS)
+    newest = newest_intact(folder / CHECKPOINTS)
+    if newest is None:
+        print(f"{folder / CHECKPOINTS} holds no checkpoint to go on from: starting from the beginning")
+        return None
+    refuse_another_run(run_of(newest), run, str(newest))
+    print(f"going on from {newest}")
     return newest
 
 

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "kernels": 1,
     "recipe": 1,
+    "checkpoints": 2,
     "data_files": 2,
     "host_memory": 2,
     "kernels.rms_norm": 2,
@@ -20,6 +21,7 @@ FLOORS = {
     "optimizer": 2,
     "run_folder": 2,
     "step": 2,
+    "stopping": 2,
     "weights": 2,
     "attention": 3,
     "conversations": 3,
@@ -36,6 +38,7 @@ FLOORS = {
     "forecast": 6,
     "evaluation": 7,
     "planner": 7,
+    "resume": 7,
     "progress": 7,
     "plan_report": 8,
     "plan_picture": 9,

@@ -179,7 +179,7 @@ def interrupt_at(step: int):
 
 def test_resuming_without_a_checkpoint_starts_from_the_beginning(recipe, capsys):
     train(*prepare(replace(recipe, existing_run="resume")))
-    assert "holds no checkpoint yet: starting from the beginning" in capsys.readouterr().out
+    assert "holds no checkpoint to go on from: starting from the beginning" in capsys.readouterr().out
 
 
 def test_checkpoints_hold_no_pickled_settings_and_the_last_two_stay(recipe):
