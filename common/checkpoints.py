@@ -77,6 +77,14 @@ def keep_newest(folder: Path, kept: int = KEPT) -> None:
         remove(old)
 
 
+def go_back_to(checkpoint: Path) -> None:
+    """The checkpoint is the newest of its folder: later ones, which are damaged, are gone, and so are all but two."""
+    later = checkpoints(checkpoint.parent)
+    for damaged in later[: later.index(checkpoint)]:
+        remove(damaged)
+    keep_newest(checkpoint.parent)
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the checkpoint, in words; None if every file is as it was written, and there is no other."""
     try:

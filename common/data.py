@@ -155,6 +155,24 @@ def tokenise_source(
     return kept, report
 
 
+def find_examples(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, wanted: list[list[int]]
+) -> list[str]:
+    """The places of the examples with these token ids, in the order of the source, which is read again to the last."""
+    chat_format, left, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, []
+    for where, example in read_examples(spec.source, DataReport(spec.source), split=spec.split, revision=spec.revision):
+        try:
+            pieces = fit(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
+        except BadRow:
+            continue
+        found = left & {tuple(piece.input_ids) for piece in pieces}
+        left -= found
+        places += [where] if found else []
+        if not left:
+            break
+    return places
+
+
 def fit(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
     """The example in pieces of at most seq_len tokens, without cutting an answer.
 

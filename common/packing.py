@@ -49,6 +49,23 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, flat: bo
     return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
 
 
+def examples_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The micro-batch as one for each of its examples, without padding."""
+    parts = []
+    for row, positions in enumerate(batch["position_ids"].tolist()):
+        starts = [i for i, position in enumerate(positions) if position == 0]
+        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+            if end - start < 2:  # padding; and nothing of a single token is trained
+                continue
+            part = {name: batch[name][row : row + 1, start:end] for name in ("input_ids", "labels", "position_ids")}
+            part["trained_positions"] = trained_positions(part["labels"])
+            if "cu_seq_lens_q" in batch:
+                part["cu_seq_lens_q"] = batch["cu_seq_lens_q"].new_tensor([0, end - start])
+                part["max_length_q"] = end - start
+            parts.append(part)
+    return parts
+
+
 def halve(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The micro-batch as two, with the same examples whole; as it is where it holds a single row or example.
 

@@ -1,6 +1,7 @@
 """TRL's trainer, made for a night on one card: it tries the worst moment first, and steps down instead of dying."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,13 @@ from trl import SFTTrainer
 
 from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_activations, watch_recompute
 from common.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
-from common.packing import halve
+from common.packing import examples_of, halve
+from common.recipe import UserError
 
 Batch = dict[str, Any]
+MOST_SKIPPED = 3  # optimizer steps in a row without finite numbers
+MOST_SKIPPED_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales
+NAMED_PLACES = 5
 
 
 class Trainer(SFTTrainer):
@@ -36,10 +41,11 @@ class Trainer(SFTTrainer):
         worst: Batch,
         optimizer_bytes: int = 0,
         run: dict[str, Any] | None = None,
+        find_places: Callable[[list[list[int]]], list[str]] = lambda examples: [],
         **arguments: Any,
     ) -> None:
         """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states.
-        run: what a checkpoint says it belongs to."""
+        run: what a checkpoint says it belongs to. find_places: where in the data examples with these ids are."""
         adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         super().__init__(model, **arguments)
         # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
@@ -51,13 +57,18 @@ class Trainer(SFTTrainer):
         self.step_downs: list[str] = []
         self.micro_batches: list[Batch] = []  # of the optimizer step under way
         self.step_under_way = -1
+        self.find_places = find_places
+        self.losses: list[Tensor] = []  # of those micro-batches
+        self.skipped_in_a_row, self.skipped_step = 0, -1
+        self.stock_clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_finite
         self.first_step = FirstStep(self)
         self.add_callback(self.first_step)
 
     def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch; its loss, divided by the tokens of the whole optimizer step."""
         if self.step_under_way != self.state.global_step:
-            self.step_under_way, self.micro_batches = self.state.global_step, []
+            self.step_under_way, self.micro_batches, self.losses = self.state.global_step, [], []
         self.micro_batches.append(inputs)
 
         def run_all(batches: list[Batch]) -> Tensor:
@@ -68,7 +79,53 @@ class Trainer(SFTTrainer):
             return torch.stack(losses).sum()
 
         first, again = [inputs], self.micro_batches
-        return self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
+        loss = self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
+        self.losses.append(loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be a number again
+
+    def _clip_finite(self, *arguments: Any, **named: Any) -> Tensor:
+        """The gradients' norm before they are clipped; where it or a loss is not finite, there is no step to take."""
+        norm: Tensor = self.stock_clip(*arguments, **named)
+        finite = torch.stack([loss.detach() for loss in self.losses]).isfinite()
+        if bool(finite.all() & norm.isfinite()):
+            self.skipped_in_a_row = 0
+        else:
+            self._skip_step(norm, finite)
+        return norm.nan_to_num(0.0, 0.0, 0.0)
+
+    def _skip_step(self, norm: Tensor, finite: Tensor) -> None:
+        """Leaves the adapter as it is, and names the rows. Raises UserError when that does not help."""
+        step, what = self.state.global_step + 1, f"the gradient norm is {norm.item()}"
+        if not finite.all():
+            what = f"the loss is {torch.stack(self.losses)[~finite][0].item()}"
+        advice = "Lower TrainSpec.learning_rate; the last good checkpoint is kept"
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad):
+            raise UserError(f"step {step}: {what}, and the adapter itself is no longer finite. {advice}")
+        if self.accelerator.scaler is None:  # fp16's scaler skips the step itself, and tries a smaller scale
+            self.model.zero_grad()
+        self.skipped_in_a_row, self.skipped_step = self.skipped_in_a_row + 1, step
+        suspects = [batch for batch, good in zip(self.micro_batches, finite.tolist(), strict=True) if not good]
+        examples = [example for batch in suspects or self.micro_batches for example in self._not_finite(batch)]
+        self.first_step.begin_again()  # looking for them ran the layers too
+        places = self.find_places(examples[:NAMED_PLACES])
+        rows = f" ({'; '.join(places)}{' and more' if len(examples) > len(places) else ''})" if places else ""
+        print(f"\nwarning: step {step}: {what}{rows}; the step is skipped", flush=True)
+        limit = MOST_SKIPPED if self.accelerator.scaler is None else MOST_SKIPPED_FP16
+        if self.skipped_in_a_row >= limit:
+            raise UserError(
+                f"{limit} steps in a row gave no finite numbers, the last one {step}: {what}{rows}. {advice}"
+            )
+
+    def _not_finite(self, batch: Batch) -> list[list[int]]:
+        """Token ids of the examples whose own loss is not finite; of all where only their gradients are not."""
+        examples = examples_of(batch)
+        bad = [example for example in examples if not math.isfinite(self.nll(example))]
+        return [example["input_ids"][0].tolist() for example in bad or examples]
+
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """As ever; of a step that was skipped, that it was."""
+        skipped = "loss" in logs and self.skipped_step == self.state.global_step
+        super().log({"skipped": 1.0} if skipped else logs, *rest)
 
     def _stepping_down(self, run: Callable[[], Tensor], retry: Callable[[], Tensor], *, keep_less: bool) -> Tensor:
         """What `run` returns; out of memory, what `retry` does with less. Raises OutOfMemoryError at the end of it."""
@@ -224,7 +281,7 @@ class FirstStep(TrainerCallback):
             self.watch = self.stack.enter_context(watch_recompute(self.trainer.model))
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self.watch is not None:
+        if self.watch is not None and self.watch.micro_batches:
             self.stack.close()
             self.watch.verify(self.trainer.policy)
             self.watch = None

@@ -18,8 +18,8 @@ from common.activation_checkpointing import TRAINER_ARGUMENTS
 from common.adapters import trainable_params
 from common.attention import PACKED
 from common.chat_format import ChatFormat
-from common.checkpoints import clean, newest_intact, run_of
-from common.data import Rows
+from common.checkpoints import clean, go_back_to, newest_intact, run_of
+from common.data import Rows, find_examples
 from common.loss import IGNORED, trained_positions
 from common.machine import GIB, this_machine
 from common.modules import is_lean, obstacle
@@ -84,6 +84,7 @@ def build_trainer(
         worst_batch(rows, plan, flat=flat),
         plan.optimizer_bytes,
         run_identity(recipe, rows, plan),
+        partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
         optimizers=(build_optimizer(model, recipe.train), None),
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
         train_dataset=rows.train,
@@ -134,6 +135,8 @@ def train(
             "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
         ) from error
     steps = [entry for entry in report.history if "loss" in entry]
+    if not steps:
+        raise UserError(f"none of the {trainer.state.global_step} steps gave finite numbers; mend the rows named above")
     held_out = [entry["eval_loss"] for entry in report.history if "eval_loss" in entry]
     metrics = {
         "steps": trainer.state.global_step,
@@ -200,6 +203,7 @@ def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
         print(f"{folder / CHECKPOINTS} holds no checkpoint to go on from: starting from the beginning")
         return None
     refuse_another_run(run_of(newest), run, str(newest))
+    go_back_to(newest)
     print(f"going on from {newest}")
     return newest
 

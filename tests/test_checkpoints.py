@@ -10,6 +10,7 @@ from common.checkpoints import (
     MANIFEST,
     clean,
     damage,
+    go_back_to,
     keep_newest,
     newest_intact,
     remove,
@@ -119,6 +120,15 @@ def test_pitfall_36_only_the_last_two_stay(tmp_path):
         write(tmp_path, step)
         keep_newest(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_a_run_that_goes_back_leaves_no_damaged_checkpoint_to_be_counted(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    newest = newest_intact(tmp_path)
+    go_back_to(newest)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
 def test_a_checkpoint_takes_the_place_of_a_damaged_one_of_its_step(tmp_path):
