@@ -5,11 +5,13 @@ import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.recipe import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LONGEST_LINE = 16 << 20  # bytes; a book has 1 MiB, and Python takes several times a line's size to read it
+LARGEST_JSON = 256 << 20  # bytes; a .json file is read whole
 
 
 class BadRow(Exception):
@@ -53,11 +55,28 @@ def _reject_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object; of a key that is there twice nobody knows which value is meant."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRow("a key occurs twice in a JSON object")
+    return row
+
+
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_reject_constant)
+        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadRow("invalid JSON") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The file's lines; None for one that is too long, which is passed over without reading it whole."""
+    while line := file.readline(LONGEST_LINE):
+        too_long = len(line) == LONGEST_LINE
+        while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+        yield None if too_long else line
 
 
 def _check_encoding(path: Path) -> None:
@@ -72,9 +91,11 @@ def _check_encoding(path: Path) -> None:
 def _jsonl_rows(path: Path) -> Iterator[PlacedRow]:
     _check_encoding(path)
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file), 1):
             place = f"{path}:{number}"
             try:
+                if line is None:
+                    raise BadRow(f"a line of more than {LONGEST_LINE >> 20} MiB")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
@@ -93,8 +114,14 @@ def _as_row(value: Any) -> Row:
 
 def _json_rows(path: Path) -> Iterator[PlacedRow]:
     _check_encoding(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, too large to be read whole; make it .jsonl")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_reject_constant)
+        entries = json.loads(
+            path.read_text(encoding="utf-8-sig"), parse_constant=_reject_constant, object_pairs_hook=_unique
+        )
+    except BadRow as error:
+        raise UserError(f"{path}: {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:

@@ -30,7 +30,13 @@ def main(recipe: Recipe) -> None:
     train(*prepare(recipe))
 
 
-def forked(recipe: Recipe, log: Path, *flags: str, before: Callable[[], None] = lambda: None) -> int:
+def forked(
+    recipe: Recipe,
+    log: Path,
+    *flags: str,
+    before: Callable[[], None] = lambda: None,
+    story: Callable[[Recipe], object] = main,
+) -> int:
     """The process id of a run of the recipe; what it prints goes to `log`."""
     child = os.fork()
     if child:
@@ -42,7 +48,7 @@ def forked(recipe: Recipe, log: Path, *flags: str, before: Callable[[], None] = 
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
         before()
-        status = run(main, recipe, list(flags))
+        status = run(story, recipe, list(flags))
     finally:
         sys.stdout.flush()
         os._exit(status)
