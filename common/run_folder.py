@@ -7,6 +7,7 @@ from common.recipe import ExistingRun, UserError
 
 # What a run writes; --overwrite removes these names and nothing else.
 CHECKPOINTS = "checkpoints"
+SAVING = ".saving"  # a folder for what is being written; a killed run leaves it
 RUN_FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -30,6 +31,7 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS})
     if foreign:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_a
 from common.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
 from common.packing import examples_of, halve
 from common.recipe import UserError
+from common.run_folder import SAVING
 
 Batch = dict[str, Any]
 MOST_SKIPPED = 3  # optimizer steps in a row without finite numbers
@@ -288,6 +290,13 @@ class FirstStep(TrainerCallback):
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """adapter_model.safetensors and adapter_config.json; without PEFT's look at the hub for a grown vocabulary."""
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # PEFT's form, to be filled in
+    """adapter_model.safetensors and adapter_config.json, each whole or not there; without PEFT's look at the hub for a
+    grown vocabulary, and its README, a form to be filled in."""
+    folder = Path(folder)
+    aside = folder / SAVING
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(str(aside), save_embedding_layers=False)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (aside / name).replace(folder / name)
+    shutil.rmtree(aside)
