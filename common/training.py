@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import json
+import pickle
 import sys
 from functools import partial
 from importlib.metadata import version
@@ -133,6 +134,11 @@ def train(
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}, even {trainer.policy} and micro-batches of a "
             "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
+        ) from error
+    except pickle.UnpicklingError as error:  # torch loads states with weights_only
+        raise UserError(
+            f"{checkpoint} holds a state that is more than tensors and numbers: no run of ours wrote it, and nothing "
+            "of it was executed. Remove that folder, then resume again"
         ) from error
     steps = [entry for entry in report.history if "loss" in entry]
     if not steps:
