@@ -1,23 +1,27 @@
 """Rows of any accepted format become packed rows of token ids and labels; what is left out is counted and named."""
 
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common import row_cache
 from common.chat_format import ChatFormat, Tokens
 from common.conversations import Example, format_of, to_example
 from common.data_files import BadRow, read_rows
 from common.loss import IGNORED
-from common.packing import pack
+from common.packing import Examples, pack
 from common.recipe import DataSpec, UserError
 
 NAMED_PLACES = 5  # of each kind of fault
+SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
 @dataclass
@@ -95,23 +99,37 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
 
     Raises UserError when the source cannot be read, or too many of its rows cannot be used.
     """
+    cached = row_cache.place(spec, tokenizer, seq_len, seed)
+    if cached is not None and (found := row_cache.load(cached)) is not None:
+        train, evaluation, told = found
+        reports = [DataReport(**r | {"fault_counts": Counter(r["fault_counts"])}) for r in told["reports"]]
+        print("\n".join([*(line for r in reports for line in r.lines()), *told["lines"]]))
+        print(f"  taken from {cached}: nothing has changed since they were tokenised")
+        return Rows(train, evaluation, reports)
     chat_format = ChatFormat(tokenizer)
     examples, report = tokenise_source(spec, spec.source, spec.split, chat_format, seq_len)
-    reports = [report]
-    held_out: list[Tokens] = []
+    reports, training, held_out = [report], examples.table(), None
     if spec.eval_source is not None:
-        held_out, eval_report = tokenise_source(spec, spec.eval_source, spec.eval_split, chat_format, seq_len)
+        evaluation_examples, eval_report = tokenise_source(
+            spec, spec.eval_source, spec.eval_split, chat_format, seq_len
+        )
+        held_out = evaluation_examples.table()
         reports.append(eval_report)
-    elif spec.eval_rows:
-        chosen = set(Random(seed).sample(range(len(examples)), min(spec.eval_rows, len(examples) // 10)))
-        held_out = [example for index, example in enumerate(examples) if index in chosen]
-        examples = [example for index, example in enumerate(examples) if index not in chosen]
-    train = pack(examples, seq_len)
+    elif count := min(spec.eval_rows, len(examples) // 10):
+        chosen = np.zeros(len(examples), dtype=bool)
+        chosen[Random(seed).sample(range(len(examples)), count)] = True
+        training, held_out = training.filter(~chosen), training.filter(chosen)
+    train = pack(training, seq_len)
     rows = Rows(train, pack(held_out, seq_len) if held_out else None, reports)
     full = rows.train_tokens / (len(train) * seq_len)
     held = f", {len(held_out):,} held out" if held_out else ""
-    print(f"  {len(examples):,} examples packed into {len(train):,} rows of {seq_len:,} tokens, {full:.0%} full{held}")
-    print(f"  for example: {marked(examples[0], tokenizer)}")
+    lines = [
+        f"  {len(training):,} examples packed into {len(train):,} rows of {seq_len:,} tokens, {full:.0%} full{held}",
+        f"  for example: {marked(examples[0], tokenizer)}",
+    ]
+    print("\n".join(lines))
+    if cached is not None:
+        row_cache.save(cached, train, rows.evaluation, {"lines": lines, "reports": [vars(r) for r in reports]})
     return rows
 
 
@@ -134,10 +152,13 @@ def read_examples(source: str, report: DataReport, **place: Any) -> Iterable[tup
 
 def tokenise_source(
     spec: DataSpec, source: str, split: str, chat_format: ChatFormat, seq_len: int
-) -> tuple[list[Tokens], DataReport]:
+) -> tuple[Examples, DataReport]:
     """Every usable example of a source, none longer than seq_len. Prints the report; raises UserError as load_rows."""
-    report, kept = DataReport(source), []
+    report, kept, said_at = DataReport(source), Examples(), time.monotonic()
     for where, example in read_examples(source, report, split=split, revision=spec.revision):
+        if time.monotonic() - said_at > SAY_EVERY:
+            print(f"  {report.read:,} rows of {source} read, {report.tokens:,} tokens", flush=True)
+            said_at = time.monotonic()
         try:
             tokens = chat_format.encode(example, spec.train_on)
             pieces = fit(tokens, seq_len, is_text=isinstance(example, str))
@@ -149,7 +170,7 @@ def tokenise_source(
         report.truncated += len(tokens.input_ids) > seq_len
         for piece in pieces:
             report.add_tokens(piece)
-        kept += pieces
+            kept.append(piece)
     print("\n".join(report.lines()))
     report.refuse_if_bad(spec.max_bad_share)
     return kept, report

@@ -34,6 +34,7 @@ FLOORS = {
     "fake_model": 5,
     "memory": 5,
     "packing": 5,
+    "row_cache": 5,
     "data": 6,
     "forecast": 6,
     "evaluation": 7,
