@@ -85,7 +85,7 @@ def trained_text(tokenizer, tokens) -> str:
     ],
 )
 @pytest.mark.parametrize("chat", [CHAT, SYSTEM], ids=["chat", "with system"])
-def test_only_answers_and_their_ends_are_trained(name, trained, chat):
+def test_pitfall_8_only_answers_and_their_ends_are_trained(name, trained, chat):
     tokenizer = TOKENIZERS[name]()
     tokens = ChatFormat(tokenizer).encode(chat)
     assert trained_text(tokenizer, tokens) == trained
@@ -116,7 +116,7 @@ def test_what_is_trained_follows_the_prompt_that_inference_gives(name):
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5"])
-def test_masks_are_those_of_trls_training_templates_but_for_the_templates_newlines(name):
+def test_pitfall_9_masks_are_those_of_trls_training_templates_but_for_the_templates_newlines(name):
     tokenizer = TOKENIZERS[name]()
     stock = tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in CHAT],

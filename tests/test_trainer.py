@@ -68,7 +68,7 @@ def test_the_rehearsal_finds_what_does_not_fit_before_the_first_step(recipe):
     assert len(memory.largest) == 2 + 3 * 2  # the rehearsal again, then three steps of two micro-batches: none is lost
 
 
-def test_then_micro_batches_are_cut_in_half_with_the_same_rows_per_step(recipe):
+def test_pitfall_32_then_micro_batches_are_cut_in_half_with_the_same_rows_per_step(recipe):
     plan = split(recipe, 4, Policy(2, 0))
     expected, plenty, _ = run(out(recipe, "plenty"), plan)
     got, metrics, memory = run(out(recipe, "tight"), plan, tokens=2 * 128)
