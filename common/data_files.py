@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.hub_errors import TransportError
 from common.recipe import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -180,7 +181,7 @@ def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[PlacedRow
         ) from error
     except ValueError as error:  # an unknown split or configuration: the message lists those there are
         raise UserError(f"data set {name}: {str(error).splitlines()[0]}") from error
-    except (OSError, RuntimeError) as error:
+    except (TransportError, OSError, RuntimeError) as error:
         raise UserError(
             f"data set {name} is not in the local cache and the hub cannot be reached; connect and try again, "
             "or give a file: DATA=my_chats.jsonl"

@@ -7,7 +7,6 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
+from common.hub_errors import TransportError
 from common.recipe import ModelSpec, UserError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # config.json's model_type
@@ -55,7 +55,7 @@ def _download(spec: ModelSpec, patterns: list[str]) -> Path:
             f"the hub has no model {spec.name} that you may read. Check the name on {page}; if it is private, "
             "log in with: .venv/bin/hf auth login"
         ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, TransportError, OSError) as error:
         cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{spec.name} is not in the local cache and the hub cannot be reached ({cause}). Connect and try again, "

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from common.data import load_rows
 from common.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec
 from common.resume import hash_of
-from tests.conftest import TRAIN
+from tests.conftest import ROOT, TINY, TRAIN
 
 
 @pytest.fixture
@@ -113,3 +116,35 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
     names = {row_cache.place(replace(spec, **{name: value}), tokenizer, 128, 0) for name, value in others.items()}
     assert len(names | {row_cache.place(spec, tokenizer, 128, 0)}) == len(others) + 1
+
+
+LOAD = """
+import resource, sys, time
+from common.data import load_rows
+from common.loading import load_tokenizer
+from common.recipe import DataSpec, ModelSpec
+started = time.monotonic()
+rows = load_rows(DataSpec(sys.argv[1]), load_tokenizer(ModelSpec(sys.argv[2])), 2048)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"\\n{time.monotonic() - started:.1f} {peak:.2f} {rows.reports[0].kept}")
+"""
+
+
+@pytest.mark.slow
+def test_a_million_conversations_take_minutes_and_4_GiB_and_the_second_time_seconds(tmp_path):
+    dice, lines = random.Random(0), Path(TRAIN).read_text().splitlines()
+    path = tmp_path / "million.jsonl"
+    with path.open("w") as file:
+        for number in range(1_000_000):
+            row = json.loads(dice.choice(lines))
+            row["messages"][0]["content"] += f" {number}"
+            file.write(json.dumps(row) + "\n")
+    for seconds, gib in ((600, 4.0), (20, 1.0)):
+        command = [sys.executable, "-c", LOAD, str(path), str(TINY)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        )
+        print(done.stdout.splitlines()[-1])
+        took, peak, kept = map(float, done.stdout.splitlines()[-1].split())
+        assert kept == 1_000_000
+        assert took < seconds and peak < gib

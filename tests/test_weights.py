@@ -154,6 +154,7 @@ def hub(monkeypatch):
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [
+        (401, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
         (403, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
         (404, "RepoNotFound", "the hub has no model owner/none that you may read"),
         (404, "RevisionNotFound", "owner/none has no revision 'v9'"),
