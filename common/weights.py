@@ -1,6 +1,9 @@
 """Finds a model's files, on the hub or in a folder, and refuses the ones that cannot be loaded. Safetensors only."""
 
+import contextlib
+import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from common.hub_errors import TransportError
 from common.recipe import ModelSpec, UserError
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")  # config.json's model_type
+CHECKED = Path(".cache") / "checked"
 SHIPPED_CONFIGS = Path(__file__).parent.parent / "models" / "configs"
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja"]
 SMALL_FILES += ["vocab.json", "merges.txt", "added_tokens.json"]
@@ -92,7 +96,7 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
 
 
 def check_safetensors(folder: Path) -> None:
-    """Raises UserError unless the folder's weights are complete safetensors files; reads their headers only."""
+    """Raises UserError unless the folder's weights are complete safetensors files, and as the hub has them."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -114,6 +118,29 @@ def check_safetensors(folder: Path) -> None:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}")
     for shard in shards:
         _check_complete(folder / shard)
+        _check_content(folder / shard)
+
+
+def _check_content(path: Path) -> None:
+    """Raises UserError unless a file in the hub's cache is what the hub has: there a large file's name is its sha256.
+
+    Each is read once, at a GiB a second or so; what was checked is noted in CHECKED.
+    """
+    blob = path.resolve()
+    if not path.is_symlink() or not re.fullmatch("[0-9a-f]{64}", blob.name):
+        return
+    status = blob.stat()
+    note = CHECKED / f"{blob.name}-{status.st_size}-{status.st_mtime_ns}"
+    if note.exists():
+        return
+    if status.st_size > 1 << 30:
+        print(f"checking {path.name} ({status.st_size / (1 << 30):.1f} GiB), once", flush=True)
+    with blob.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
+            raise UserError(f"{path} is damaged: it is not what the hub has. Delete {blob} and run again")
+    with contextlib.suppress(OSError):  # then it is checked again next time
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
 
 
 def _check_complete(path: Path) -> None:

@@ -81,6 +81,7 @@ class Hub:
 
 @pytest.fixture
 def hub(small_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     played = Hub(small_model("llama", max_shard_size="100KB"))
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -166,6 +167,21 @@ def test_a_corrupt_shard_is_named_before_anything_is_loaded(hub, spoil, message)
     hub.files[name] = spoil(hub.files[name])
     said = refusal()
     assert message in said and name in said
+
+
+def test_a_flipped_bit_in_the_weights_is_found_once_and_for_all(hub, monkeypatch):
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    with monkeypatch.context() as patch:  # what was checked is not read again
+        patch.setattr("common.weights.hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        model_folder(ModelSpec(NAME), weights=True)
+    blob = (folder / shard(hub)).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(content)
+    said = refusal()
+    assert said == f"{folder / shard(hub)} is damaged: it is not what the hub has. Delete {blob} and run again"
+    blob.unlink()
+    model_folder(ModelSpec(NAME), weights=True)
 
 
 def test_a_shard_that_the_hub_does_not_have_is_named(hub):
