@@ -97,22 +97,25 @@ class Trainer(SFTTrainer):
 
     def _skip_step(self, norm: Tensor, finite: Tensor) -> None:
         """Leaves the adapter as it is, and names the rows. Raises UserError when that does not help."""
+        scaler, self.skipped_in_a_row = self.accelerator.scaler, self.skipped_in_a_row + 1
+        limit = MOST_SKIPPED if scaler is None else MOST_SKIPPED_FP16
+        if scaler is not None and finite.all() and self.skipped_in_a_row < limit:
+            return  # fp16's scaler skips the step itself, and tries a smaller scale: it begins with too large a one
         step, what = self.state.global_step + 1, f"the gradient norm is {norm.item()}"
         if not finite.all():
             what = f"the loss is {torch.stack(self.losses)[~finite][0].item()}"
         advice = "Lower TrainSpec.learning_rate; the last good checkpoint is kept"
         if not all(parameter.isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad):
             raise UserError(f"step {step}: {what}, and the adapter itself is no longer finite. {advice}")
-        if self.accelerator.scaler is None:  # fp16's scaler skips the step itself, and tries a smaller scale
+        if scaler is None:
             self.model.zero_grad()
-        self.skipped_in_a_row, self.skipped_step = self.skipped_in_a_row + 1, step
+        self.skipped_step = step
         suspects = [batch for batch, good in zip(self.micro_batches, finite.tolist(), strict=True) if not good]
         examples = [example for batch in suspects or self.micro_batches for example in self._not_finite(batch)]
         self.first_step.begin_again()  # looking for them ran the layers too
         places = self.find_places(examples[:NAMED_PLACES])
         rows = f" ({'; '.join(places)}{' and more' if len(examples) > len(places) else ''})" if places else ""
         print(f"\nwarning: step {step}: {what}{rows}; the step is skipped", flush=True)
-        limit = MOST_SKIPPED if self.accelerator.scaler is None else MOST_SKIPPED_FP16
         if self.skipped_in_a_row >= limit:
             raise UserError(
                 f"{limit} steps in a row gave no finite numbers, the last one {step}: {what}{rows}. {advice}"

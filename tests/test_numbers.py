@@ -10,7 +10,8 @@ from common.activation_checkpointing import Policy, decoder_layers
 from common.packing import collate, examples_of
 from common.progress import read_metrics
 from common.recipe import UserError
-from common.training import train
+from common.trainer import MOST_SKIPPED_FP16
+from common.training import build_trainer, train
 from tests.test_training import adapter, prepare, split
 
 POISON = "Xylophone"  # in no shipped conversation
@@ -95,6 +96,20 @@ def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(recipe, cap
     assert out.count("the step is skipped") == 1
     assert "the gradient norm is " in out
     assert all(tensor.isfinite().all() for tensor in adapter(recipe.out).values())
+
+
+def test_fp16s_scaler_may_look_for_a_scale_that_fits_without_a_warning(recipe, capsys):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, [17])
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    trainer.accelerator.scaler = object()
+    overflow, finite = torch.tensor(float("inf")), torch.ones(0, dtype=torch.bool)
+    for _ in range(MOST_SKIPPED_FP16 - 1):
+        trainer._skip_step(overflow, finite)
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="20 steps in a row gave no finite numbers, the last one 1: the gradient norm is"
+    ):
+        trainer._skip_step(overflow, finite)
 
 
 def test_the_examples_of_a_micro_batch_come_one_by_one():
