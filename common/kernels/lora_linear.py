@@ -47,10 +47,15 @@ class LoraLinear:
         return (self.b.detach() if self.scale == 1 else self.b.detach() * self.scale).to(dtype)
 
 
+def _joined(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
+    """The parts that are there as one tensor; None where none is."""
+    there = [part for part in parts if part is not None]
+    return torch.cat(there, dim) if len(there) > 1 else there[0] if there else None
+
+
 def _stacked_a(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Tensor | None:
     """The A of all of them, (sum of ranks, in): what they share is one matmul with their common input."""
-    parts = [linear.a.detach().to(dtype) for linear in linears if linear.a is not None]
-    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+    return _joined([None if linear.a is None else linear.a.detach().to(dtype) for linear in linears], 0)
 
 
 def _split(bottleneck: Tensor | None, linears: Sequence[LoraLinear], dim: int) -> list[Tensor | None]:
@@ -77,17 +82,15 @@ def _forward(x: Tensor, linears: Sequence[LoraLinear], onto: Tensor | None = Non
     return outputs
 
 
-def _input_gradient(grads: Sequence[Tensor], linears: Sequence[LoraLinear]) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradient of the common input, and of each layer's bottleneck, (tokens, rank)."""
+def _input_gradient(
+    grads: Sequence[Tensor], linears: Sequence[LoraLinear], a: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the common input, and that of the bottlenecks, (tokens, sum of ranks); `a` is _stacked_a."""
     dtype = grads[0].dtype
-    bottlenecks = [
-        None if linear.b is None else grad @ linear.scaled_b(dtype) for grad, linear in zip(grads, linears, strict=True)
-    ]
-    a = _stacked_a(linears, dtype)
-    total = None
-    if a is not None:
-        parts = [part for part in bottlenecks if part is not None]
-        total = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]) @ a
+    bottlenecks = _joined(
+        [None if li.b is None else grad @ li.scaled_b(dtype) for grad, li in zip(grads, linears, strict=True)], 1
+    )
+    total = None if a is None or bottlenecks is None else bottlenecks @ a
     for grad, linear in zip(grads, linears, strict=True):
         weight = linear.dense(dtype)
         total = grad @ weight if total is None else total.addmm_(grad, weight)
@@ -97,14 +100,12 @@ def _input_gradient(grads: Sequence[Tensor], linears: Sequence[LoraLinear]) -> t
 
 
 def _adapter_gradients(
-    x: Tensor, grads: Sequence[Tensor], bottleneck_grads: Sequence[Tensor | None], linears: Sequence[LoraLinear]
+    x: Tensor, grads: Sequence[Tensor], bottleneck_grads: Tensor | None, linears: Sequence[LoraLinear], a: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients of A and B of each layer in turn, in their own dtype; None without an adapter."""
-    a = _stacked_a(linears, x.dtype)
-    if a is None:
+    if a is None or bottleneck_grads is None:
         return [None] * (2 * len(linears))
-    parts = [part for part in bottleneck_grads if part is not None]
-    of_a = _split((torch.cat(parts, 1) if len(parts) > 1 else parts[0]).t() @ x, linears, 0)
+    of_a = _split(bottleneck_grads.t() @ x, linears, 0)
     found: list[Tensor | None] = []
     for linear, grad, bottleneck, grad_a in zip(linears, grads, _split(x @ a.t(), linears, 1), of_a, strict=True):
         if linear.a is None or linear.b is None or bottleneck is None or grad_a is None:
@@ -133,9 +134,10 @@ class _NormedLinears(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         *grads, residual = grads  # type: ignore[assignment]
-        grad, bottlenecks = _input_gradient(grads, ctx.linears)
+        a = _stacked_a(ctx.linears, hidden.dtype)
+        grad, bottlenecks = _input_gradient(grads, ctx.linears, a)
         normed = rms_norm_forward(hidden, ctx.weight, ctx.eps)
-        adapters = _adapter_gradients(normed, grads, bottlenecks, ctx.linears)
+        adapters = _adapter_gradients(normed, grads, bottlenecks, ctx.linears, a)
         del normed
         return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual), None, None, None, *adapters
 
@@ -158,8 +160,9 @@ class _LinearOnto(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        grad_x, bottlenecks = _input_gradient([grad], [ctx.linear])
-        return grad_x, grad, None, *_adapter_gradients(x, [grad], bottlenecks, [ctx.linear])
+        a = _stacked_a([ctx.linear], x.dtype)
+        grad_x, bottlenecks = _input_gradient([grad], [ctx.linear], a)
+        return grad_x, grad, None, *_adapter_gradients(x, [grad], bottlenecks, [ctx.linear], a)
 
 
 def linear_onto(x: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
@@ -181,9 +184,10 @@ class _KeepGateUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        grad_up, bottlenecks = _input_gradient([grad], [ctx.linear])
+        a = _stacked_a([ctx.linear], gate.dtype)
+        grad_up, bottlenecks = _input_gradient([grad], [ctx.linear], a)
         product, grad_gate = swiglu_backward_(grad_up, gate, up)
-        adapters = _adapter_gradients(product, [grad], bottlenecks, [ctx.linear])
+        adapters = _adapter_gradients(product, [grad], bottlenecks, [ctx.linear], a)
         return grad_gate, grad_up, None, None, *adapters
 
 
