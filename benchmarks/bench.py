@@ -30,13 +30,13 @@ import matplotlib
 import torch
 
 from benchmarks.models import recipe_of
+from benchmarks.results_folder import result_path
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common.activation_checkpointing import Policy
 from common.forecast import Forecast
 from common.machine import GIB, this_machine
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"
 LIMIT = 540  # seconds a process may take
 Result = dict[str, Any]
@@ -123,6 +123,10 @@ def flops_per_token(name: str, tokens: int) -> float:
 def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
     """One entry for each model, length and stack, with its rounds put together."""
     found = []
+    references: dict[tuple[str, int], list[float]] = {}  # losses of TRL's first round
+    for m in measurements:
+        if m["stack"] == "trl" and "losses" in m:
+            references.setdefault((m["model"], m["job"]["tokens"]), m["losses"])
     cases = dict.fromkeys((m["model"], m["job"]["tokens"], m["stack"]) for m in measurements)
     for model, tokens, stack in cases:
         rounds = [m for m in measurements if (m["model"], m["job"]["tokens"], m["stack"]) == (model, tokens, stack)]
@@ -133,14 +137,6 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
             continue
         rates = [tokens_per_s(m) for m in good]
         rate = statistics.median(rates)
-        reference = next(
-            (
-                m["losses"]
-                for m in measurements
-                if m["stack"] == "trl" and "losses" in m and (m["model"], m["job"]["tokens"]) == (model, tokens)
-            ),
-            None,
-        )
         entry |= {
             "tokens_per_s": rate,
             "slowest_and_fastest_round": [min(rates), max(rates)],
@@ -151,6 +147,7 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
             "first_step_seconds": statistics.median(m["first_step_seconds"] for m in good),
             "policy": good[0]["policy"],
         }
+        reference = references.get((model, tokens))
         if reference and stack != "trl":
             entry["loss_difference"] = max(abs(a - b) for a, b in zip(good[0]["losses"], reference, strict=True))
         found.append(entry)
@@ -166,19 +163,13 @@ def table(report: Result) -> str:
         "| largest loss difference from TRL |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
+    ours = {(e["model"], e["tokens"]): e.get("tokens_per_s") for e in report["summary"] if e["stack"] == "ours"}
     for entry in report["summary"]:
         start = f"| `{entry['model']}` | {entry['tokens']:,} | {entry['stack']} |"
         if "failed" in entry:
             lines.append(f"{start} {entry['failed']} | – | – | – | – | – |")
             continue
-        mine = next(
-            (
-                e.get("tokens_per_s")
-                for e in report["summary"]
-                if e["stack"] == "ours" and (e["model"], e["tokens"]) == (entry["model"], entry["tokens"])
-            ),
-            None,
-        )
+        mine = ours.get((entry["model"], entry["tokens"]))
         ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] != "ours" else "–"
         sizes = (entry["allocated_bytes"], entry["reserved_bytes"]) if gpu else (entry["resident_bytes"],)
         peak = " / ".join(f"{size / GIB:.1f}" for size in sizes)
@@ -241,8 +232,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--warmup and --steps must be at least 1")
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if gpu else "cpu").lower()
-    out = args.out or RESULTS / f"bench_{name}.json"
+    out = args.out or result_path("bench")
     matmul = subprocess.run(
         [sys.executable, "-m", "benchmarks.ceiling"], check=True, cwd=ROOT, capture_output=True, text=True
     )

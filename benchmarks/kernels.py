@@ -11,7 +11,6 @@ Results go to benchmarks/results/kernels_<machine>.json.
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.memory import RESULTS
+from benchmarks.results_folder import result_path
 from common.kernels import REFERENCES, rms_norm, rope, swiglu
 from common.machine import this_machine
 
@@ -123,11 +122,8 @@ def main() -> int:
             found[-1]["microseconds"] = microseconds(run, args.repeats)
     for entry in found:
         print(f"{entry['tokens']:6,}  {entry['what']:24} {entry['form']:22} {entry['microseconds']:10,.1f} us")
-    folder = args.out or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if machine.is_gpu else "cpu").lower()
     report = {"date": date.today().isoformat(), "machine": str(machine), "torch": torch.__version__, "times": found}
-    (folder / f"kernels_{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    result_path("kernels", args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -9,7 +9,6 @@ there. What does not fit the card is left out and said so. Results go to benchma
 
 import argparse
 import gc
-import importlib
 import json
 import sys
 import time
@@ -23,6 +22,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from benchmarks.models import recipe_of
+from benchmarks.results_folder import result_path
 from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora
 from common.attention import PACKED
@@ -34,7 +35,6 @@ from common.optimizer import build_optimizer
 from common.planner import WORKSPACE_BYTES, setting_of
 from common.recipe import Recipe, UserError
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")
 TOKENS = (2_048, 8_192)
 
@@ -162,9 +162,9 @@ def main() -> int:
         "recipes": {},
         "measurements": [],
     }
-    path = args.out or RESULTS / f"memory_{torch.cuda.get_device_name().replace(' ', '_').lower()}.json"
+    path = args.out or result_path("memory")
     for name in args.models:
-        recipe = importlib.import_module(f"recipes.{name.replace('-', '_')}").RECIPE
+        recipe = recipe_of(name)
         results["recipes"][name] = asdict(recipe)
         try:
             results["measurements"] += measure_recipe(recipe, args.tokens, machine)

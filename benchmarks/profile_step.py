@@ -18,11 +18,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.memory import RESULTS, random_step
+from benchmarks.memory import random_step
 from benchmarks.models import recipe_of
+from benchmarks.results_folder import result_path
 from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora
 from common.forecast import Forecast, speed_of
@@ -109,11 +109,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the .json")
     args = parser.parse_args()
     result = profile_step(args.model, args.tokens, args.layers, args.recompute)
-    folder = args.out or RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
-    machine = this_machine()
-    name = re.sub(r"\W+", "_", torch.cuda.get_device_name() if machine.is_gpu else "cpu").lower()
-    path = folder / f"profile_{args.model.replace('-', '_')}_{name}.json"
+    path = result_path(f"profile_{args.model.replace('-', '_')}", args.out)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"{in_words(result)}\n\nwritten to {path}")
     return 0
