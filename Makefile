@@ -9,6 +9,12 @@ CARD_GIB ?=
 SEQ_LEN ?=
 JSON ?=
 LAYERS ?=
+PROMPT ?=
+FORMAT ?=
+QUANT ?=
+BASE ?=
+TO ?=
+TASKS ?=
 ARGS ?=
 
 VENV := .venv
@@ -19,7 +25,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune plan dryrun test check setup bench gpu-check parity memory _recipe
+.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory _recipe
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
@@ -35,6 +41,31 @@ plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any downl
 
 dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
 	@$(PY) -m recipes "$(MODEL)" --dry-run $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+
+# In single quotes as the shell reads them: a prompt may hold any character.
+quoted = '$(subst ','\'',$(value $(1)))'
+OF_RUN = "$(MODEL)" $(if $(OUT),--out "$(OUT)")
+MERGED = $(or $(TO),$(or $(OUT),outputs/$(subst _,-,$(MODEL)))-merged)
+MADE = $(if $(BASE),--base "$(BASE)") $(if $(TO),--to "$(TO)")
+
+chat: _recipe $(VENV)/.installed ## talk to what MODEL became; PROMPT="one question" answers it and ends
+	@$(PY) -m recipes chat $(OF_RUN) $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(ARGS)
+
+eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss, perplexity, answers; DATA=other.jsonl
+	@$(PY) -m recipes eval $(OF_RUN) $(if $(DATA),--data "$(DATA)") $(if $(JSON),--json "$(JSON)") $(ARGS)
+
+merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
+	@$(PY) -m recipes merge $(OF_RUN) $(MADE) $(ARGS)
+
+export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, f16 or bf16
+	@$(PY) -m recipes export $(OF_RUN) $(MADE) $(if $(FORMAT),--format "$(FORMAT)") $(if $(QUANT),--quant "$(QUANT)") $(ARGS)
+
+report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
+	@$(PY) -m recipes report $(OF_RUN) $(ARGS)
+
+lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
+	@if [ ! -f "$(MERGED)/config.json" ]; then echo "error: there is no merged model in $(MERGED): make merge first" >&2; exit 2; fi
+	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED)" --tasks "$(TASKS)" $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
 	@$(PY) -m pytest $(ARGS)
@@ -68,6 +99,10 @@ $(PY):
 
 $(VENV)/.installed: requirements.txt constraints.txt | $(PY)
 	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-eval: requirements-eval.txt $(VENV)/.installed
+	@$(PIP) -r requirements-eval.txt
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed

@@ -76,4 +76,9 @@ def packed_attention(
     return output.unsqueeze(0), None
 
 
+def is_flat(model: Any) -> bool:
+    """Whether its attention wants micro-batches laid flat, common.packing.collate."""
+    return bool(model.config._attn_implementation == PACKED)
+
+
 AttentionInterface.register(PACKED, packed_attention)

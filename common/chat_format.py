@@ -5,6 +5,7 @@ text is known exactly, whatever the template; no template needs marks or a copy.
 and the token that ends its turn.
 """
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -74,6 +75,25 @@ class ChatFormat:
             raise UserError("the chat template begins a conversation twice: more than one BOS token")
         return Tokens(ids, labels, turn_ends)
 
+    def prompt_ids(self, conversation: Conversation) -> list[int]:
+        """Token ids of a conversation that ends with the user's turn, ready for the assistant's answer.
+
+        Control tokens in a message are plain text. Raises BadRow as encode.
+        """
+        text, spans = self._place(conversation, answering=True)
+        return self._tokenise(text, [span for _, span in spans])[0]
+
+    def last_message(self, prompt_ids: list[int]) -> str:
+        """The text of the last message in a prompt: what stands between the template's own texts around it."""
+        text: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
+        if not self.tokenizer.chat_template:
+            return text
+        roles = ("user", "assistant", "user")
+        first, _, answering, _, again, *_ = self._skeleton(tuple(Message(role, "") for role in roles))  # type: ignore[arg-type]
+        opening = os.path.commonprefix([str(first)[::-1], str(again)[::-1]])[::-1].strip()
+        text = text.strip().removesuffix(str(answering).strip())
+        return (text.rpartition(opening)[2] if opening else text).strip()
+
     def end_of_turn_id(self) -> int | None:
         """The id of the token that ends the assistant's turns; the end of text for a model without a template."""
         if not self.tokenizer.chat_template:
@@ -106,20 +126,20 @@ class ChatFormat:
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 
-    def _render(self, conversation: Conversation, contents: list[str]) -> str:
+    def _render(self, conversation: Conversation, contents: list[str], answering: bool) -> str:
         messages = [{"role": m.role, "content": text} for m, text in zip(conversation, contents, strict=True)]
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
         except TemplateError as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
 
-    def _skeleton(self, conversation: Conversation) -> list[str | int]:
+    def _skeleton(self, conversation: Conversation, answering: bool = False) -> list[str | int]:
         """The template's own text, and between its pieces the index of each message."""
         # Qwen3's template treats a turn that begins with its thoughts differently.
         leads = [THINK if m.content.lstrip().startswith(THINK) else "" for m in conversation]
-        key = tuple(m.role + lead for m, lead in zip(conversation, leads, strict=True))
+        key = (*(m.role + lead for m, lead in zip(conversation, leads, strict=True)), "answer" * answering)
         if key not in self._skeletons:
-            rendered = self._render(conversation, [f"{lead}\ue000{i}\ue001" for i, lead in enumerate(leads)])
+            rendered = self._render(conversation, [f"{lead}\ue000{i}\ue001" for i, lead in enumerate(leads)], answering)
             pieces: list[str | int] = list(_PLACEHOLDER.split(rendered))
             pieces[1::2] = [int(index) for index in pieces[1::2]]
             if sorted(pieces[1::2]) != list(range(len(conversation))):
@@ -129,11 +149,13 @@ class ChatFormat:
             self._skeletons[key] = pieces
         return self._skeletons[key]
 
-    def _place(self, conversation: Conversation) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
+    def _place(
+        self, conversation: Conversation, answering: bool = False
+    ) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
         """The rendered text, and for each message its index and its span of characters."""
-        skeleton = self._skeleton(conversation)
+        skeleton = self._skeleton(conversation, answering)
         original = [m.content for m in conversation]
-        rendered = self._render(conversation, original)
+        rendered = self._render(conversation, original, answering)
         for contents in (original, [text.strip() for text in original]):  # many templates strip messages
             text, spans = "", []
             for piece in skeleton:

@@ -39,27 +39,37 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     plan.add_argument("--dry-run", action="store_true", help="a few steps with random weights (make dryrun)")
     plan.add_argument("--layers", type=int, metavar="N", help="of the dry run's model (default: all; 2 without a GPU)")
     flags = parser.parse_args(arguments)
-    try:
-        recipe = _with_flags(recipe, flags, name)
+
+    def start() -> None:
+        configured = _with_flags(recipe, flags, name)
         if flags.plan:
-            _plan(recipe, flags, name)
+            _plan(configured, flags, name)
         else:
-            _run(main, dry(recipe, flags.layers) if flags.dry_run else recipe)
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return ERROR_STATUS
+            _run(main, dry(configured, flags.layers) if flags.dry_run else configured)
+
+    try:
+        return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
     except Stopped as stop:
         out = f' OUT="{flags.out}"' if flags.out else ""
         data = f' DATA="{flags.data}"' if flags.data else ""
         print(f"\n{stop}. Go on with: make finetune MODEL={name}{data}{out} ARGS=--resume", file=sys.stderr)
         return 128 + stop.signal_number
+
+
+def exit_status(action: Callable[[], object], folder: str) -> int:
+    """Does it; the exit status. What the user can mend becomes one line on stderr. folder: that it writes into."""
+    try:
+        action()
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return ERROR_STATUS
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
     except OSError as error:
         if error.errno not in NO_WRITING:
             raise
-        print(f"\nerror: {error.filename or recipe.out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"\nerror: {error.filename or folder} cannot be written: {error.strerror}", file=sys.stderr)
         return ERROR_STATUS
     return 0
 

@@ -31,12 +31,7 @@ class Machine:
 
     def peak_bytes(self) -> int:
         """Highest memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""
-        if self.is_gpu:
-            return torch.cuda.max_memory_reserved(self.device)
-        status = Path("/proc/self/status")
-        if not status.exists():  # not Linux
-            return 0
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+        return torch.cuda.max_memory_reserved(self.device) if self.is_gpu else peak_of_ram()
 
     def allocated_bytes(self) -> int | None:
         """Highest sum of tensors on the GPU so far in bytes; None on a CPU, where nobody counts them."""
@@ -44,6 +39,14 @@ class Machine:
 
     def __str__(self) -> str:
         return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+
+
+def peak_of_ram() -> int:
+    """Highest resident memory of this process so far in bytes; 0 where that is not told (not Linux)."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
 
 
 @cache

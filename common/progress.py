@@ -73,7 +73,7 @@ class Report(TrainerCallback):
         self._line(
             f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
             f"lr {entry['learning_rate']:.2e} | "
-            f"{tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {_duration(left)} left",
+            f"{tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {duration(left)} left",
             keep=state.global_step == state.max_steps,
         )
 
@@ -90,7 +90,7 @@ class Report(TrainerCallback):
             self.shown_at = time.perf_counter()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -14,6 +14,7 @@ Checkpointing = Literal["auto", "none", "every layer", "keep attention", "offloa
 Kernels = Literal["lean", "stock"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
+ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
 
 
@@ -124,6 +125,8 @@ class TrainSpec:
     kernels: Kernels = "lean"
     eval_every: int = 100  # optimizer steps; the end of the run is evaluated too
     save_every: int = 100  # optimizer steps between checkpoints on disk, the last two of which stay
+    sample_answers: int = 4  # to held-out prompts, by base and adapter, for report.html; 0 skips them
+    report_to: ReportTo = "none"  # hands the metrics to a tracker, which must be installed; "wandb" sends them away
     seed: int = 0
     # The same adapter from the same seed on the same machine: bit for bit on a CPU; on a GPU up to the order in which
     # flash attention's backward adds up, for which torch has no faster deterministic form.
@@ -144,6 +147,8 @@ class TrainSpec:
         require(self.max_steps is None or self.max_steps > 0, f"TrainSpec.max_steps is {self.max_steps}; at least 1")
         require(0 <= self.warmup_share < 1, f"TrainSpec.warmup_share is {self.warmup_share}; a share, 0 to below 1")
         require(self.weight_decay >= 0, f"TrainSpec.weight_decay is {self.weight_decay}; 0 or more")
+        require(self.sample_answers >= 0, f"TrainSpec.sample_answers is {self.sample_answers}; 0 skips them")
+        require_one_of(self.report_to, ReportTo, "TrainSpec.report_to")
         require_one_of(self.schedule, Schedule, "TrainSpec.schedule")
         require_one_of(self.optimizer, Optimizer, "TrainSpec.optimizer")
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")

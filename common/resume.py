@@ -20,6 +20,8 @@ FREE = {
     "TrainSpec.checkpointing",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
+    "TrainSpec.sample_answers",
+    "TrainSpec.report_to",
 }
 # ... and what changes it a little, and is only said: where the schedule ends, and the order of sums.
 SAID = {"TrainSpec.max_steps", "TrainSpec.epochs", "TrainSpec.kernels", "TrainSpec.deterministic"}

@@ -5,6 +5,7 @@ import heapq
 import json
 import pickle
 import sys
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,11 @@ from trl import SFTConfig
 
 from common.activation_checkpointing import TRAINER_ARGUMENTS
 from common.adapters import trainable_params
-from common.attention import PACKED
+from common.attention import is_flat
 from common.chat_format import ChatFormat
 from common.checkpoints import clean, go_back_to, newest_intact, run_of
 from common.data import Rows, find_examples
+from common.evaluation import held_out_samples, sample_answers
 from common.loss import IGNORED, trained_positions
 from common.machine import GIB, this_machine
 from common.modules import is_lean, obstacle
@@ -28,10 +30,13 @@ from common.optimizer import build_optimizer
 from common.packing import collate
 from common.planner import Plan
 from common.progress import Report, draw_loss
+from common.provenance import code_version, command_line
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.report import write_report
 from common.resume import LIBRARIES, identity, refuse_another_run
 from common.run_folder import CHECKPOINTS
 from common.stopping import StopSignals
+from common.trained_adapter import WEIGHTS, sha256_of
 from common.trainer import Trainer, save_adapter
 
 
@@ -62,7 +67,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         logging_nan_inf_filter=False,  # it would print 0.0 for NaN
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
-        report_to="none",
+        report_to=train.report_to,
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
@@ -160,15 +165,24 @@ def train(
     }
     save(model, tokenizer, folder)
     draw_loss(folder)
-    write_run(folder, recipe, plan, rows, model, metrics)
     print(memory_line(plan, trainer))
+    samples = _samples(model, tokenizer, rows, recipe)
+    write_run(folder, recipe, plan, rows, model, {"metrics": metrics, "samples": samples})
     print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
+    print(f"the run on a page: {write_report(folder)}")
     return metrics
 
 
-def is_flat(model: PeftModel) -> bool:
-    """Whether its attention wants micro-batches laid flat, common.packing.collate."""
-    return bool(model.config._attn_implementation == PACKED)
+def _samples(model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, recipe: Recipe) -> list[dict[str, str]]:
+    """Answers to held-out prompts without the adapter and with it; none where that runs out of memory."""
+    if rows.evaluation is None:
+        return []
+    samples = held_out_samples(rows.evaluation, tokenizer, recipe.train.sample_answers, recipe.train.seed)
+    try:
+        return sample_answers(model, tokenizer, samples)
+    except torch.OutOfMemoryError:
+        print("no sample answers: they did not fit the card beside the optimizer; make eval shows some")
+        return []
 
 
 def worst_batch(rows: Rows, plan: Plan, *, flat: bool) -> dict[str, Any]:
@@ -226,8 +240,8 @@ def save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> 
     generation.save_pretrained(folder)
 
 
-def write_run(folder: Path, recipe: Recipe, plan: Plan, rows: Rows, model: PeftModel, metrics: dict[str, Any]) -> None:
-    """run.json: what ran, on what, with which versions, and how it ended."""
+def write_run(folder: Path, recipe: Recipe, plan: Plan, rows: Rows, model: PeftModel, result: dict[str, Any]) -> None:
+    """run.json: what ran, on what, with which versions, and how it ended (`result`)."""
     run = {
         "recipe": dataclasses.asdict(recipe),
         "plan": dataclasses.asdict(plan),
@@ -239,8 +253,12 @@ def write_run(folder: Path, recipe: Recipe, plan: Plan, rows: Rows, model: PeftM
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
         "machine": str(this_machine()),
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}},
+        "compute_dtype": str(this_machine().dtype).removeprefix("torch."),
+        "versions": {**code_version(), "python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}},
         "seed": recipe.train.seed,
-        "metrics": metrics,
+        "command": command_line(),
+        "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "adapter_sha256": sha256_of(folder / WEIGHTS),
+        **result,
     }
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

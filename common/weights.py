@@ -117,7 +117,7 @@ def check_safetensors(folder: Path) -> None:
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]}")
     for shard in shards:
-        _check_complete(folder / shard)
+        check_complete(folder / shard)
         _check_content(folder / shard)
 
 
@@ -143,7 +143,7 @@ def _check_content(path: Path) -> None:
         note.touch()
 
 
-def _check_complete(path: Path) -> None:
+def check_complete(path: Path) -> None:
     """Raises UserError unless the file is as long as its safetensors header says."""
     size = path.stat().st_size
     again = "delete it and download it again"

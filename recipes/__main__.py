@@ -1,5 +1,7 @@
 """`python -m recipes [--check] NAME [flags]`: runs, or only finds, recipes/NAME.py; a dash stands for an underscore.
 
+`python -m recipes chat|eval|merge|export|report NAME [flags]`: what comes after a run, common.commands.
+
 A new file beside this one is a new recipe; nothing is registered.
 """
 
@@ -15,6 +17,7 @@ if "--plan" in sys.argv:  # a plan takes seconds, most of them imports
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; bitsandbytes would import the compiler
 
 from common.cli import ERROR_STATUS, run
+from common.commands import COMMANDS, run_command
 from common.recipe import UserError
 
 FOLDER = Path(__file__).parent
@@ -26,7 +29,8 @@ def recipe_names() -> list[str]:
 
 def main(arguments: list[str]) -> int:
     only_check = arguments[:1] == ["--check"]  # needs the standard library alone
-    name, *flags = arguments[only_check:] or [""]
+    command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else None
+    name, *flags = arguments[only_check or command is not None :] or [""]
     path = FOLDER / f"{name.replace('-', '_')}.py"
     if name.replace("_", "-") not in recipe_names():
         print(f"error: there is no recipe {name!r}; there are: {', '.join(recipe_names())}", file=sys.stderr)
@@ -44,6 +48,8 @@ def main(arguments: list[str]) -> int:
             line, message = error.lineno or "?", error.msg
         print(f"error: {path.relative_to(FOLDER.parent)}:{line}: {message}", file=sys.stderr)
         return ERROR_STATUS
+    if command:
+        return run_command(command, name, values, flags)
     return run(story, values, flags)
 
 

@@ -1,6 +1,9 @@
 """Small models of each architecture, saved as ordinary checkpoints, and the shipped tokenizer."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,9 +25,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from common.adapters import attach_lora
 from common.cli import quiet_libraries
+from common.loading import load_4bit, load_tokenizer
 from common.machine import Machine
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from common.training import save
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -88,6 +94,35 @@ def small_llama(small_model: Callable[..., Path]) -> Path:
     return small_model("llama")
 
 
+@pytest.fixture(scope="session")
+def adapted(small_model, tmp_path_factory) -> Callable[..., Recipe]:
+    """adapted(architecture, lora, bits=..., base=..., **config values): a recipe with an adapter of noise in `out`."""
+
+    def make(
+        architecture: str = "llama",
+        lora: LoraSpec = LoraSpec(rank=4, alpha=8),  # noqa: B008 - it is frozen
+        bits: int = 4,
+        base: Path | None = None,
+        **values: object,
+    ) -> Recipe:
+        # 0.05: closer to a trained model's weights than what other tests take to make logits large
+        folder = base or small_model(architecture, **{"initializer_range": 0.05} | values)
+        spec = ModelSpec(str(folder), bits=bits)
+        model = attach_lora(load_4bit(spec, FP32), lora)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(0, 0.05)
+            if "magnitude" in name:
+                parameter.data.mul_(1.1)
+        out = tmp_path_factory.mktemp("adapter")
+        save(model, load_tokenizer(spec), out)
+        train = TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3)
+        return Recipe(spec, DataSpec(TRAIN), lora, train, card_gib=None, out=str(out))
+
+    return make
+
+
 @pytest.fixture
 def chats(tmp_path) -> str:
     path = tmp_path / "chats.jsonl"
@@ -105,3 +140,15 @@ def recipe(small_llama, chats, tmp_path) -> Recipe:
         card_gib=None,
         out=str(tmp_path / "run"),
     )
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory) -> tuple[str, Path, float]:
+    """What `make finetune` prints, its output folder, and its seconds with start-up."""
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", "tiny", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, out, time.perf_counter() - started

@@ -222,3 +222,41 @@ def test_a_template_that_cannot_be_trained_with_says_why(template, error, messag
     tokenizer.chat_template = template
     with pytest.raises(error, match=message):
         ChatFormat(tokenizer).encode(CHAT)
+
+
+QUESTION = (Message("user", "Hello you"), Message("assistant", "Hi!"), Message("user", "Bye <|eot_id|>"))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_prompt_is_what_the_template_renders_for_an_answer(name):
+    tokenizer = TOKENIZERS[name]()
+    chat = (*QUESTION[:2], Message("user", "Bye"))
+    messages = [{"role": m.role, "content": m.content} for m in chat]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ChatFormat(tokenizer).prompt_ids(chat)) == text
+
+
+def test_control_tokens_in_a_prompt_are_plain_text():
+    tokenizer = llama3()
+    ids = ChatFormat(tokenizer).prompt_ids(QUESTION)
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 3
+    assert "Bye <|eot_id|>" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("chat", [QUESTION[:1], (*QUESTION[:2], Message("user", "And\n\n now?"))], ids=["one", "two"])
+def test_the_last_message_of_a_prompt_is_found_again(name, chat):
+    chat_format = ChatFormat(TOKENIZERS[name]())
+    assert chat_format.last_message(chat_format.prompt_ids(chat)) == chat[-1].content
+    trained = chat_format.encode((*chat, Message("assistant", "Fine.")))
+    start = next(
+        i for i in reversed(range(len(trained.labels))) if trained.labels[i] == IGNORED and i < trained.turn_ends[-1]
+    )
+    assert chat_format.last_message(trained.input_ids[: start + 1]) == chat[-1].content
+
+
+def test_a_prompt_of_a_model_without_a_template_is_its_text(tokenizer):
+    bare = llama3()
+    bare.chat_template = None
+    ids = bare("Once upon a time", add_special_tokens=False)["input_ids"]
+    assert ChatFormat(bare).last_message(ids) == "Once upon a time"

@@ -21,7 +21,6 @@ REASONS = {
     "may pin ModelSpec.revision",
     23: "FSDP cannot shard 4-bit weights stored as uint8: a run has one GPU so far",
     24: "the trainer's checkpointing and FSDP's at once: a run has one GPU so far, and the trainer's is always off",
-    25: "a merged model is not the trained one: nothing is merged so far",
     26: "embeddings of new tokens are lost on saving: no recipe can add a token, padding takes one that is there",
 }
 

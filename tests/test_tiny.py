@@ -2,13 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
 from random import Random
-
-import pytest
 
 from common.data import DataReport, read_examples
 from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations
@@ -39,18 +33,6 @@ def test_the_data_can_be_made_again_bit_for_bit(tmp_path):
 
 def test_the_shipped_weights_are_small():
     assert sum(path.stat().st_size for path in TINY.iterdir()) <= 8_000_000
-
-
-@pytest.fixture(scope="module")
-def finetuned(tmp_path_factory) -> tuple[str, Path, float]:
-    """What `make finetune` prints, its output folder, and its seconds with start-up."""
-    out = tmp_path_factory.mktemp("tiny") / "run"
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes", "tiny", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, out, time.perf_counter() - started
 
 
 def test_fine_tuning_teaches_a_task_that_the_base_does_not_know(finetuned):

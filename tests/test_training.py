@@ -112,6 +112,7 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
         "checkpoints",
         "generation_config.json",
         "loss.png",
+        "report.html",
         "metrics.jsonl",
         "run.json",
         "tokenizer.json",

@@ -1,0 +1,167 @@
+"""The adapter inside the weights: 16-bit safetensors that vLLM and transformers load.
+
+It is added to what the adapter was trained against, the 4-bit base as NF4 gives it back: the result is the trained
+model up to rounding to 16 bits. Added to the original weights instead, the base's own rounding error comes back as a
+difference from what was trained, some hundred times larger.
+"""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from bitsandbytes import functional as bnb
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from common.machine import this_machine
+from common.output import NOTE
+from common.recipe import UserError
+from common.shards import Entry, Shard, Shards, in_16_bits, split, write_shards
+from common.trained_adapter import WEIGHTS, TrainedAdapter, put_on, sha256_of
+from common.weights import load_config, model_folder
+
+PREFIX = "base_model.model."  # of a module's name in a PeftModel
+NF4_STATE = ".quant_state.bitsandbytes__nf4"  # of a 4-bit weight that was stored as such
+
+
+class MergedWeights:
+    """The tensors of base and merged model, one at a time, fp32.
+
+    Linear layers are quantised as `load_4bit` does when the run's model had 4 bits, unless `original`.
+    """
+
+    def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
+        spec = adapter.recipe.model
+        if spec.weights == "random":
+            raise UserError(
+                f"the run in {adapter.folder} had random weights, a dry run: there is no base to go with it"
+            )
+        machine = this_machine()
+        self.adapter, self.device = adapter, machine.device
+        self.dtype = adapter.dtype or machine.dtype  # of the base when it was quantised, and of the compute
+        self.folder = model_folder(spec, weights=True)
+        self.config = load_config(spec, self.folder)
+        self.config.dtype = torch.float32
+        self.stored = Shards(self.folder)
+        self.skeleton = self._skeleton()
+        self.packed = {name.removesuffix(NF4_STATE) for name in self.stored.entries if name.endswith(NF4_STATE)}
+        if original and self.packed:
+            raise UserError(f"{spec.name} is a 4-bit checkpoint: it has no original weights to merge into")
+        self.quantised = self.packed
+        if spec.bits == 4 and not original and not self.packed:
+            self.quantised = {f"{name}.weight" for name in self._linears()}
+        self.shards = self._layout()
+
+    def _skeleton(self) -> PeftModel:
+        """The model on meta, with the adapter's own weights."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
+        return put_on(model, self.adapter, self.device).eval()
+
+    def _linears(self) -> list[str]:
+        """Names of the layers that are 4-bit when the base is loaded in 4 bits: all linear ones but the head."""
+        head = self.skeleton.get_output_embeddings()
+        names = [name for name, module in self.skeleton.named_modules() if isinstance(module, nn.Linear)]
+        names = [name.removeprefix(PREFIX).removesuffix(".base_layer") for name in names if ".lora_" not in name]
+        return [name for name in names if self.skeleton.get_submodule(PREFIX + name) is not head]
+
+    def _layout(self) -> list[Shard]:
+        """The files of the merged model: as in the base, where that holds whole weights of at most 16 bits."""
+        dtype = self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
+        if not self.packed:
+            return in_16_bits(self.stored.shards, dtype)
+        entries = []
+        for entry in self.stored.entries.values():
+            if entry.name in self.packed:
+                shape = self._packed(entry.name)[1].shape
+                entries.append(Entry(entry.name, dtype, tuple(shape)))
+            elif not any(entry.name.startswith(f"{name}.") for name in self.packed):
+                entries.append(entry)
+        return in_16_bits(split(entries), dtype)
+
+    def _packed(self, name: str) -> tuple[Tensor, bnb.QuantState]:
+        """A weight that is stored in 4 bits, and its scales."""
+        parts = {
+            key.removeprefix(f"{name}."): self.stored.read(key).to(self.device)
+            for key in self.stored.entries
+            if key.startswith(f"{name}.")
+        }
+        return self.stored.read(name).to(self.device), bnb.QuantState.from_dict(parts, device=self.device)
+
+    def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
+        """A tensor of the base as the run had it: fp32, on the machine's device. rows: of one that is not 4-bit."""
+        if name in self.packed:
+            weight, state = self._packed(name)
+            return bnb.dequantize_4bit(weight, state).to(self.dtype).float()
+        tensor = self.stored.read(name, rows).to(self.device, self.dtype)
+        if name in self.quantised:
+            tensor = bnb.dequantize_4bit(*bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4"))
+        return tensor.float()
+
+    def merged(self, name: str) -> Tensor:
+        """A tensor of the merged model: fp32. Raises UserError when it is not finite."""
+        tensor = self.base(name)
+        module_name, _, kind = name.rpartition(".")
+        module = None
+        with contextlib.suppress(AttributeError):  # a tensor that no module has, such as rotary frequencies
+            module = self.skeleton.get_submodule(PREFIX + module_name)
+        if kind == "weight" and isinstance(module, LoraLayer):
+            module.base_layer.weight = nn.Parameter(tensor, requires_grad=False)
+            module.merge()
+            tensor = module.base_layer.weight.data
+            module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)
+            module.merged_adapters = []
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
+        return tensor
+
+    def into(self) -> str:
+        return "the 4-bit base, dequantised" if self.quantised else "the original weights"
+
+    def generation_config(self) -> GenerationConfig:
+        """The run's, which stops at the end of a turn; the base's for an adapter that came without one."""
+        folders = [f for f in (self.adapter.folder, self.folder) if (f / "generation_config.json").exists()]
+        return GenerationConfig.from_pretrained(folders[0]) if folders else GenerationConfig()
+
+    def write_note(self, path: Path) -> None:
+        """What the model beside it was made from."""
+        note = {
+            "base": self.adapter.recipe.model.name,
+            "revision": self.adapter.recipe.model.revision,
+            "adapter_sha256": sha256_of(self.adapter.folder / WEIGHTS),
+            "merged_into": self.into(),
+        }
+        path.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def write_merged(weights: MergedWeights, folder: Path) -> None:
+    """The merged model in `folder`, which is there: weights, configs, tokenizer, template, and where it came from."""
+    write_shards(folder, weights.shards, lambda entry: weights.merged(entry.name))
+    config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    config.pop("torch_dtype", None)  # what `dtype` was called
+    largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
+    config["dtype"] = str(largest.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    copy_tokenizer(weights, folder)
+    weights.write_note(folder / NOTE)
+
+
+def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
+    """The base's tokenizer files, which every tool knows; the run's template and generation config, where it has them.
+
+    What the run saved serves where the base has no tokenizer.json.
+    """
+    ours = weights.adapter.folder
+    source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+    for name in ("chat_template.jinja", "generation_config.json"):
+        found = next((place / name for place in (ours, weights.folder) if (place / name).exists()), None)
+        if found:
+            shutil.copyfile(found, folder / name)
