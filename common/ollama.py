@@ -17,7 +17,7 @@ from common.gguf_tokenizer import begins_with_bos
 from common.recipe import UserError
 
 Messages = list[dict[str, str]]
-_TEXTS = {"system": "\ue000S\ue001", "user": "\ue000U\ue001", "assistant": "\ue000A\ue001"}
+_TEXTS = {"system": "\ue000Ss\ue001", "user": "\ue000Uu\ue001", "assistant": "\ue000Aa\ue001"}
 _CHECKS = ("u", "su", "uau", "suau", "uauau", "suauau")  # conversations, by the first letters of their roles
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
@@ -77,18 +77,18 @@ def take_apart(tokenizer: PreTrainedTokenizerFast) -> Turns:
     """The model's template as Turns, BOS left out: ollama adds it. Raises UserError when it is more than that."""
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template, and ollama needs one; take FORMAT=gguf")
-    bos = tokenizer.bos_token if begins_with_bos(tokenizer) else ""
 
     def render(roles: str, answering: bool = True) -> str:
         messages = [{"role": _ROLES[role], "content": _TEXTS[_ROLES[role]]} for role in roles]
         text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-        return text.removeprefix(bos or "")
+        return text.removeprefix(tokenizer.bos_token) if with_bos else text
 
     def pieces(text: str) -> list[str]:
         return re.split("|".join(_TEXTS.values()), text)
 
     too_much = "the chat template cannot be put in ollama's words: it is more than turns; take FORMAT=gguf"
     try:
+        with_bos = begins_with_bos(tokenizer)
         first, user_after = pieces(render("u", answering=False))
         answered = pieces(render("ua", answering=False))[-1]
         _, between, again, asked = pieces(render("uau"))
