@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -91,6 +92,11 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
 
 def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
+    tracker = recipe.train.report_to
+    require(
+        tracker == "none" or importlib.util.find_spec(tracker) is not None,
+        f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
+    )
     folder = prepare_run_folder(recipe.out, recipe.existing_run)
     try:
         main(recipe)

@@ -19,6 +19,7 @@ from common.chat_format import ChatFormat
 from common.conversations import Conversation
 from common.data import DataReport, read_examples
 from common.loss import IGNORED
+from common.machine import this_machine
 from common.packing import collate
 from common.recipe import UserError
 
@@ -136,11 +137,12 @@ def sample_answers(
 @torch.no_grad()
 def mean_loss(model: PeftModel, rows: Dataset, pad_token_id: int) -> tuple[float, int]:
     """Negative log-likelihood in nats, mean over the trained tokens of all packed rows, and how many they are."""
-    total, count = 0.0, 0
+    total, count, machine = 0.0, 0, this_machine()
     for row in rows:
         batch = collate([row], pad_token_id, flat=is_flat(model))
         batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
-        total += model(**batch, num_items_in_batch=1).loss.item()
+        with torch.autocast(machine.device.type, machine.dtype, enabled=machine.is_gpu):  # as in the run
+            total += model(**batch, num_items_in_batch=1).loss.item()
         count += len(batch["trained_positions"])
     return total / max(count, 1), count
 

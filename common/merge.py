@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from bitsandbytes import functional as bnb
@@ -103,13 +104,13 @@ class MergedWeights:
         return tensor.float()
 
     def merged(self, name: str) -> Tensor:
-        """A tensor of the merged model: fp32. Raises UserError when it is not finite."""
-        tensor = self.base(name)
-        module_name, _, kind = name.rpartition(".")
-        module = None
-        with contextlib.suppress(AttributeError):  # a tensor that no module has, such as rotary frequencies
-            module = self.skeleton.get_submodule(PREFIX + module_name)
-        if kind == "weight" and isinstance(module, LoraLayer):
+        """A tensor of the merged model: fp32, or as it is stored where nothing changes it.
+
+        Raises UserError when it is not finite.
+        """
+        module = self._adapted(name)
+        tensor = self.base(name) if module is not None or name in self.quantised else self.stored.read(name)
+        if module is not None:
             module.base_layer.weight = nn.Parameter(tensor, requires_grad=False)
             module.merge()
             tensor = module.base_layer.weight.data
@@ -118,6 +119,15 @@ class MergedWeights:
         if not tensor.isfinite().all():
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
+
+    def _adapted(self, name: str) -> Any:
+        """The module whose weight has this name, if the adapter changes it."""
+        owner, _, kind = name.rpartition(".")
+        with contextlib.suppress(AttributeError):  # a tensor that no module has, such as rotary frequencies
+            module = self.skeleton.get_submodule(PREFIX + owner)
+            if kind == "weight" and isinstance(module, LoraLayer):
+                return module
+        return None
 
     def into(self) -> str:
         return "the 4-bit base, dequantised" if self.quantised else "the original weights"

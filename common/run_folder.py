@@ -7,6 +7,7 @@ from common.recipe import ExistingRun, UserError
 
 # What a run writes; --overwrite removes these names and nothing else.
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 SAVING = ".saving"  # a folder for what is being written; a killed run leaves it
 RUN_FILES = (
     "adapter_config.json",
@@ -35,7 +36,7 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS})
+    foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS, TENSORBOARD})
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":
@@ -46,7 +47,8 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     if existing_run == "overwrite":
         for name in names & set(RUN_FILES):
             (folder / name).unlink()
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

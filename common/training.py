@@ -3,6 +3,7 @@
 import dataclasses
 import heapq
 import json
+import os
 import pickle
 import sys
 from datetime import datetime
@@ -34,7 +35,7 @@ from common.provenance import code_version, command_line
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.report import write_report
 from common.resume import LIBRARIES, identity, refuse_another_run
-from common.run_folder import CHECKPOINTS
+from common.run_folder import CHECKPOINTS, TENSORBOARD
 from common.stopping import StopSignals
 from common.trained_adapter import WEIGHTS, sha256_of
 from common.trainer import Trainer, save_adapter
@@ -115,6 +116,8 @@ def train(
         torch.use_deterministic_algorithms(True, warn_only=True)
         # It costs time, and nothing reads such memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if recipe.train.report_to == "tensorboard":
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / TENSORBOARD))
     trainer = build_trainer(model, tokenizer, rows, recipe, plan, folder)
     if len(rows.train) < recipe.train.rows_per_step:
         print(

@@ -46,6 +46,23 @@ def test_make_finetune_learns_on_a_gpu(tmp_path):
     assert after >= 90
 
 
+def test_what_comes_after_a_run_works_on_a_gpu(tmp_path):
+    out = str(tmp_path / "run")
+    prompt = "Start a tea timer, 1 minute."
+    said = {}
+    for name, arguments in {
+        "finetune": ["tiny", "--out", out],
+        "eval": ["eval", "tiny", "--out", out],
+        "merge": ["merge", "tiny", "--out", out],
+        "chat": ["chat", "tiny", "--out", out, "--prompt", prompt],
+    }.items():
+        done = subprocess.run([sys.executable, "-m", "recipes", *arguments], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        said[name] = done.stdout
+    print(said["eval"], said["merge"])
+    assert said["chat"] == '{"tool":"timer","label":"tea","minutes":1}\n'
+
+
 def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> tuple[dict, int]:
     """Llama 3 8B, or its first layers, with random weights: metrics, and the peak that was allocated in bytes."""
     recipe = replace(

@@ -1,5 +1,8 @@
 """Two layers of Llama 3 8B at its real dimensions, random weights, on a CPU: minutes and 10 GiB, so it is slow."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -52,3 +55,13 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
     metrics = train(model, tokenizer, rows, recipe, plan)
     assert metrics["steps"] == 3
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+@pytest.mark.slow
+def test_merging_and_exporting_take_six_gib_at_most(tmp_path):
+    """The embedding and the head are the largest tensors, so more layers take no more (benchmarks/results: all 32)."""
+    command = [sys.executable, "-m", "benchmarks.merge_memory", "llama3-8b", str(tmp_path / "scratch"), "--layers", "2"]
+    subprocess.run([*command, "--json", str(tmp_path / "peaks.json")], cwd=ROOT, check=True)
+    peaks = json.loads((tmp_path / "peaks.json").read_text())
+    assert peaks["merge"]["peak_gib"] <= 6
+    assert peaks["export q8_0"]["peak_gib"] <= 6

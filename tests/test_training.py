@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from common import training
 from common.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.adapters import attach_lora
+from common.cli import run
 from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
 from common.modules import fuse_layers
@@ -300,3 +301,34 @@ def test_the_progress_line(recipe, capsys):
 def test_rslora_and_dora_train(recipe, lora):
     metrics = train(*prepare(replace(recipe, lora=lora)))
     assert metrics["eval_loss"] < metrics["eval_loss_before"]
+
+
+def test_a_tracker_gets_the_same_metrics(recipe, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that what the run sets is taken back
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    monkeypatch.setenv("HF_TOKEN", "hf_canary")
+    recipe = replace(recipe, train=replace(recipe.train, report_to="tensorboard"))
+    train(*prepare(recipe))
+    events = EventAccumulator(str(Path(recipe.out) / "tensorboard")).Reload()
+    print(events.Tags()["scalars"])
+    entries = read_metrics(Path(recipe.out))
+    for tag, key in (("train/loss", "loss"), ("train/learning_rate", "learning_rate"), ("eval/loss", "eval_loss")):
+        wanted = [(entry["step"], pytest.approx(entry[key], rel=1e-5)) for entry in entries if key in entry]
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == wanted
+    for path in (Path(recipe.out) / "tensorboard").iterdir():
+        assert b"hf_canary" not in path.read_bytes()
+
+
+def test_nothing_is_tracked_by_default(recipe):
+    model, tokenizer, rows, recipe, plan = prepare(recipe)
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    assert not {"TensorBoardCallback", "WandbCallback", "TrackioCallback"} & names
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(recipe, capsys):
+    recipe = replace(recipe, train=replace(recipe.train, report_to="wandb"))
+    assert run(lambda recipe: None, recipe, []) == 2
+    assert "report_to is 'wandb', which is not installed: .venv/bin/pip install wandb" in capsys.readouterr().err
