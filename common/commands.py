@@ -6,12 +6,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import exit_status, quiet_libraries
 from common.output import NOTE, in_words, refuse_existing, written_aside
-from common.recipe import DataSpec, Recipe, UserError
+from common.recipe import Recipe, UserError
 
-# What takes seconds to import is imported where it is used.
+if TYPE_CHECKING:  # what takes seconds to import is imported where it is used
+    from common.trained_adapter import TrainedAdapter
+
 BASES = ("4bit", "original")
 FORMATS = ("gguf", "lora", "ollama")
 QUANTS = ("f16", "bf16", "q8_0")
@@ -74,19 +77,18 @@ def _eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     adapter = find_adapter(recipe)
     tokenizer = trained_tokenizer(adapter)
     data, train = adapter.recipe.data, adapter.recipe.train
-    source = flags.data or data.eval_source
-    if source:  # all its rows; the training data need not be read
-        split = data.split if flags.data else data.eval_split
-        held_out = load_rows(
-            DataSpec(source, split=split, train_on=data.train_on, eval_rows=0), tokenizer, train.seq_len
-        ).train
+    if flags.data:
+        data = replace(data, eval_source=flags.data, eval_split=data.split, revision=None)
+    if data.eval_source:  # all its rows; the training data need not be read
+        rows = replace(data, source=data.eval_source, split=data.eval_split, eval_source=None, eval_rows=0)
+        held_out = load_rows(rows, tokenizer, train.seq_len).train
     else:
         held_out = load_rows(data, tokenizer, train.seq_len, train.seed).evaluation
     if held_out is None:
         raise UserError("the run held no rows out; name a file or a hub data set: DATA=held_out.jsonl")
     samples = held_out_samples(held_out, tokenizer, flags.samples, train.seed)
     result = {
-        "source": source or f"held out of {data.source}",
+        "source": data.eval_source or f"held out of {data.source}",
         **evaluate(load_trained(adapter), tokenizer, held_out, samples),
     }
     print_evaluation(result)
@@ -147,23 +149,20 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
     }
     target, is_folder = flags.to or default[flags.format], flags.format == "ollama"
     refuse_existing(target, folder=is_folder, overwrite=flags.overwrite)
-    from common.gguf_export import GgufModel, write_adapter
-    from common.merge import MergedWeights
-    from common.ollama import modelfile
-    from common.trained_adapter import WEIGHTS, find_adapter, trained_tokenizer
-    from common.weights import load_config
+    from common.trained_adapter import find_adapter
 
     adapter = find_adapter(recipe)
     if flags.format == "lora":
-        size = (adapter.folder / WEIGHTS).stat().st_size
-        with written_aside(target, size, folder=False, overwrite=flags.overwrite) as path:
-            write_adapter(adapter, load_config(adapter.recipe.model), path, name)
-        print(f"the adapter alone is in {target}, to be used with a GGUF of {adapter.recipe.model.name}")
+        _write_lora(adapter, target, name, overwrite=flags.overwrite)
         return
-    weights = MergedWeights(adapter, original=flags.base == "original")
-    tokenizer = trained_tokenizer(adapter)
+    from common.gguf_export import GgufModel
+    from common.merge import MergedWeights
+    from common.ollama import modelfile
+    from common.trained_adapter import trained_tokenizer
+
+    weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
-    if is_folder:
+    if is_folder:  # before the weights: what ollama has no words for fails here
         context = min(MOST_CONTEXT, weights.config.max_position_embeddings)
         text = modelfile(file, tokenizer, weights.generation_config(), context)
     with written_aside(target, model.size, folder=is_folder, overwrite=flags.overwrite) as path:
@@ -175,6 +174,17 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
     print(f"the merged model is in {target}; {_peak()}")
     if is_folder:
         print(f"ollama create {name} -f {target}/Modelfile && ollama run {name}")
+
+
+def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite: bool) -> None:
+    from common.gguf_export import write_adapter
+    from common.trained_adapter import WEIGHTS
+    from common.weights import load_config
+
+    size = (adapter.folder / WEIGHTS).stat().st_size
+    with written_aside(target, size, folder=False, overwrite=overwrite) as path:
+        write_adapter(adapter, load_config(adapter.recipe.model), path, name)
+    print(f"the adapter alone is in {target}, to be used with a GGUF of {adapter.recipe.model.name}")
 
 
 def _report(recipe: Recipe, flags: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ from common.trained_adapter import WEIGHTS, TrainedAdapter, put_on, sha256_of
 from common.weights import load_config, model_folder
 
 PREFIX = "base_model.model."  # of a module's name in a PeftModel
+CHUNK_ROWS = 1 << 13  # of a tensor, looked at together
 NF4_STATE = ".quant_state.bitsandbytes__nf4"  # of a 4-bit weight that was stored as such
 
 
@@ -116,7 +117,7 @@ class MergedWeights:
             tensor = module.base_layer.weight.data
             module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)
             module.merged_adapters = []
-        if not tensor.isfinite().all():
+        if not all(part.isfinite().all() for part in tensor.split(CHUNK_ROWS)):
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
 

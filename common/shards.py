@@ -2,12 +2,11 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from common.output import in_words
@@ -74,29 +73,48 @@ class Shards:
             files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         else:
             files = [SINGLE]
-        self.shards = [Shard(file, tuple(_entries(folder / file))) for file in files]
-        self.file_of = {entry.name: shard.file for shard in self.shards for entry in shard.entries}
+        self.shards, self.places = [], dict[str, tuple[Path, int]]()
+        for file in files:
+            start, entries = _read_header(folder / file)
+            self.shards.append(Shard(file, tuple(entries)))
+            for entry in entries:
+                self.places[entry.name] = folder / file, start
+                start += entry.size
         self.entries = {entry.name: entry for shard in self.shards for entry in shard.entries}
 
     def read(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """A tensor, or rows of it, as it is stored, on the CPU. The file is closed again: what a mapped file has shown
-        counts as memory of the process."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            if rows is None:
-                return file.get_tensor(name).clone()
-            if isinstance(rows, slice):
-                return file.get_slice(name)[rows].clone()
-            part = file.get_slice(name)
-            return torch.stack([part[row : row + 1][0].clone() for row in rows])
+        """A tensor, or rows of it (a slice without a step), as it is stored, on the CPU.
+
+        Read, not mapped: what a mapped file has shown counts as memory of the process, beside the copy of it.
+        """
+        entry, (path, start) = self.entries[name], self.places[name]
+        if rows is None:
+            return _read(path, start, entry)
+        count = entry.shape[0]
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(count)
+            part = replace(entry, shape=(last - first, *entry.shape[1:]))
+            return _read(path, start + first * (entry.size // count), part)
+        row = replace(entry, shape=(1, *entry.shape[1:]))
+        return torch.cat([_read(path, start + index * row.size, row) for index in rows])
 
 
-def _entries(path: Path) -> Iterator[Entry]:
+def _read(path: Path, offset: int, entry: Entry) -> Tensor:
+    buffer = bytearray(entry.size)
+    with path.open("rb") as file:
+        file.seek(offset)
+        file.readinto(buffer)
+    return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+
+
+def _read_header(path: Path) -> tuple[int, list[Entry]]:
+    """Where the data begins, and the tensors in their order there; they lie side by side."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        yield Entry(name, DTYPES[value["dtype"]], tuple(value["shape"]))
+    parts = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    return 8 + length, [Entry(name, DTYPES[part["dtype"]], tuple(part["shape"])) for name, part in parts]
 
 
 def split(entries: list[Entry]) -> list[Shard]:
