@@ -106,8 +106,7 @@ def main() -> None:
     result: dict[str, object] = {"model": args.model, "layers": args.layers, "threads": torch.get_num_threads()}
     result["base_bytes"] = write_base(args.model, base, args.layers)
     write_noise_adapter(args.model, base, out)
-    # Noise is no trained model: what rounding does to it is not what the bound is about.
-    result["merge"] = measure(args.model, base, out, "merge", "--kl-bound", "1")
+    result["merge"] = measure(args.model, base, out, "merge")
     shutil.rmtree(f"{out}-merged")
     result["export q8_0"] = measure(args.model, base, out, "export", "--quant", "q8_0")
     for folder in (base, out, Path(f"{out}-gguf")):

@@ -57,6 +57,7 @@ class MergedWeights:
         if spec.bits == 4 and not original and not self.packed:
             self.quantised = {f"{name}.weight" for name in self._linears()}
         self.shards = self._layout()
+        self.dtype_of = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
 
     def _skeleton(self) -> PeftModel:
         """The model on meta, with the adapter's own weights."""
@@ -120,6 +121,19 @@ class MergedWeights:
         if not all(part.isfinite().all() for part in tensor.split(CHUNK_ROWS)):
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
+
+    def rounded(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
+        """What a tensor of the merged model should be, by LoRA's formula and not by PEFT's merge: rounded as it is in
+        the files, then fp32. rows: of one that no adapter changes. For DoRA the merge itself."""
+        module = self._adapted(name)
+        if module is None:
+            tensor = self.base(name, rows) if name in self.quantised else self.stored.read(name, rows).to(self.device)
+        elif self.adapter.config.use_dora:
+            tensor = self.merged(name)
+        else:
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            tensor = self.base(name) + module.scaling["default"] * (b @ a)
+        return tensor.to(self.dtype_of[name]).float()
 
     def _adapted(self, name: str) -> Any:
         """The module whose weight has this name, if the adapter changes it."""

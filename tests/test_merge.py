@@ -251,6 +251,15 @@ def test_what_was_begun_is_removed_when_it_fails(tmp_path):
 def test_the_check_stops_at_its_bound(adapted, tmp_path):
     recipe = adapted("llama")
     folder = merged(recipe, tmp_path, original=True)
-    with pytest.raises(UserError, match="is not the trained one"):
+    with pytest.raises(UserError, match="is not the trained one, .* Rounding does not explain it: KL"):
         check_merged(find_adapter(recipe), folder)
-    assert check_merged(find_adapter(recipe), folder, bound=None).kl > KL_BOUND
+    assert check_merged(find_adapter(recipe), folder, bound=None).startswith("KL ")
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_what_rounding_alone_makes_is_said_and_kept(adapted, tmp_path, lora):
+    """Some models feel the rounding of their weights more than others: 2e-5 in 32 layers of noise at 8B."""
+    recipe = adapted("llama", lora)
+    folder = merged(recipe, tmp_path)
+    said = check_merged(find_adapter(recipe), folder, bound=1e-12)
+    assert "and all of it is rounding: the files hold the trained weights rounded to 16 bits (KL" in said
