@@ -16,8 +16,8 @@ from common.recipe import UserError
 from common.shards import Shards
 from common.trained_adapter import TrainedAdapter, trained_tokenizer
 
-# Mean KL divergence from the trained to the merged model, in nats, both computed in fp32. Rounding to bf16 makes 5e-7 of
-# it in the model that ships and 2e-5 in 32 layers of noise; an adapter that is lost or added twice, 5e-3 or so.
+# Mean KL divergence from the trained to the merged model, in nats, both computed in fp32. Rounding to bf16 makes 5e-7
+# of it in the model that ships and 2e-5 in 32 layers of noise; an adapter that is lost or added twice, 5e-3 or so.
 KL_BOUND = 1e-5
 SAME = 1e-8  # between the trained weights rounded here and those in the files: other sums, the same rounding
 HEAD_ROWS = 1 << 14  # of the head at a time
