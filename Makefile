@@ -15,6 +15,7 @@ QUANT ?=
 BASE ?=
 TO ?=
 TASKS ?=
+GPUS ?=
 ARGS ?=
 
 VENV := .venv
@@ -32,8 +33,8 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
-finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; flags in ARGS: --max-steps N, --resume, --overwrite
-	@$(PY) -m recipes "$(MODEL)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
+	@$(if $(GPUS),$(VENV)/bin/torchrun --standalone --nproc-per-node "$(GPUS)",$(PY)) -m recipes "$(MODEL)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 SEQ_LEN=4096 JSON=plan.json
 	@$(PY) -m recipes "$(MODEL)" --plan $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -62,7 +63,9 @@ def exit_status(action: Callable[[], object], folder: str) -> int:
     try:
         action()
     except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # common.processes has it too, and needs torch
+        who = "" if rank == "0" else f"process {rank}: "
+        print(f"\n{who}error: {error}", file=sys.stderr)
         return ERROR_STATUS
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
@@ -92,17 +95,22 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
 
 def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
+    from common import processes
+    from common.machine import require_gpu_each
+
     tracker = recipe.train.report_to
     require(
         tracker == "none" or importlib.util.find_spec(tracker) is not None,
         f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
     )
-    folder = prepare_run_folder(recipe.out, recipe.existing_run)
+    require_gpu_each()
+    processes.join()
+    processes.on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
     try:
         main(recipe)
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # if it is still empty: nothing was run
+            Path(recipe.out).rmdir()  # if it is still empty: nothing was run
 
 
 def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:

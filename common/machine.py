@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.processes import local_rank
 from common.recipe import UserError
 
 GIB = 1 << 30
@@ -52,7 +53,7 @@ def peak_of_ram() -> int:
 @cache
 def this_machine() -> Machine:
     if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", local_rank())
         total = torch.cuda.get_device_properties(device).total_memory / GIB
         name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -87,6 +88,12 @@ def _driver_version() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown: nvidia-smi fails"
     return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
+
+
+def require_gpu_each() -> None:
+    """Raises UserError when this machine has fewer GPUs than processes of the run; a CPU may have any number."""
+    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
+        raise UserError(f"GPUS is more than {local_rank()}, and this machine has {torch.cuda.device_count()}")
 
 
 def require_gpu(model_name: str) -> None:

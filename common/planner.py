@@ -6,7 +6,6 @@ What fits is counted (common.forecast), not estimated; what is fastest follows f
 less than launching it from Python, and copies to the host go on beside.
 """
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from common.activation_checkpointing import Policy
 from common.attention import attention_implementation
 from common.forecast import Forecast, Setting, speed_of
 from common.machine import GIB, Machine, require_gpu, this_machine, unusable_gpu
+from common.processes import world_size
 from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
 from common.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between
 from common.weights import load_config
@@ -101,6 +101,10 @@ class Planner:
         refuse_more_positions(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu))
         self.layers = self.forecast.layers
+        # DistributedDataParallel sends gradients in buckets of its own: as much memory again as they take.
+        self.buckets = 0
+        if world_size() > 1:
+            self.buckets = self.forecast.step(self.seq_len, Policy(self.layers)).base[ADAPTERS]
         self.counted_at = self.seq_len, max(LONGEST_MICRO_BATCH, 2 * self.seq_len)  # tokens
 
     def option(self, rows: int, policy: Policy) -> Option:
@@ -114,14 +118,14 @@ class Planner:
         """Bytes at the worst moment of a micro-batch, from its two counts."""
         short, long = self.counted_at
         first, second = (self.forecast.step(count, policy) for count in (short, long))
-        return peak_between(first, second, (tokens - short) / (long - short))
+        return peak_between(first, second, (tokens - short) / (long - short)) + self.buckets
 
     def exact(self, rows: int, policy: Policy) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
         accumulates = rows < rows_per_process(self.recipe.train)
         step = self.forecast.step(rows * self.seq_len, policy, accumulates=accumulates)
         time = step.seconds(self.forecast.speed) / (rows * self.seq_len)
-        return Option(rows, policy, step.peak(), time), step
+        return Option(rows, policy, step.peak() + self.buckets, time), step
 
     def fits(self, option: Option) -> bool:
         return option.peak <= self.card.budget
@@ -282,15 +286,12 @@ def _cpu_plan(recipe: Recipe, machine: Machine) -> Plan:
 
 def rows_per_process(train: TrainSpec) -> int:
     """Rows of an optimizer step that each process trains. Raises UserError when they cannot be shared out."""
-    if train.rows_per_step % _processes():
+    if train.rows_per_step % world_size():
         raise UserError(
-            f"TrainSpec.rows_per_step is {train.rows_per_step}, which {_processes()} processes cannot share"
+            f"TrainSpec.rows_per_step is {train.rows_per_step}, which {world_size()} processes cannot share evenly: "
+            f"take another number of GPUs, or a multiple of {world_size()}"
         )
-    return train.rows_per_step // _processes()
-
-
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))  # set by torchrun
+    return train.rows_per_step // world_size()
 
 
 def _plan(
@@ -298,9 +299,9 @@ def _plan(
 ) -> Plan:
     accumulation = rows_per_process(train) // rows
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
-    shared = f" on each of {_processes()} processes" if _processes() > 1 else ""
+    shared = f" on each of {world_size()} processes" if world_size() > 1 else ""
     text = (
         f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
         f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}\n  {why}"
     )
-    return Plan(rows, accumulation, _processes(), policy, text, peak_bytes, optimizer_bytes)
+    return Plan(rows, accumulation, world_size(), policy, text, peak_bytes, optimizer_bytes)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common.machine import GIB, this_machine
+from common.processes import is_main, wait_for_all
 
 METRICS = "metrics.jsonl"
 
@@ -44,7 +45,9 @@ class Report(TrainerCallback):
         # A resumed run goes through the steps after its checkpoint again.
         self.history = [entry for entry in read_metrics(self.folder) if entry["step"] <= state.global_step]
         lines = [json.dumps(entry) + "\n" for entry in self.history]
-        (self.folder / METRICS).write_text("".join(lines), encoding="utf-8")
+        wait_for_all()  # the others have read it
+        if is_main():
+            (self.folder / METRICS).write_text("".join(lines), encoding="utf-8")
 
     def on_log(
         self, _args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **__: Any
@@ -79,6 +82,8 @@ class Report(TrainerCallback):
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
+        if not is_main():
+            return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

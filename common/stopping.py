@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from common.processes import highest
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -34,6 +36,9 @@ class StopSignals(TrainerCallback):
         print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
+        """All processes stop after the same step, whichever of them the signal reached."""
+        number = highest(self.received or 0)
+        self.received = signal.Signals(number) if number else None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from trl import SFTTrainer
 from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_activations, watch_recompute
 from common.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
 from common.packing import examples_of, halve
+from common.processes import highest, is_main, on_main, rank, summed, world_size
 from common.recipe import UserError
 from common.run_folder import SAVING
 
 Batch = dict[str, Any]
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch's and safetensors' own for a failed write
 MOST_SKIPPED = 3  # optimizer steps in a row without finite numbers
 MOST_SKIPPED_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales
 NAMED_PLACES = 5
@@ -89,7 +91,7 @@ class Trainer(SFTTrainer):
         """The gradients' norm before they are clipped; where it or a loss is not finite, there is no step to take."""
         norm: Tensor = self.stock_clip(*arguments, **named)
         finite = torch.stack([loss.detach() for loss in self.losses]).isfinite()
-        if bool(finite.all() & norm.isfinite()):
+        if not highest(not bool(finite.all() & norm.isfinite())):  # all take the step, or none
             self.skipped_in_a_row = 0
         else:
             self._skip_step(norm, finite)
@@ -214,13 +216,21 @@ class Trainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per trained token of the held-out rows."""
         nll = tokens = 0.0
-        for batch in self.get_eval_dataloader():
+        for batch in self.own_part_of_evaluation():
             nll += self.nll(batch)
             tokens += len(batch["trained_positions"])
+        nll, tokens = summed([nll, tokens])
         metrics = {"eval_loss": nll / max(tokens, 1)}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def own_part_of_evaluation(self) -> Iterator[Batch]:
+        """This process's share of the held-out rows, each row in exactly one: the stock loader fills shares up."""
+        size = self.args.eval_batch_size
+        rows = range(rank(), len(self.eval_dataset), world_size())
+        for start in range(0, len(rows), size):
+            yield self.data_collator([self.eval_dataset[row] for row in rows[start : start + size]])
 
     def _get_output_dir(self, *_: Any, **__: Any) -> str:
         """Where the stock trainer writes a checkpoint: beside its place."""
@@ -231,20 +241,23 @@ class Trainer(SFTTrainer):
 
         Where it cannot be written, for a full disk, the run says so and goes on: it still has the one before.
         """
-        folder, name = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}"
-        clean(folder)
+        folder, name, failure = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}", ""
+        on_main(lambda: clean(folder))
         try:
-            super()._save_checkpoint(*arguments, **named)
-            seal(staging_folder(folder) / name, folder / name, self.run)
-            keep_newest(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' own for a failed write
+            super()._save_checkpoint(*arguments, **named)  # each process its random numbers, the first all else
+        except WRITE_ERRORS as error:
+            failure = str(error).splitlines()[0]
+        if not highest(bool(failure)) and is_main():
+            try:
+                seal(staging_folder(folder) / name, folder / name, self.run)
+                keep_newest(folder)
+            except WRITE_ERRORS as error:
+                failure = str(error).splitlines()[0]
+        if highest(bool(failure)):
             kept = next((path.name for path in checkpoints(folder)), "none yet")
-            print(
-                f"warning: {name} cannot be written ({str(error).splitlines()[0]}); training goes on, the last "
-                f"checkpoint is {kept}"
-            )
-        finally:
-            clean(folder)
+            reason = failure or "another process says why"
+            print(f"warning: {name} cannot be written ({reason}); training goes on, the last checkpoint is {kept}")
+        on_main(lambda: clean(folder))
 
     def take_over_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is that of the last step; then its adapter is loaded, and nothing is left to train.
@@ -261,6 +274,8 @@ class Trainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
+        if not is_main():
+            return
         save_adapter(self.model, output_dir or self.args.output_dir)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:

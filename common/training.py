@@ -30,6 +30,7 @@ from common.modules import is_lean, obstacle
 from common.optimizer import build_optimizer
 from common.packing import collate
 from common.planner import Plan
+from common.processes import on_main, wait_for_all, world_size
 from common.progress import Report, draw_loss
 from common.provenance import code_version, command_line
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
@@ -73,6 +74,9 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         dataloader_pin_memory=machine.is_gpu,
+        ddp_backend="gloo" if world_size() > 1 and not machine.is_gpu else None,
+        ddp_find_unused_parameters=False,  # each adapter gets a gradient in each micro-batch
+        ddp_broadcast_buffers=False,  # they never change
         **TRAINER_ARGUMENTS,
     )
 
@@ -166,13 +170,17 @@ def train(
         "eval_loss_before": held_out[0] if held_out else None,
         "eval_loss": held_out[-1] if held_out else None,
     }
-    save(model, tokenizer, folder)
-    draw_loss(folder)
     print(memory_line(plan, trainer))
-    samples = _samples(model, tokenizer, rows, recipe)
-    write_run(folder, recipe, plan, rows, model, {"metrics": metrics, "samples": samples})
-    print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
-    print(f"the run on a page: {write_report(folder)}")
+
+    def leave_files() -> None:
+        save(model, tokenizer, folder)
+        draw_loss(folder)
+        samples = _samples(model, tokenizer, rows, recipe)
+        write_run(folder, recipe, plan, rows, model, {"metrics": metrics, "samples": samples})
+        print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
+        print(f"the run on a page: {write_report(folder)}")
+
+    on_main(leave_files)
     return metrics
 
 
@@ -220,13 +228,14 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
 
 def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
     """The newest intact checkpoint of this very run; says which. Raises UserError when it belongs to another one."""
-    clean(folder / CHECKPOINTS)
+    on_main(lambda: clean(folder / CHECKPOINTS))
     newest = newest_intact(folder / CHECKPOINTS)
     if newest is None:
         print(f"{folder / CHECKPOINTS} holds no checkpoint to go on from: starting from the beginning")
         return None
     refuse_another_run(run_of(newest), run, str(newest))
-    go_back_to(newest)
+    wait_for_all()  # each has looked at them
+    on_main(lambda: go_back_to(newest))
     print(f"going on from {newest}")
     return newest
 

@@ -11,6 +11,7 @@ FLOORS = {
     "charts": 1,
     "hub_errors": 1,
     "kernels": 1,
+    "processes": 1,
     "provenance": 1,
     "recipe": 1,
     "checkpoints": 2,
