@@ -7,6 +7,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 BATCH = 50  # prompts at a time
+# For transformers' generate; what a model's own generation config says of sampling is left out, or it would warn.
+GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -35,7 +37,7 @@ def generate_answers(
             outputs = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **GREEDY,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
             )

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
+from common.answers import GREEDY
 from common.chat_format import ChatFormat
 from common.conversations import Conversation, Message
 from common.data_files import BadRow
@@ -44,7 +45,7 @@ class Sampling:
         named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         given = {name: value for name, value in named.items() if value is not None}
         if self.temperature == 0:
-            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            return GREEDY
         return {**given, "do_sample": True} if given else {}
 
 

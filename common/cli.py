@@ -147,7 +147,7 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
     """
     from common.machine import this_machine
 
-    train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000)
+    train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
     if not this_machine().is_gpu:
         layers = layers or 2
         train = replace(train, seq_len=min(train.seq_len, 256), rows_per_step=2, max_steps=2)

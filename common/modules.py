@@ -157,11 +157,10 @@ def _not_plain(module: Any) -> str | None:
 
 def lora_linear(module: Any) -> LoraLinear:
     """The module's weights, with the adapter that is active now, as the lean pass reads them."""
-    if not isinstance(module, LoraLayer):
-        return LoraLinear(module.weight, module.bias)
-    base = module.base_layer
-    if module.disable_adapters:
-        return LoraLinear(base.weight, base.bias)
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    state = getattr(base, "quant_state", None)  # under FSDP the weight that is gathered has none of its own
+    if base is module or module.disable_adapters:
+        return LoraLinear(base.weight, base.bias, state=state)
     (name,) = module.active_adapters
     adapter = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    return LoraLinear(base.weight, base.bias, *adapter)
+    return LoraLinear(base.weight, base.bias, *adapter, state)

@@ -23,24 +23,28 @@ from common.kernels.swiglu import swiglu, swiglu_backward_
 class LoraLinear:
     """y = x W^T + bias + scale * (x A^T) B^T; without an adapter the first two terms."""
 
-    weight: Tensor  # frozen: (out, in), or packed in 4 bit with a `quant_state`
+    weight: Tensor  # frozen: (out, in), or packed in 4 bit, in any dtype, with its scales in `state`
     bias: Tensor | None = None  # frozen, (out,)
     a: Tensor | None = None  # (rank, in), any float dtype; cast to that of x at use
     b: Tensor | None = None  # (out, rank)
     scale: float = 1.0
+    state: Any = None  # bitsandbytes' QuantState of a packed weight; None looks at the weight's own
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The frozen weight (out, in), dequantised anew."""
-        state = getattr(self.weight, "quant_state", None)
+        state = self.state or getattr(self.weight, "quant_state", None)
         if state is None:
             return self.weight.detach().to(dtype)
+        packed = self.weight.detach()
+        if packed.dtype != torch.uint8:  # stored as the model's dtype, so that FSDP can shard them together
+            packed = packed.view(torch.uint8)
         ops, absmax = torch.ops.bitsandbytes, state.absmax
         if state.nested:
             of = state.state2
             absmax = ops.dequantize_blockwise(absmax, of.absmax, of.code, of.blocksize, torch.float32).add_(
                 state.offset
             )
-        return ops.dequantize_4bit(self.weight.detach(), absmax, state.blocksize, state.quant_type, state.shape, dtype)
+        return ops.dequantize_4bit(packed, absmax, state.blocksize, state.quant_type, state.shape, dtype)
 
     def scaled_b(self, dtype: torch.dtype) -> Tensor:
         assert self.b is not None
