@@ -15,6 +15,7 @@ from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run_folder import prepare_run_folder
 
 ERROR_STATUS = 2
+_RANK = os.environ.get("RANK", "0")  # set by torchrun; common.processes has it too, and needs torch
 # The disk is full, or the quota, or one may not write there.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DRY_DATA = Path(__file__).parent.parent / "data" / "tiny" / "train.jsonl"
@@ -52,9 +53,11 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     try:
         return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
     except Stopped as stop:
-        out = f' OUT="{flags.out}"' if flags.out else ""
-        data = f' DATA="{flags.data}"' if flags.data else ""
-        print(f"\n{stop}. Go on with: make finetune MODEL={name}{data}{out} ARGS=--resume", file=sys.stderr)
+        if _RANK == "0":  # all processes stop
+            out = f' OUT="{flags.out}"' if flags.out else ""
+            data = f' DATA="{flags.data}"' if flags.data else ""
+            gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
+            print(f"\n{stop}. Go on with: make finetune MODEL={name}{gpus}{data}{out} ARGS=--resume", file=sys.stderr)
         return 128 + stop.signal_number
 
 
@@ -63,8 +66,7 @@ def exit_status(action: Callable[[], object], folder: str) -> int:
     try:
         action()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")  # common.processes has it too, and needs torch
-        who = "" if rank == "0" else f"process {rank}: "
+        who = "" if _RANK == "0" else f"process {_RANK}: "
         print(f"\n{who}error: {error}", file=sys.stderr)
         return ERROR_STATUS
     except KeyboardInterrupt:

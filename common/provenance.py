@@ -1,5 +1,6 @@
 """Where a run came from: the command that started it, and the state of the code."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,8 @@ def command_line(arguments: list[str] | None = None) -> str:
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
     name, *flags = flags
-    command, rest = [f"MODEL={name}"], []
+    processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
+    command, rest = [f"MODEL={name}", *([f"GPUS={processes}"] if processes != "1" else [])], []
     while flags:
         flag = flags.pop(0)
         if flag in VARIABLES and flags:

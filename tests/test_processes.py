@@ -102,7 +102,8 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and "stopped after step" in errors
+    assert process.returncode != 0 and errors.count("stopped after step") == 1
+    assert " GPUS=2 " in errors
     shutil.copytree(tmp_path / "run", tmp_path / "alone")
     assert "going on from" in train(tmp_path, 2, "--resume")
     assert furthest(tmp_path / "run", runs(2)[0]) == 0

@@ -160,11 +160,13 @@ def test_a_folder_without_a_run_is_one_line(folder, tmp_path, capsys):
             write_report(folder)
 
 
-def test_the_command_is_the_one_that_was_typed():
+def test_the_command_is_the_one_that_was_typed(monkeypatch):
     program = str(ROOT / "recipes" / "__main__.py")
     assert command_line([program, "tiny"]) == "make finetune MODEL=tiny"
     typed = [program, "my-bot", "--data", "my chats.jsonl", "--out", "o", "--max-steps", "5", "--resume"]
     assert command_line(typed) == "make finetune MODEL=my-bot 'DATA=my chats.jsonl' OUT=o 'ARGS=--max-steps 5'"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command_line([program, "tiny"]) == "make finetune MODEL=tiny GPUS=2"
     assert command_line(["recipes/tiny.py", "--max-steps", "5"]) == "python recipes/tiny.py --max-steps 5"
 
 
