@@ -21,6 +21,7 @@ from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
 from common.adapters import attach_lora
 from common.loading import TINY, load_tokenizer
+from common.machine import GIB
 from common.recipe import ModelSpec
 from common.shards import Entry, split, write_shards
 from common.weights import load_config
@@ -90,7 +91,7 @@ def measure(name: str, base: Path, out: Path, command: str, *flags: str) -> dict
         raise SystemExit(done.returncode)
     return {
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_gib": round(int(done.stdout.split()[-1]) / (1 << 30), 2),
+        "peak_gib": round(int(done.stdout.split()[-1]) / GIB, 2),
         "said": next((line for line in done.stdout.splitlines() if "self-check" in line), ""),
     }
 

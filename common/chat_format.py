@@ -88,8 +88,7 @@ class ChatFormat:
         text: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
         if not self.tokenizer.chat_template:
             return text
-        roles = ("user", "assistant", "user")
-        first, _, answering, _, again, *_ = self._skeleton(tuple(Message(role, "") for role in roles))  # type: ignore[arg-type]
+        first, _, answering, _, again, *_ = self._skeleton((*_SAMPLE, _SAMPLE[0]))
         opening = os.path.commonprefix([str(first)[::-1], str(again)[::-1]])[::-1].strip()
         text = text.strip().removesuffix(str(answering).strip())
         return (text.rpartition(opening)[2] if opening else text).strip()

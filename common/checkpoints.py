@@ -27,7 +27,7 @@ def seal(written: Path, target: Path, run: dict[str, Any]) -> None:
 
     When this returns it is on the disk, not only in the system's memory; a crash before leaves `target` as it was.
     """
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(written.iterdir())}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(written.iterdir())}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({"run": run, "files": files}, indent=1) + "\n", encoding="utf-8")
     for path in [*written.iterdir(), written]:
@@ -37,7 +37,7 @@ def seal(written: Path, target: Path, run: dict[str, Any]) -> None:
     _sync(target.parent)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -103,7 +103,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{name} is no plain file"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} is not what was written"
     foreign = sorted(there - expected.keys())
     return f"{foreign[0]} does not belong to it" if foreign else None

@@ -101,9 +101,10 @@ def held_out_samples(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: i
     for row, number in Random(seed).sample(places, len(places)):
         if len(samples) == count:
             break
-        lengths = rows[row]["seq_lengths"]
+        packed = rows[row]
+        lengths = packed["seq_lengths"]
         span = slice(sum(lengths[:number]), sum(lengths[: number + 1]))
-        ids, labels = rows[row]["input_ids"][span], rows[row]["labels"][span]
+        ids, labels = packed["input_ids"][span], packed["labels"][span]
         trained = [i for i, label in enumerate(labels) if label != IGNORED]
         if not trained:
             continue

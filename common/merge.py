@@ -18,11 +18,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from common.checkpoints import sha256_of
 from common.machine import this_machine
 from common.output import NOTE
 from common.recipe import UserError
 from common.shards import Entry, Shard, Shards, in_16_bits, split, write_shards
-from common.trained_adapter import WEIGHTS, TrainedAdapter, put_on, sha256_of
+from common.trained_adapter import WEIGHTS, TrainedAdapter, put_on
 from common.weights import load_config, model_folder
 
 PREFIX = "base_model.model."  # of a module's name in a PeftModel

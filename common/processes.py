@@ -39,7 +39,7 @@ def join() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+        sys.stdout = open(os.devnull, "w")  # for as long as the process lives
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 

@@ -3,7 +3,6 @@
 Everything is checked before the base is looked for, so that what cannot work fails in a second and in one line.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from common.checkpoints import sha256_of
 from common.loading import load_4bit, load_tokenizer
 from common.modules import fuse_layers
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
@@ -75,11 +75,6 @@ def recipe_of(values: dict[str, Any], default: Recipe) -> Recipe:
         lora=replace(lora, target_modules=tuple(lora.target_modules)),
         train=spec(TrainSpec, "train"),
     )
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _config(path: Path) -> LoraConfig:

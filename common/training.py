@@ -21,7 +21,7 @@ from common.activation_checkpointing import TRAINER_ARGUMENTS
 from common.adapters import trainable_params
 from common.attention import is_flat
 from common.chat_format import ChatFormat
-from common.checkpoints import clean, go_back_to, newest_intact, run_of
+from common.checkpoints import clean, go_back_to, newest_intact, run_of, sha256_of
 from common.data import Rows, find_examples
 from common.evaluation import held_out_samples, sample_answers
 from common.loss import IGNORED, trained_positions
@@ -38,7 +38,7 @@ from common.report import write_report
 from common.resume import LIBRARIES, identity, refuse_another_run
 from common.run_folder import CHECKPOINTS, TENSORBOARD
 from common.stopping import StopSignals
-from common.trained_adapter import WEIGHTS, sha256_of
+from common.trained_adapter import WEIGHTS
 from common.trainer import Trainer, save_adapter
 
 

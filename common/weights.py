@@ -1,7 +1,6 @@
 """Finds a model's files, on the hub or in a folder, and refuses the ones that cannot be loaded. Safetensors only."""
 
 import contextlib
-import hashlib
 import json
 import re
 import struct
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoConfig, PretrainedConfig
 
+from common.checkpoints import sha256_of
 from common.hub_errors import TransportError
 from common.recipe import ModelSpec, UserError
 
@@ -135,9 +135,8 @@ def _check_content(path: Path) -> None:
         return
     if status.st_size > 1 << 30:
         print(f"checking {path.name} ({status.st_size / (1 << 30):.1f} GiB), once", flush=True)
-    with blob.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != blob.name:
-            raise UserError(f"{path} is damaged: it is not what the hub has. Delete {blob} and run again")
+    if sha256_of(blob) != blob.name:
+        raise UserError(f"{path} is damaged: it is not what the hub has. Delete {blob} and run again")
     with contextlib.suppress(OSError):  # then it is checked again next time
         note.parent.mkdir(parents=True, exist_ok=True)
         note.touch()

@@ -36,7 +36,7 @@ def main(kernels: str, kept: int) -> None:
         module.support_avx512bf16_for_cpu = False  # as common.loading
     fuse_head_and_loss(model)
     model = attach_lora(model, LoraSpec(rank=8, alpha=16))
-    fuse_layers(model, kernels)  # type: ignore[arg-type]
+    fuse_layers(model, kernels)
     layers = decoder_layers(model)
     checkpoint_activations(model, Policy(len(layers), kept))
     if processes > 1:

@@ -138,7 +138,7 @@ def test_a_checkpoint_takes_the_place_of_a_damaged_one_of_its_step(tmp_path):
 
 def test_what_a_kill_left_half_written_or_half_removed_is_cleaned_up(tmp_path, monkeypatch):
     whole = write(tmp_path, 10)
-    monkeypatch.setattr(checkpoints, "_sha256", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(checkpoints, "sha256_of", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 20)
     monkeypatch.undo()

@@ -89,7 +89,7 @@ def die_in_writing(at: int) -> Callable[[], None]:
 
             return wrapped
 
-        checkpoints._sha256 = counted(checkpoints._sha256)
+        checkpoints.sha256_of = counted(checkpoints.sha256_of)
         checkpoints._sync = counted(checkpoints._sync)
         Path.rename = counted(Path.rename)
         checkpoints.shutil.rmtree = counted(checkpoints.shutil.rmtree)

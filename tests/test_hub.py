@@ -172,7 +172,7 @@ def test_a_corrupt_shard_is_named_before_anything_is_loaded(hub, spoil, message)
 def test_a_flipped_bit_in_the_weights_is_found_once_and_for_all(hub, monkeypatch):
     folder = model_folder(ModelSpec(NAME), weights=True)
     with monkeypatch.context() as patch:  # what was checked is not read again
-        patch.setattr("common.weights.hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        patch.setattr("common.checkpoints.hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
         model_folder(ModelSpec(NAME), weights=True)
     blob = (folder / shard(hub)).resolve()
     content = bytearray(blob.read_bytes())

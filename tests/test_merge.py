@@ -166,7 +166,10 @@ def test_the_check_goes_through_the_layers_as_the_models_do(adapted, tmp_path, a
 def test_a_merge_that_went_wrong_is_found_and_nothing_is_kept(adapted, tmp_path, monkeypatch, capsys):
     recipe = adapted("llama")
     right = MergedWeights.merged
-    wrong = lambda self, name: right(self, name) * (1.05 if "layers.1.mlp.up_proj" in name else 1)  # noqa: E731
+
+    def wrong(self, name):
+        return right(self, name) * (1.05 if "layers.1.mlp.up_proj" in name else 1)
+
     monkeypatch.setattr(MergedWeights, "merged", wrong)
     assert run_command("merge", "x", recipe, ["--to", str(tmp_path / "merged")]) == 2
     assert "the merged model is not the trained one, and nothing was kept: KL" in capsys.readouterr().err
