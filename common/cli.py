@@ -168,6 +168,8 @@ def quiet_libraries() -> None:
     """Silences what libraries say about themselves and nobody can act on; our own lines stay readable."""
     # PEFT 0.21 reads a name that transformers 5.23 calls deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    # FSDP2 does of our decoder layers, whose outputs nobody writes into.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     if not sys.stderr.isatty():
         import datasets
 

@@ -13,9 +13,10 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from common.adapters import attach_lora
+from common.base_weights import make_linears_4bit
 from common.loss import fuse_head_and_loss
 from common.modules import make_lean, obstacle
 from common.recipe import Kernels, LoraSpec, ModelSpec
@@ -44,7 +45,7 @@ def fake_lora_model(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if spec.bits == 4:
-            _replace_linear(model, dtype)
+            make_linears_4bit(model, dtype, _FakeLinear4bit)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = spec.bits == 4
     fuse_head_and_loss(model)
@@ -82,16 +83,6 @@ class _FakeLinear4bit(Linear4bit):
     def dequantize(self) -> torch.Tensor:
         state = self.quant_state
         return self.weight.data if state is None else bnb.dequantize_4bit(self.weight, state)
-
-
-def _replace_linear(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Every linear layer but the head becomes 4-bit, as transformers does when it loads."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for name in linear:
-        old = model.get_submodule(name)
-        if old is not model.get_output_embeddings():
-            shape = (old.in_features, old.out_features, old.bias is not None)
-            model.set_submodule(name, _FakeLinear4bit(*shape, compute_dtype=dtype, quant_type="nf4"))
 
 
 def _materialise(model: nn.Module, dtype: torch.dtype) -> None:

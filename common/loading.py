@@ -1,26 +1,30 @@
 """Loads the base model in 4 bit (or 16) and its tokenizer: from the hub, a folder, or random weights of a config."""
 
 import sys
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
+from common.activation_checkpointing import decoder_layers
 from common.attention import attention_implementation
+from common.base_weights import BaseWeights, make_linears_4bit, random_state
 from common.loss import fuse_head_and_loss
 from common.machine import Machine, this_machine
+from common.processes import Layout, read_once
 from common.recipe import ModelSpec, UserError
 from common.weights import load_config, model_folder
 
@@ -67,10 +71,11 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     raise UserError(f"{name} has no token to pad with; tried {', '.join(PAD_TOKENS)}")
 
 
-def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedModel:
+def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout = Layout()) -> PreTrainedModel:
     """The base model on the machine's device: linear layers in NF4 (`spec.bits=4`), all else in the compute dtype.
 
-    Weights are read and quantised one tensor at a time, so host memory stays near one tensor above the result.
+    Weights are read and quantised one tensor at a time, so host memory stays near one tensor above the result. With a
+    layout that shards them the decoder layers are still hollow: common.sharding.shard_layers fills them.
     Raises UserError when the weights are missing, damaged, incomplete, or quantised in another way.
     """
     machine = machine or this_machine()
@@ -82,6 +87,9 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
         config = load_config(spec, folder)  # what came with the weights, not the copy that serves for planning
     if machine.dtype == torch.float16 and config.model_type.startswith("qwen"):
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
+    if layout.sharded:
+        _is_4bit_checkpoint(config, spec)
+        return _hollow_model(spec, config, folder, machine)
     arguments: dict[str, Any] = {
         "config": config,
         "dtype": machine.dtype,
@@ -112,10 +120,50 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None) -> PreTrainedMode
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
     _prepare_4bit_modules(model, spec, machine)
+    return _finished(model, spec)
+
+
+def _finished(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     fuse_head_and_loss(model)
     # Where it came from, not where the cache is: this is written into the adapter's config.
     model.config._name_or_path = model.name_or_path = spec.name
     return model
+
+
+def _hollow_model(
+    spec: ModelSpec, config: PretrainedConfig, folder: Path | None, machine: Machine
+) -> PreTrainedModel:
+    """The model without the weights of its decoder layers, and `model.base_weights` to fill them from.
+
+    In their place stand tensors of their shapes that take no memory, on the CPU, where PEFT makes its adapters.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=machine.dtype, attn_implementation=attention_implementation(machine)
+        )
+        if spec.bits == 4:
+            make_linears_4bit(model, machine.dtype)
+    model.is_loaded_in_4bit = spec.bits == 4
+    model.base_weights = weights = BaseWeights(spec, config, folder, machine)
+    inside = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        if parameter in inside:
+            hollow = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+            # PEFT asks a 4-bit weight how it was quantised.
+            made = Params4bit(hollow, quant_type="nf4") if isinstance(parameter, Params4bit) else nn.Parameter(hollow)
+        else:
+            (value,) = read_once(lambda name=name, shape=parameter.shape: [weights.plain(name, shape)], machine.device)
+            made = nn.Parameter(value)
+        setattr(model.get_submodule(owner), key, made.requires_grad_(False))
+    model.tie_weights()
+    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config).to(machine.device)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu, module.compute_type_is_set = False, True  # as _prepare_4bit_modules
+    if folder is not None and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return _finished(model.eval(), spec)
 
 
 def _prepare_4bit_modules(model: PreTrainedModel, spec: ModelSpec, machine: Machine) -> None:
@@ -142,34 +190,6 @@ def _is_4bit_checkpoint(config: PretrainedConfig, spec: ModelSpec) -> bool:
         kind = stored.get("quant_method", "an unknown method")
         raise UserError(f"{spec.name} is quantised with {kind}; take the original, or a bitsandbytes 4-bit checkpoint")
     return True
-
-
-class RandomTensor:
-    """Stands in for a tensor in a safetensors file: drawn when it is read, from a seed that is its name."""
-
-    def __init__(self, name: str, shape: torch.Size, std: float, machine: Machine) -> None:
-        self.name, self.shape, self.std, self.machine = name, shape, std, machine
-        self.dtype = machine.dtype
-
-    def __getitem__(self, _: object) -> torch.Tensor:
-        device, dtype = self.machine.device, self.machine.dtype
-        if self.name.endswith("norm.weight"):
-            return torch.ones(self.shape, dtype=dtype, device=device)
-        generator = torch.Generator(device).manual_seed(zlib.crc32(self.name.encode()))
-        return torch.empty(self.shape, dtype=dtype, device=device).normal_(0.0, self.std, generator=generator)
-
-
-def random_state(config: PretrainedConfig, machine: Machine) -> dict[str, RandomTensor]:
-    """A state dict of the whole model that takes no memory: normal weights with the config's initializer_range.
-
-    `from_pretrained` reads it like a file, tensor by tensor, so a dry run loads through the same code as a real one.
-    """
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    return {
-        name: RandomTensor(name, parameter.shape, config.initializer_range, machine)
-        for name, parameter in skeleton.named_parameters()  # a tied head is named once
-    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from common.base_weights import NF4_STATE, stored_4bit
 from common.checkpoints import sha256_of
 from common.machine import this_machine
 from common.output import NOTE
@@ -28,7 +29,6 @@ from common.weights import load_config, model_folder
 
 PREFIX = "base_model.model."  # of a module's name in a PeftModel
 CHUNK_ROWS = 1 << 13  # of a tensor, looked at together
-NF4_STATE = ".quant_state.bitsandbytes__nf4"  # of a 4-bit weight that was stored as such
 
 
 class MergedWeights:
@@ -81,25 +81,16 @@ class MergedWeights:
         entries = []
         for entry in self.stored.entries.values():
             if entry.name in self.packed:
-                shape = self._packed(entry.name)[1].shape
+                shape = stored_4bit(self.stored, entry.name, self.device)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
             elif not any(entry.name.startswith(f"{name}.") for name in self.packed):
                 entries.append(entry)
         return in_16_bits(split(entries), dtype)
 
-    def _packed(self, name: str) -> tuple[Tensor, bnb.QuantState]:
-        """A weight that is stored in 4 bits, and its scales."""
-        parts = {
-            key.removeprefix(f"{name}."): self.stored.read(key).to(self.device)
-            for key in self.stored.entries
-            if key.startswith(f"{name}.")
-        }
-        return self.stored.read(name).to(self.device), bnb.QuantState.from_dict(parts, device=self.device)
-
     def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
         """A tensor of the base as the run had it: fp32, on the machine's device. rows: of one that is not 4-bit."""
         if name in self.packed:
-            weight, state = self._packed(name)
+            weight, state = stored_4bit(self.stored, name, self.device)
             return bnb.dequantize_4bit(weight, state).to(self.dtype).float()
         tensor = self.stored.read(name, rows).to(self.device, self.dtype)
         if name in self.quantised:

@@ -168,7 +168,7 @@ def _values(report: Report) -> dict[str, Any]:
         "choice": {
             "micro_batch_rows": plan.micro_batch_rows,
             "accumulation": plan.accumulation,
-            "processes": plan.processes,
+            **asdict(plan.layout),
             **_policy_values(plan.checkpointing),
             "predicted_peak_allocated_bytes": plan.peak_bytes,
             "predicted_peak_on_card_bytes": report.row(CHOICE).peak,

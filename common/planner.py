@@ -13,7 +13,7 @@ from common.activation_checkpointing import Policy
 from common.attention import attention_implementation
 from common.forecast import Forecast, Setting, speed_of
 from common.machine import GIB, Machine, require_gpu, this_machine, unusable_gpu
-from common.processes import world_size
+from common.processes import Layout, world_size
 from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
 from common.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between
 from common.weights import load_config
@@ -68,7 +68,7 @@ class Plan:
 
     micro_batch_rows: int
     accumulation: int
-    processes: int
+    layout: Layout
     checkpointing: Policy
     text: str  # for people
     peak_bytes: int | None = None  # predicted, as torch.cuda.max_memory_allocated counts; None on a CPU
@@ -76,7 +76,7 @@ class Plan:
 
     @property
     def rows_per_step(self) -> int:
-        return self.micro_batch_rows * self.accumulation * self.processes
+        return self.micro_batch_rows * self.accumulation * self.layout.processes
 
 
 @dataclass(frozen=True)
@@ -304,4 +304,5 @@ def _plan(
         f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
         f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}\n  {why}"
     )
-    return Plan(rows, accumulation, world_size(), policy, text, peak_bytes, optimizer_bytes)
+    layout = Layout(world_size(), sharded=world_size() > 1 and train.sharding == "always")
+    return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)

@@ -5,13 +5,41 @@ The first one ("main") speaks, and writes what is written once; all of them load
 
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+from torch.distributed import DeviceMesh
+from torch.distributed.device_mesh import init_device_mesh
+
+from common.recipe import UserError
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model lies over the processes of a run, one a card."""
+
+    processes: int = 1
+    sharded: bool = False  # each card has a part of every decoder layer (FSDP2); else the whole model
+    on_host: int = 0  # layers whose parts wait in host memory
+
+    def __post_init__(self) -> None:
+        if self.on_host and not self.sharded or self.sharded and self.processes == 1:
+            raise ValueError(f"no such layout: {self}")
+
+    def __str__(self) -> str:
+        if self.processes == 1:
+            return "one process"
+        if not self.sharded:
+            return f"data parallel: each of {self.processes} cards has the whole model"
+        host = f", the parts of {self.on_host} layers in host memory" if self.on_host else ""
+        return f"layers sharded over {self.processes} cards (FSDP2){host}"
 
 
 def rank() -> int:
@@ -28,6 +56,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def processes_here() -> int:
+    """Processes of the run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def is_main() -> bool:
     return rank() == 0
 
@@ -40,7 +73,11 @@ def join() -> None:
         torch.cuda.set_device(local_rank())
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # for as long as the process lives
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    except distributed.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the first process cannot be reached at {where}: {str(error).splitlines()[0]}") from error
 
 
 def leave() -> None:
@@ -58,6 +95,72 @@ def on_main(do: Callable[[], T]) -> T | None:
     result = do() if is_main() else None
     wait_for_all()
     return result
+
+
+def said_by_main(value: T) -> T:
+    """The first process's value, in all of them."""
+    if not distributed.is_initialized():
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def said_by_each(value: T) -> list[T]:
+    """Every process's value, in the order of their ranks."""
+    if not distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def read_once(read: Callable[[], list[Tensor]], device: torch.device) -> list[Tensor]:
+    """The tensors that `read` gives in the first process of this machine: in all of its processes, on `device`."""
+    if processes_here() == 1:
+        return [tensor.to(device) for tensor in read()]
+    first, group = rank() - local_rank(), _group_here()
+    is_first = local_rank() == 0
+    tensors = [tensor.to(device).contiguous() for tensor in read()] if is_first else []
+    shapes: list[Any] = [[(tensor.shape, tensor.dtype) for tensor in tensors] if is_first else None]
+    distributed.broadcast_object_list(shapes, first, group, device=torch.device("cpu"))
+    if not is_first:
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[0]]
+    for tensor in tensors:
+        distributed.broadcast(tensor, first, group)
+    return tensors
+
+
+@cache
+def _group_here() -> Any:
+    """The processes of this machine; each machine has as many."""
+    firsts = range(0, world_size(), processes_here())
+    groups = [distributed.new_group(list(range(first, first + processes_here()))) for first in firsts]
+    return groups[rank() // processes_here()]
+
+
+def mesh_of_all(device_type: str) -> DeviceMesh:
+    return init_device_mesh(device_type, (world_size(),))
+
+
+@contextmanager
+def imagined(processes: int) -> Iterator[DeviceMesh]:
+    """A mesh of so many processes, this one the first of them: what they tell each other is not sent, nor computed."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the backend "fake" is registered with it
+
+    if distributed.is_initialized():
+        yield DeviceMesh.from_group(_imagined_group(), "cpu")
+        return
+    distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
+    try:
+        yield init_device_mesh("cpu", (processes,))
+    finally:
+        distributed.destroy_process_group()
+
+
+@cache
+def _imagined_group() -> Any:
+    return distributed.new_group(backend="fake")
 
 
 def summed(values: Sequence[float]) -> list[float]:

@@ -12,6 +12,7 @@ Weights = Literal["pretrained", "random"]
 TrainOn = Literal["assistant", "everything"]
 Checkpointing = Literal["auto", "none", "every layer", "keep attention", "offload"]
 Kernels = Literal["lean", "stock"]
+Sharding = Literal["auto", "never", "always"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
@@ -123,6 +124,8 @@ class TrainSpec:
     checkpointing: Checkpointing = "auto"
     # The decoder layers: "lean" computes them with our fused operators, "stock" as transformers and PEFT do.
     kernels: Kernels = "lean"
+    # On several GPUs: "auto" gives each the whole model where it fits, and else cuts the layers over them (FSDP2).
+    sharding: Sharding = "auto"
     eval_every: int = 100  # optimizer steps; the end of the run is evaluated too
     save_every: int = 100  # optimizer steps between checkpoints on disk, the last two of which stay
     sample_answers: int = 4  # to held-out prompts, by base and adapter, for report.html; 0 skips them
@@ -153,6 +156,7 @@ class TrainSpec:
         require_one_of(self.optimizer, Optimizer, "TrainSpec.optimizer")
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")
         require_one_of(self.kernels, Kernels, "TrainSpec.kernels")
+        require_one_of(self.sharding, Sharding, "TrainSpec.sharding")
 
 
 @dataclass(frozen=True)

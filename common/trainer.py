@@ -2,9 +2,11 @@
 
 import contextlib
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,20 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from common.activation_checkpointing import Policy, RecomputeWatch, checkpoint_activations, watch_recompute
+from common.activation_checkpointing import (
+    TRAINER_ARGUMENTS,
+    Policy,
+    RecomputeWatch,
+    checkpoint_activations,
+    watch_recompute,
+)
 from common.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
 from common.packing import examples_of, halve
 from common.processes import highest, is_main, on_main, rank, summed, world_size
 from common.recipe import UserError
 from common.run_folder import SAVING
+from common.sharding import clip_gradients, is_sharded, read_adapter, save_whole_states, whole_adapter
+from common.trained_adapter import WEIGHTS
 
 Batch = dict[str, Any]
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch's and safetensors' own for a failed write
@@ -51,6 +61,8 @@ class Trainer(SFTTrainer):
         """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states.
         run: what a checkpoint says it belongs to. find_places: where in the data examples with these ids are."""
         adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        self.is_sharded = is_sharded(model)
+        refuse_two_checkpointings(self.is_sharded, arguments["args"])
         super().__init__(model, **arguments)
         # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
         for name, parameter in model.named_parameters():
@@ -65,6 +77,11 @@ class Trainer(SFTTrainer):
         self.losses: list[Tensor] = []  # of those micro-batches
         self.skipped_in_a_row, self.skipped_step = 0, -1
         self.stock_clip = self.accelerator.clip_grad_norm_
+        if self.is_sharded:
+            self.stock_clip = self._clip_shards
+            save_whole_states(self.optimizer)
+            # "For evaluation" is without DistributedDataParallel around it.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.accelerator.clip_grad_norm_ = self._clip_finite
         self.first_step = FirstStep(self)
         self.add_callback(self.first_step)
@@ -86,6 +103,10 @@ class Trainer(SFTTrainer):
         loss = self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
         self.losses.append(loss)
         return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be a number again
+
+    def _clip_shards(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
+        self.accelerator.unscale_gradients()
+        return clip_gradients(parameters, max_norm)
 
     def _clip_finite(self, *arguments: Any, **named: Any) -> Tensor:
         """The gradients' norm before they are clipped; where it or a loss is not finite, there is no step to take."""
@@ -126,7 +147,8 @@ class Trainer(SFTTrainer):
     def _not_finite(self, batch: Batch) -> list[list[int]]:
         """Token ids of the examples whose own loss is not finite; of all where only their gradients are not."""
         examples = examples_of(batch)
-        bad = [example for example in examples if not math.isfinite(self.nll(example))]
+        losses = [self.nll(example) for example in self._together(examples)]
+        bad = [example for example, loss in zip(examples, losses, strict=False) if not math.isfinite(loss)]
         return [example["input_ids"][0].tolist() for example in bad or examples]
 
     def log(self, logs: dict[str, float], *rest: Any) -> None:
@@ -216,9 +238,12 @@ class Trainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per trained token of the held-out rows."""
         nll = tokens = 0.0
-        for batch in self.own_part_of_evaluation():
-            nll += self.nll(batch)
-            tokens += len(batch["trained_positions"])
+        own = list(self.own_part_of_evaluation())
+        for number, batch in enumerate(self._together(own)):
+            loss = self.nll(batch)
+            if number < len(own):
+                nll += loss
+                tokens += len(batch["trained_positions"])
         nll, tokens = summed([nll, tokens])
         metrics = {"eval_loss": nll / max(tokens, 1)}
         self.log(metrics)
@@ -231,6 +256,14 @@ class Trainer(SFTTrainer):
         rows = range(rank(), len(self.eval_dataset), world_size())
         for start in range(0, len(rows), size):
             yield self.data_collator([self.eval_dataset[row] for row in rows[start : start + size]])
+
+    def _together(self, batches: list[Batch]) -> Iterator[Batch]:
+        """The batches, and the longest row again until every process has gone through as many: sharded layers are
+        gathered from all."""
+        missing = highest(len(batches)) - len(batches) if self.is_sharded else 0
+        yield from batches
+        for _ in range(missing):
+            yield self.worst
 
     def _get_output_dir(self, *_: Any, **__: Any) -> str:
         """Where the stock trainer writes a checkpoint: beside its place."""
@@ -274,9 +307,20 @@ class Trainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
-        if not is_main():
-            return
-        save_adapter(self.model, output_dir or self.args.output_dir)
+        adapter = whole_adapter(self.model)
+        if is_main():
+            save_adapter(self.model, output_dir or self.args.output_dir, adapter)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_sharded and not is_main():
+            self.optimizer.state_dict()  # which the first process writes, and each has a part of
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            read_adapter(self.model, Path(resume_from_checkpoint) / WEIGHTS)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: it would be written into every checkpoint."""
@@ -307,14 +351,32 @@ class FirstStep(TrainerCallback):
             self.watch = None
 
 
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
+def refuse_two_checkpointings(sharded: bool, arguments: Any) -> None:
+    """Raises UserError where the trainer, or accelerate, would do again what the recipe does on sharded layers.
+
+    With the trainer's flag beside FSDP's own checkpointing each layer is gathered once more (transformers issue 30404).
+    """
+    flag = next(iter(TRAINER_ARGUMENTS))
+    if sharded and getattr(arguments, flag):
+        raise UserError(
+            f"{flag}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each would be "
+            "gathered once more. Leave the trainer's off; TrainSpec.checkpointing says which layers recompute"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        raise UserError(
+            "accelerate is told to shard the model (ACCELERATE_USE_FSDP), which the recipe's plan does where it is "
+            "needed: start it with torchrun, or with accelerate launch without --use_fsdp"
+        )
+
+
+def save_adapter(model: PeftModel, folder: str | Path, adapter: dict[str, Tensor]) -> None:
     """adapter_model.safetensors and adapter_config.json, each whole or not there; without PEFT's look at the hub for a
-    grown vocabulary, and its README, a form to be filled in."""
+    grown vocabulary, and its README, a form to be filled in. adapter: its tensors (whole_adapter)."""
     folder = Path(folder)
     aside = folder / SAVING
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(str(aside), save_embedding_layers=False)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
+    model.save_pretrained(str(aside), state_dict=adapter, save_embedding_layers=False)
+    for name in (WEIGHTS, "adapter_config.json"):
         (aside / name).replace(folder / name)
     shutil.rmtree(aside)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig
 
@@ -37,6 +38,7 @@ from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.report import write_report
 from common.resume import LIBRARIES, identity, refuse_another_run
 from common.run_folder import CHECKPOINTS, TENSORBOARD
+from common.sharding import is_sharded, whole_adapter
 from common.stopping import StopSignals
 from common.trained_adapter import WEIGHTS
 from common.trainer import Trainer, save_adapter
@@ -88,6 +90,8 @@ def build_trainer(
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
     if is_lean(model) != (recipe.train.kernels == "lean" and obstacle(model) is None):
         raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls fuse_layers")
+    if is_sharded(model) != plan.layout.sharded:
+        raise RuntimeError(f"the plan says {plan.layout}; a recipe calls shard_layers")
     flat = is_flat(model)
     trainer = Trainer(
         model,
@@ -172,8 +176,10 @@ def train(
     }
     print(memory_line(plan, trainer))
 
+    adapter = whole_adapter(model)
+
     def leave_files() -> None:
-        save(model, tokenizer, folder)
+        save(model, tokenizer, folder, adapter)
         draw_loss(folder)
         samples = _samples(model, tokenizer, rows, recipe)
         write_run(folder, recipe, plan, rows, model, {"metrics": metrics, "samples": samples})
@@ -187,6 +193,9 @@ def train(
 def _samples(model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, recipe: Recipe) -> list[dict[str, str]]:
     """Answers to held-out prompts without the adapter and with it; none where that runs out of memory."""
     if rows.evaluation is None:
+        return []
+    if is_sharded(model) and recipe.train.sample_answers:
+        print("no sample answers: each of their tokens would gather the layers from all cards; make eval shows some")
         return []
     samples = held_out_samples(rows.evaluation, tokenizer, recipe.train.sample_answers, recipe.train.seed)
     try:
@@ -222,7 +231,7 @@ def memory_line(plan: Plan, trainer: Trainer) -> str:
 
 def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
     """What a checkpoint of this run belongs to."""
-    sizes = f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.processes} processes"
+    sizes = f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes"
     return identity(recipe, rows, plan=sizes, machine=str(this_machine()))
 
 
@@ -240,9 +249,9 @@ def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
     return newest
 
 
-def save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path, adapter: dict[str, Tensor]) -> None:
     """Adapter, tokenizer with template, and a generation config that stops at the turn's end."""
-    save_adapter(model, folder)
+    save_adapter(model, folder, adapter)
     tokenizer.save_pretrained(folder)
     generation = model.generation_config
     known = generation.eos_token_id

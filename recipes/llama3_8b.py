@@ -14,6 +14,7 @@ from common.loading import load_4bit, load_tokenizer
 from common.modules import fuse_layers
 from common.planner import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from common.sharding import shard_layers
 from common.training import train
 
 RECIPE = Recipe(
@@ -39,10 +40,11 @@ def main(recipe: Recipe = RECIPE) -> None:
     plan = plan_for_card(recipe)  # nothing is downloaded yet: a run that cannot fit stops here
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # before the weights, too
-    model = load_4bit(recipe.model)
+    model = load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     fuse_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
+    shard_layers(model, plan.layout)  # on several GPUs that are too small for it
     train(model, tokenizer, rows, recipe, plan)
 
 

@@ -263,12 +263,12 @@ def test_the_predicted_peak_is_the_measured_one(name):
 
 
 def test_a_card_that_is_too_small_for_the_plan_makes_the_run_step_down(tmp_path):
-    free = run(str(tmp_path / "plenty"), layers=4, steps=2, plan=Plan(1, 16, 1, Policy(4, 4), "a test"))
+    free = run(str(tmp_path / "plenty"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test"))
     try:
         torch.cuda.empty_cache()
         share = 0.8 * free[1] / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-        metrics, peak = run(str(tmp_path / "tight"), layers=4, steps=2, plan=Plan(1, 16, 1, Policy(4, 4), "a test"))
+        metrics, peak = run(str(tmp_path / "tight"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test"))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert metrics["step_downs"]

@@ -43,7 +43,7 @@ def test_rows_per_step_are_kept_whatever_the_card_and_a_larger_one_is_no_slower(
         shared = planner(recipe, gib)
         option = shared.choose()
         chosen = planned(shared, option)
-        assert chosen.micro_batch_rows * chosen.accumulation * chosen.processes == 16
+        assert chosen.micro_batch_rows * chosen.accumulation * chosen.layout.processes == 16
         assert option.peak + shared.card.unseen <= gib * GIB
         speeds.append(1 / option.seconds_per_token)
         kept.append(option.policy.kept * option.rows)
@@ -85,7 +85,7 @@ def test_the_longest_row_fits_and_a_longer_one_does_not():
 
 def test_several_processes_share_the_rows(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (plan(RECIPE, 24).processes, plan(RECIPE, 24).rows_per_step) == (2, 16)
+    assert (plan(RECIPE, 24).layout.processes, plan(RECIPE, 24).rows_per_step) == (2, 16)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="rows_per_step is 16, which 3 processes cannot share"):
         plan(RECIPE, 24)

@@ -50,7 +50,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     assert trainable_params(model) == 2 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
     fuse_layers(model, recipe.train.kernels)
-    plan = Plan(1, 2, 1, Policy(2), "a test")
+    plan = Plan(1, 2, Layout(), Policy(2), "a test")
     checkpoint_activations(model, plan.checkpointing)
     metrics = train(model, tokenizer, rows, recipe, plan)
     assert metrics["steps"] == 3

@@ -43,7 +43,7 @@ def prepare(recipe: Recipe, plan: Plan | None = None):
 
 
 def split(recipe: Recipe, micro_batch_rows: int, policy: Policy = EVERY) -> Plan:
-    return Plan(micro_batch_rows, recipe.train.rows_per_step // micro_batch_rows, 1, policy, "a test")
+    return Plan(micro_batch_rows, recipe.train.rows_per_step // micro_batch_rows, Layout(), policy, "a test")
 
 
 def adapter(folder: str | Path) -> dict[str, torch.Tensor]:
