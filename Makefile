@@ -16,6 +16,8 @@ BASE ?=
 TO ?=
 TASKS ?=
 GPUS ?=
+MACHINES ?=
+MEET ?=
 ARGS ?=
 
 VENV := .venv
@@ -33,15 +35,17 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
-finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
-	@$(if $(GPUS),$(VENV)/bin/torchrun --standalone --nproc-per-node "$(GPUS)",$(PY)) -m recipes "$(MODEL)" $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+ON = $(if $(GPUS),--gpus "$(GPUS)") $(if $(MACHINES),--machines "$(MACHINES)" --meet "$(MEET)")
 
-plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 SEQ_LEN=4096 JSON=plan.json
-	@$(PY) -m recipes "$(MODEL)" --plan $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
+finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
+	@$(PY) -m recipes "$(MODEL)" $(ON) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+
+plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
+	@$(PY) -m recipes "$(MODEL)" --plan $(ON) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
 		$(if $(JSON),--json "$(JSON)") $(ARGS)
 
 dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
-	@$(PY) -m recipes "$(MODEL)" --dry-run $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+	@$(PY) -m recipes "$(MODEL)" --dry-run $(ON) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
 
 # In single quotes as the shell reads them: a prompt may hold any character.
 quoted = '$(subst ','\'',$(value $(1)))'

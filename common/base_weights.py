@@ -54,8 +54,11 @@ class BaseWeights:
         self.stored = Shards(folder) if folder is not None else None
         self.names = self.stored.entries.keys() if self.stored else self.random.keys()
 
-    def plain(self, name: str, shape: torch.Size) -> Tensor:
-        """A tensor in the compute dtype, on the machine's device. Raises UserError when it is not there, or another."""
+    def in_16_bit(self, name: str, shape: torch.Size) -> list[Tensor]:
+        """A tensor in the compute dtype, alone in a list, on the machine's device.
+
+        Raises UserError when it is not there, or of another shape.
+        """
         if name not in self.names:
             raise UserError(f"{self.spec.name} is incomplete: {name} is missing")
         tensor = self.stored.read(name) if self.stored else self.random[name][...]
@@ -64,12 +67,12 @@ class BaseWeights:
                 f"{self.spec.name} does not fit its config.json: {name} is {tuple(tensor.shape)}, the config says "
                 f"{tuple(shape)}"
             )
-        return tensor.to(self.machine.device, self.machine.dtype)
+        return [tensor.to(self.machine.device, self.machine.dtype)]
 
     def in_4_bit(self, name: str, shape: torch.Size) -> list[Tensor]:
         """A linear layer's weight in NF4: its values, packed in bytes, and its scales as tensors (state_of reads them).
 
-        Quantised as load_4bit does, or as it is stored where the checkpoint has 4 bits. Raises UserError as `plain`.
+        Quantised as load_4bit does, or as it is stored where the checkpoint has 4 bits. Raises UserError as in_16_bit.
         """
         if self.stored and name + NF4_STATE in self.names:
             packed, state = stored_4bit(self.stored, name, self.machine.device)
@@ -79,7 +82,8 @@ class BaseWeights:
                     f"{tuple(shape)}"
                 )
         else:
-            packed, state = bnb.quantize_4bit(self.plain(name, shape), compress_statistics=True, quant_type="nf4")
+            (tensor,) = self.in_16_bit(name, shape)
+            packed, state = bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
         parts = state.as_dict(packed=True)
         return [packed, *(parts[key] for key in STATE_KEYS if key in parts)]
 

@@ -6,15 +6,17 @@ import errno
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from common.launch import ERROR_STATUS, OTHERS_GONE, launch
 from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run_folder import prepare_run_folder
 
-ERROR_STATUS = 2
+SAID_BY_MAIN_SECONDS = 3
 _RANK = os.environ.get("RANK", "0")  # set by torchrun; common.processes has it too, and needs torch
 # The disk is full, or the quota, or one may not write there.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
@@ -31,6 +33,9 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
     parser.add_argument("--out", help=f"output folder (default: outputs/{name})")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument("--gpus", type=int, metavar="N", help="run on N GPUs of this machine, or plan for N")
+    parser.add_argument("--machines", type=int, default=1, metavar="N", help="on so many machines, with --gpus each")
+    parser.add_argument("--meet", metavar="HOST:PORT", help="where the machines find each other: one of them")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
@@ -43,12 +48,16 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     plan.add_argument("--layers", type=int, metavar="N", help="of the dry run's model (default: all; 2 without a GPU)")
     flags = parser.parse_args(arguments)
 
-    def start() -> None:
+    def start() -> int | None:
         configured = _with_flags(recipe, flags, name)
         if flags.plan:
             _plan(configured, flags, name)
+        elif flags.gpus and "WORLD_SIZE" not in os.environ:
+            train = dry(configured, flags.layers).train if flags.dry_run else configured.train
+            return launch(train, flags.gpus, flags.machines, flags.meet)
         else:
             _run(main, dry(configured, flags.layers) if flags.dry_run else configured)
+        return None
 
     try:
         return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
@@ -61,11 +70,13 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
         return 128 + stop.signal_number
 
 
-def exit_status(action: Callable[[], object], folder: str) -> int:
+def exit_status(action: Callable[[], int | None], folder: str) -> int:
     """Does it; the exit status. What the user can mend becomes one line on stderr. folder: that it writes into."""
     try:
-        action()
+        return action() or 0
     except UserError as error:
+        if _RANK != "0":  # the first one mostly says the same: then it ends this one meanwhile
+            time.sleep(SAID_BY_MAIN_SECONDS)
         who = "" if _RANK == "0" else f"process {_RANK}: "
         print(f"\n{who}error: {error}", file=sys.stderr)
         return ERROR_STATUS
@@ -77,7 +88,16 @@ def exit_status(action: Callable[[], object], folder: str) -> int:
             raise
         print(f"\nerror: {error.filename or folder} cannot be written: {error.strerror}", file=sys.stderr)
         return ERROR_STATUS
-    return 0
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not _is_of_others(error):
+            raise
+        return OTHERS_GONE
+
+
+def _is_of_others(error: BaseException) -> bool:
+    """Whether another process went away while this one talked to it."""
+    names = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in names or "gloo/transport" in str(error)
 
 
 def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
@@ -130,8 +150,7 @@ def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
         planner.plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
-    chooser = planner.Planner(recipe, card, setting)
-    report = plan_report.report(chooser, chooser.choose())
+    report = plan_report.report(*planner.choose(recipe, card, setting, flags.gpus or 1))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
     if not flags.json:

@@ -7,14 +7,17 @@ from unittest.mock import patch
 
 import torch
 from bitsandbytes import functional as bnb
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.activation_checkpointing import Policy, checkpoint_activations
+from common.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.attention import PACKED
 from common.fake_model import fake_lora_model
 from common.memory import count_step
 from common.optimizer import build_optimizer
+from common.processes import ONE_PROCESS, Layout, imagined
 from common.recipe import Recipe
+from common.sharding import cut, join_layers
 from common.step import Speed, Step, splice
 from common.weights import load_config
 
@@ -45,15 +48,18 @@ class Setting:
 class Forecast:
     """Counts steps of one recipe; each count is made once."""
 
-    def __init__(self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0]) -> None:
-        self.recipe, self.setting, self.speed = recipe, setting, speed
+    def __init__(
+        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0], layout: Layout = ONE_PROCESS
+    ) -> None:
+        self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers
-        self._count = cache(self.count)
+        self._count, self._splice = cache(self.count), cache(self._spliced)
         # bitsandbytes reads its values one by one when it makes this table, which fake tensors have none of.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
-    def step(self, tokens: int, policy: Policy, *, accumulates: bool = True) -> Step:
-        """The step of the whole model, every token trained, with micro-batches of so many tokens.
+    def step(self, tokens: int, policy: Policy, *, accumulates: bool = True, on_host: int | None = None) -> Step:
+        """The step of the whole model, every token trained, with micro-batches of so many tokens; what one card holds
+        and does of it. on_host: of a model cut over cards, the layers whose parts wait there, if not the layout's.
 
         Counted on a few layers that recompute and a few that do not, and spliced. On a GPU with flash attention only
         the number of tokens matters, not the rows they lie in; elsewhere they are one row. Raises ValueError for an
@@ -61,11 +67,18 @@ class Forecast:
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
+        on_host = self.layout.on_host if on_host is None else on_host
+        return self._splice(tokens, policy, accumulates).with_parts_on_host(on_host)
+
+    def _spliced(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
         parts = []
         if policy.recomputed:
             edges = 2 if policy.offload else 1  # the first layer's input is the embedding's output, which stays
             few = replace(policy, layers=min(self.layers, edges + 2), kept=0)
-            parts.append((self._count(tokens, few, accumulates), copies(policy.recomputed, few.layers, edges)))
+            origin = copies(policy.recomputed, few.layers, edges)
+            if policy.kept and self.layout.sharded:  # then none of them is the last, whose backward pass gathers itself
+                origin = [min(i, max(0, few.layers - 2)) for i in range(policy.recomputed)]
+            parts.append((self._count(tokens, few, accumulates), origin))
         if policy.kept:
             few = Policy(min(self.layers, 3), min(self.layers, 3))
             origin = copies(policy.kept, few.layers, 1)
@@ -77,8 +90,6 @@ class Forecast:
     def count(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
         """The step of a model of `policy.layers` layers, counted."""
         recipe = self.recipe
-        if recipe.train.optimizer == "paged_adamw_8bit":  # pages out when it must; planned as if it never did
-            recipe = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = fake_lora_model(
             recipe.model,
@@ -90,6 +101,19 @@ class Forecast:
             kernels=recipe.train.kernels,
         )
         checkpoint_activations(model, policy)
+        if not self.layout.sharded:
+            return self._count_with(model, mode, tokens, accumulates)
+        with imagined(self.layout.processes) as mesh:
+            with mode:
+                for layer in decoder_layers(model):
+                    cut(layer, mesh)
+                join_layers(model, mesh)
+            return self._count_with(model, mode, tokens, accumulates)
+
+    def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool) -> Step:
+        recipe = self.recipe
+        if recipe.train.optimizer == "paged_adamw_8bit":  # pages out when it must; planned as if it never did
+            recipe = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
         optimizer = build_optimizer(model, recipe.train)  # not under the mode: bitsandbytes makes tables of values
         with mode, patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
             batch = full_batch(tokens, min(tokens, recipe.train.seq_len), flat=self.setting.attention == PACKED)

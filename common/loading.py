@@ -24,7 +24,7 @@ from common.attention import attention_implementation
 from common.base_weights import BaseWeights, make_linears_4bit, random_state
 from common.loss import fuse_head_and_loss
 from common.machine import Machine, this_machine
-from common.processes import Layout, read_once
+from common.processes import ONE_PROCESS, Layout, read_once
 from common.recipe import ModelSpec, UserError
 from common.weights import load_config, model_folder
 
@@ -71,7 +71,7 @@ def _set_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     raise UserError(f"{name} has no token to pad with; tried {', '.join(PAD_TOKENS)}")
 
 
-def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout = Layout()) -> PreTrainedModel:
+def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout = ONE_PROCESS) -> PreTrainedModel:
     """The base model on the machine's device: linear layers in NF4 (`spec.bits=4`), all else in the compute dtype.
 
     Weights are read and quantised one tensor at a time, so host memory stays near one tensor above the result. With a
@@ -130,9 +130,7 @@ def _finished(model: PreTrainedModel, spec: ModelSpec) -> PreTrainedModel:
     return model
 
 
-def _hollow_model(
-    spec: ModelSpec, config: PretrainedConfig, folder: Path | None, machine: Machine
-) -> PreTrainedModel:
+def _hollow_model(spec: ModelSpec, config: PretrainedConfig, folder: Path | None, machine: Machine) -> PreTrainedModel:
     """The model without the weights of its decoder layers, and `model.base_weights` to fill them from.
 
     In their place stand tensors of their shapes that take no memory, on the CPU, where PEFT makes its adapters.
@@ -153,7 +151,7 @@ def _hollow_model(
             # PEFT asks a 4-bit weight how it was quantised.
             made = Params4bit(hollow, quant_type="nf4") if isinstance(parameter, Params4bit) else nn.Parameter(hollow)
         else:
-            (value,) = read_once(lambda name=name, shape=parameter.shape: [weights.plain(name, shape)], machine.device)
+            (value,) = read_once(machine.device, weights.in_16_bit, name, parameter.shape)
             made = nn.Parameter(value)
         setattr(model.get_submodule(owner), key, made.requires_grad_(False))
     model.tie_weights()

@@ -50,6 +50,14 @@ def peak_of_ram() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
 
 
+def available_ram() -> int | None:
+    """Host memory that could be had now, in bytes; None where that is not told (not Linux)."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+
+
 @cache
 def this_machine() -> Machine:
     if torch.cuda.is_available():

@@ -9,18 +9,34 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from common.activation_checkpointing import decoder_layers
-from common.step import ADAPTERS, EMBEDDINGS, GRADIENTS, KINDS, OPTIMIZER, SAVED, WEIGHTS, WORKING, Segment, Step, Work
+from common.processes import part_of
+from common.step import (
+    ADAPTERS,
+    EMBEDDINGS,
+    GATHERED,
+    GRADIENTS,
+    KINDS,
+    OPTIMIZER,
+    SAVED,
+    WEIGHTS,
+    WORKING,
+    Segment,
+    Step,
+    Work,
+)
 
 ALIGNMENT = 512  # bytes; torch's CUDA caching allocator rounds every block up to it (c10/cuda/CUDACachingAllocator.cpp)
 
@@ -62,6 +78,7 @@ FREE = {
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.detach.default,
 }
+_resize = torch.UntypedStorage.resize_
 TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
 
 
@@ -117,23 +134,39 @@ class _Ledger(TorchDispatchMode):
 
     def tag(self, tensor: Tensor, kind: str) -> None:
         """What the tensor's storage is there for, if it was allocated in this step."""
-        birth = self.alive.get(tensor.untyped_storage()._cdata)
+        birth = self.alive.get(part_of(tensor).untyped_storage()._cdata)
         if birth is not None:
             self.kinds[birth] = kind
 
     def allocate(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = part_of(tensor).untyped_storage()
         key = storage._cdata
         if key in self.alive or key in self.known or key in self.host:
             return
-        birth = len(self.births)
-        self.births.append((len(self.names) - 1, round_up(storage.nbytes())))
-        self.alive[key] = birth
-        self.events.append((len(self.names) - 1, birth, 1))
+        self._begin_life(storage)
         weakref.finalize(storage, self._release, key)
 
+    def _begin_life(self, storage: torch.UntypedStorage) -> int:
+        birth = len(self.births)
+        self.births.append((len(self.names) - 1, round_up(storage.nbytes())))
+        self.alive[storage._cdata] = birth
+        self.events.append((len(self.names) - 1, birth, 1))
+        return birth
+
     def _release(self, key: int) -> None:
-        self.events.append((len(self.names) - 1, self.alive.pop(key), -1))
+        birth = self.alive.pop(key, None)
+        if birth is not None:
+            self.events.append((len(self.names) - 1, birth, -1))
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> Any:
+        """Stands for `UntypedStorage.resize_`, with which FSDP2 frees a gathered layer and allocates it again."""
+        if (birth := self.alive.get(storage._cdata)) is not None:
+            self.kinds[birth] = GATHERED
+        self._release(storage._cdata)
+        resized = _resize(storage, size)
+        if size:
+            self.kinds[self._begin_life(storage)] = GATHERED
+        return resized
 
     def _keep_on_host(self, tensor: Tensor) -> None:
         key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
@@ -155,12 +188,15 @@ class _Ledger(TorchDispatchMode):
         produced = [outputs] if isinstance(outputs, Tensor) else _tensors_in(outputs)
         work = self.work[-1]
         if operator in (TO_HOST, TO_DEVICE):
-            work.host_bytes += sum(tensor.nbytes for tensor in produced)
+            work.link_bytes += sum(tensor.nbytes for tensor in produced)
         if operator is TO_HOST:
             self._keep_on_host(produced[0])
             return outputs
         for tensor in produced:
             self.allocate(tensor)
+        if operator.namespace == "c10d":
+            self._communicate(operator, *args[:2])
+            return outputs
         if operator in SCRATCH:
             self._scratch(round_up(SCRATCH[operator](*args, **kwargs)))
         if operator not in FREE and not operator.is_view:
@@ -173,6 +209,13 @@ class _Ledger(TorchDispatchMode):
             work.operators.append((flops, sum(tensor.nbytes for tensor in consumed + produced)))
             work.launches += 1
         return outputs
+
+    def _communicate(self, operator: Any, output: Any, inputs: Any) -> None:
+        """What a layer is gathered into, and what its gradients become, which each process has a part of."""
+        outputs, sent = sum(t.nbytes for t in _tensors_in(output)), sum(t.nbytes for t in _tensors_in(inputs))
+        self.work[-1].link_bytes += abs(outputs - sent)
+        for tensor in _tensors_in(output):
+            self.tag(tensor, GATHERED if outputs > sent else GRADIENTS)
 
     def _scratch(self, size: int) -> None:
         segment, birth = len(self.names) - 1, len(self.births)
@@ -228,8 +271,9 @@ def _segments_of_layers(model: nn.Module, ledger: _Ledger) -> Iterator[None]:
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(enter(i)) for i, layer in enumerate(layers)]
-    handles += [layer.register_forward_hook(leave(i)) for i, layer in enumerate(layers)]
+    # Before the hooks of FSDP2, so that a segment holds the gathering of its layer.
+    handles = [layer.register_forward_pre_hook(enter(i), prepend=True) for i, layer in enumerate(layers)]
+    handles += [layer.register_forward_hook(leave(i), prepend=True) for i, layer in enumerate(layers)]
     try:
         yield
     finally:
@@ -256,22 +300,28 @@ def count_step(
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     outside, of_layer, known = _standing(model, optimizer)
+    cut = _sum_by_kind(
+        part for part in _tensors_of(decoder_layers(model)[0], optimizer) if isinstance(part[0], DTensor)
+    )
     ledger = _Ledger(known)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.tag(p.grad, GRADIENTS)) for p in trained]
-    with ledger, _segments_of_layers(model, ledger):
+    resize = patch.object(torch.UntypedStorage, "resize_", lambda storage, size: ledger.resize(storage, size))
+    with ledger, resize, _segments_of_layers(model, ledger):
         value = loss()
         ledger.begin("loss")
         value.backward()
         del value
         ledger.begin("optimizer")
-        if max_grad_norm is not None:
+        if any(cut.values()):
+            torch.nn.utils.get_total_norm([part_of(p.grad) for p in trained if p.grad is not None])
+        elif max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         if not isinstance(optimizer, Optimizer8bit):  # which reads numbers, updates in place and allocates nothing
             optimizer.step()
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
-    return Step(outside, of_layer, len(decoder_layers(model)), ledger.segments())
+    return Step(outside, of_layer, len(decoder_layers(model)), ledger.segments(), cut)
 
 
 def _allocate_optimizer_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -293,11 +343,11 @@ def _standing(
     layers = decoder_layers(model)
     everything, in_first = list(_tensors_of(model, optimizer)), list(_tensors_of(layers[0], optimizer))
     if len(layers) > 1:  # what layers share is outside them: the tables of an 8-bit optimizer
-        in_last = {tensor.untyped_storage()._cdata for tensor, _ in _tensors_of(layers[-1], optimizer)}
-        in_first = [part for part in in_first if part[0].untyped_storage()._cdata not in in_last]
+        in_last = {part_of(tensor).untyped_storage()._cdata for tensor, _ in _tensors_of(layers[-1], optimizer)}
+        in_first = [part for part in in_first if part_of(part[0]).untyped_storage()._cdata not in in_last]
     total, of_layer = _sum_by_kind(everything), _sum_by_kind(in_first)
     outside = {kind: total[kind] - len(layers) * of_layer[kind] for kind in KINDS}
-    return outside, of_layer, [tensor for tensor, _ in everything]
+    return outside, of_layer, [part_of(tensor) for tensor, _ in everything]
 
 
 def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str]]:
@@ -324,7 +374,7 @@ def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
 def quantised_tensors(linear: nn.Linear) -> Iterator[Tensor]:
     """The tensors that a weight takes memory with: of a 4-bit one its packed values, scales and code books too."""
     yield linear.weight
-    state = getattr(linear.weight, "quant_state", None)
+    state = getattr(linear, "quant_state", None) or getattr(linear.weight, "quant_state", None)
     while state is not None:
         yield from (tensor for tensor in (state.absmax, state.code, state.offset) if isinstance(tensor, Tensor))
         state = state.state2
@@ -334,7 +384,7 @@ def _sum_by_kind(tensors: Iterable[tuple[Tensor, str]]) -> dict[str, int]:
     """Bytes of the storages behind the tensors, each once, rounded as the allocator does."""
     total, seen = dict.fromkeys(KINDS, 0), set()
     for tensor, kind in tensors:
-        storage = tensor.untyped_storage()
+        storage = part_of(tensor).untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             total[kind] += round_up(storage.nbytes())

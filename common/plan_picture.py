@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 POINTS = 2000  # of a curve; more than the picture has pixels
 # Okabe and Ito's colours (jfly.uni-koeln.de/color), which stay apart for colour-blind readers; in the order of KINDS.
-COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#D55E00")
+COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#000000", "#D55E00")
 
 
 def draw_plan(report: Report, path: Path) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from common.activation_checkpointing import Policy
 from common.machine import GIB
-from common.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
+from common.planner import NCCL_BYTES, WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
 from common.recipe import Recipe, UserError
-from common.step import KINDS, WEIGHTS, Speed, Step
+from common.step import GATHERED, KINDS, WEIGHTS, Speed, Step
 from common.weights import load_config
 
 UNSEEN = "context and reserve"  # Card.unseen: what no step can use
@@ -90,7 +90,10 @@ class Report:
         heads[-1][0] = "GiB at the worst moment"
         rule = "─" * (LABEL_WIDTH + COLUMN_WIDTH * len(self.rows))
         lines = [*(_line(*head) for head in heads), rule]
+        shared = self.plan.layout.sharded
         for kind in (*KINDS, UNSEEN):
+            if kind == GATHERED and not shared:
+                continue
             lines.append(_line(label_of(kind, self.recipe), *(_gib(row.parts[kind]) for row in self.rows)))
         lines += [rule, _line(f"peak on {self.card.name}", *(_gib(row.peak) for row in self.rows))]
         lines.append(_line("fits", *(f"{'yes' if row.fits else 'no'}, {room_on(self.card, row)}" for row in self.rows)))
@@ -123,7 +126,7 @@ def report(planner: Planner, option: Option) -> Report:
         OFFLOAD: Policy.named("offload", layers),
         CHOICE: option.policy,
     }
-    counted = {name: planner.exact(option.rows, policy) for name, policy in policies.items()}
+    counted = {name: planner.exact(option.rows, policy, option.on_host) for name, policy in policies.items()}
     plain = counted[NONE][0].seconds_per_token
     rows = tuple(
         Row(
@@ -137,15 +140,18 @@ def report(planner: Planner, option: Option) -> Report:
         )
         for name, (exact, step) in counted.items()
     )
-    longest = {name: planner.longest_row(policies[name]) for name in (EVERY_LAYER, OFFLOAD)}
+    longest = {name: planner.longest_row(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
     positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
-    return Report(planner.recipe, card, planner.forecast.speed, planned(planner, option), rows, longest, positions)
+    return Report(
+        planner.recipe, planner.card, planner.forecast.speed, planned(planner, option), rows, longest, positions
+    )
 
 
 def unseen_parts(card: Card) -> dict[str, int]:
     """Card.unseen by name, in bytes."""
-    context = card.unseen - WORKSPACE_BYTES - card.reserve
-    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "reserve": card.reserve}
+    nccl = 0 if card.alone else NCCL_BYTES
+    context = card.unseen - WORKSPACE_BYTES - card.reserve - nccl
+    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": nccl, "reserve": card.reserve}
 
 
 def write_json(report: Report, path: Path) -> None:

@@ -6,16 +6,20 @@ What fits is counted (common.forecast), not estimated; what is fastest follows f
 less than launching it from Python, and copies to the host go on beside.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
 
 from common.activation_checkpointing import Policy
 from common.attention import attention_implementation
 from common.forecast import Forecast, Setting, speed_of
-from common.machine import GIB, Machine, require_gpu, this_machine, unusable_gpu
-from common.processes import Layout, world_size
-from common.recipe import Checkpointing, Recipe, TrainSpec, UserError
-from common.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between
+from common.machine import GIB, Machine, available_ram, require_gpu, this_machine, unusable_gpu
+from common.processes import ONE_PROCESS, Layout, processes_here, said_by_each, said_by_main, world_size
+from common.recipe import Checkpointing, Recipe, TrainSpec, UserError, rows_per_process
+from common.sharding import refuse_unshardable
+from common.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between
 from common.weights import load_config
 
 # What the count cannot see.
@@ -23,6 +27,8 @@ CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on th
 # cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG in common/__init__.py), once for the forward and once for
 # the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
 WORKSPACE_BYTES = 3 * (32 << 20)
+NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others; assumed, not measured
+HOST_SHARE = 0.8  # of the available host memory: pinned blocks are powers of two, and the data needs some
 RESERVE_SHARE = 0.03  # of the card: blocks that the allocator cannot use for their size, with expandable segments
 LONGEST_MICRO_BATCH = 16_384  # tokens; past it nothing gets faster, so a plan looks no further
 LONG_ROW = 8_192  # tokens from which attention is a large enough part of a layer to be worth keeping
@@ -38,6 +44,8 @@ class Card:
     size: int  # bytes: of the card, or what is free of it
     context_is_there: bool = False  # this process has its CUDA context already
     gpu: str | None = None  # for its speed; None is an RTX 4090
+    alone: bool = True  # else it talks to other cards
+    host: int | None = None  # bytes of host memory that a run may use beside it; None where nobody knows
 
     @property
     def reserve(self) -> int:
@@ -46,7 +54,8 @@ class Card:
     @property
     def unseen(self) -> int:
         """Bytes that no step can use."""
-        return self.reserve + WORKSPACE_BYTES + (0 if self.context_is_there else CONTEXT_BYTES)
+        nccl = 0 if self.alone else NCCL_BYTES
+        return self.reserve + WORKSPACE_BYTES + nccl + (0 if self.context_is_there else CONTEXT_BYTES)
 
     @property
     def budget(self) -> int:
@@ -59,7 +68,10 @@ class Card:
     @classmethod
     def of_machine(cls, machine: Machine) -> "Card":
         free = machine.free_bytes()
-        return cls(f"{free / GIB:.1f} GiB free on {machine.name}", free, context_is_there=True, gpu=machine.name)
+        host = available_ram()
+        here = None if host is None else int(HOST_SHARE * host) // processes_here()
+        name = f"{free / GIB:.1f} GiB free on {machine.name}"
+        return cls(name, free, context_is_there=True, gpu=machine.name, host=here)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,8 @@ class Option:
     policy: Policy
     peak: int  # bytes
     seconds_per_token: float
+    on_host: int = 0  # layers whose parts wait in host memory
+    host: int = 0  # bytes in host memory
 
 
 class Planner:
@@ -96,50 +110,56 @@ class Planner:
     is chosen is counted again as it is.
     """
 
-    def __init__(self, recipe: Recipe, card: Card, setting: Setting | None = None) -> None:
-        self.recipe, self.card, self.seq_len = recipe, card, recipe.train.seq_len
+    def __init__(
+        self, recipe: Recipe, card: Card, setting: Setting | None = None, layout: Layout = ONE_PROCESS
+    ) -> None:
+        self.recipe, self.seq_len, self.layout = recipe, recipe.train.seq_len, layout
+        self.card = replace(card, alone=layout.processes == 1)
+        self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
-        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu))
+        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
         self.layers = self.forecast.layers
         # DistributedDataParallel sends gradients in buckets of its own: as much memory again as they take.
         self.buckets = 0
-        if world_size() > 1:
+        if layout.processes > 1 and not layout.sharded:
             self.buckets = self.forecast.step(self.seq_len, Policy(self.layers)).base[ADAPTERS]
         self.counted_at = self.seq_len, max(LONGEST_MICRO_BATCH, 2 * self.seq_len)  # tokens
 
-    def option(self, rows: int, policy: Policy) -> Option:
+    def option(self, rows: int, policy: Policy, on_host: int = 0) -> Option:
         """Peak and time between those of the two counts."""
         tokens, (short, long) = rows * self.seq_len, self.counted_at
-        first, second = (self.forecast.step(count, policy).seconds(self.forecast.speed) for count in (short, long))
-        seconds = first + (tokens - short) / (long - short) * (second - first)
-        return Option(rows, policy, self.peak(tokens, policy), seconds / tokens)
+        first, second = (self.forecast.step(count, policy, on_host=on_host) for count in (short, long))
+        share, speed = (tokens - short) / (long - short), self.forecast.speed
+        seconds = first.seconds(speed) + share * (second.seconds(speed) - first.seconds(speed))
+        host = int(first.host_peak() + share * (second.host_peak() - first.host_peak()))
+        return Option(rows, policy, self.peak(tokens, policy, on_host), seconds / tokens, on_host, host)
 
-    def peak(self, tokens: int, policy: Policy) -> int:
+    def peak(self, tokens: int, policy: Policy, on_host: int = 0) -> int:
         """Bytes at the worst moment of a micro-batch, from its two counts."""
         short, long = self.counted_at
-        first, second = (self.forecast.step(count, policy) for count in (short, long))
+        first, second = (self.forecast.step(count, policy, on_host=on_host) for count in (short, long))
         return peak_between(first, second, (tokens - short) / (long - short)) + self.buckets
 
-    def exact(self, rows: int, policy: Policy) -> tuple[Option, Step]:
+    def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
-        accumulates = rows < rows_per_process(self.recipe.train)
-        step = self.forecast.step(rows * self.seq_len, policy, accumulates=accumulates)
+        accumulates = rows < self.rows_here
+        step = self.forecast.step(rows * self.seq_len, policy, accumulates=accumulates, on_host=on_host)
         time = step.seconds(self.forecast.speed) / (rows * self.seq_len)
-        return Option(rows, policy, step.peak() + self.buckets, time), step
+        return Option(rows, policy, step.peak() + self.buckets, time, on_host, step.host_peak()), step
 
     def fits(self, option: Option) -> bool:
-        return option.peak <= self.card.budget
+        return option.peak <= self.card.budget and (self.card.host is None or option.host <= self.card.host)
 
-    def fastest(self, rows: int, **extras: bool) -> Option | None:
+    def fastest(self, rows: int, on_host: int = 0, **extras: bool) -> Option | None:
         """The option that keeps the most layers; None where even recomputing every layer does not fit."""
         fewest = min(3, self.layers) if extras.get("offload") else 0  # that recompute
         low, high = 0, self.layers - fewest  # kept
-        best = self.option(rows, Policy(self.layers, low, **extras))
+        best = self.option(rows, Policy(self.layers, low, **extras), on_host)
         if not self.fits(best):
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            option = self.option(rows, Policy(self.layers, middle, **extras))
+            option = self.option(rows, Policy(self.layers, middle, **extras), on_host)
             if self.fits(option):
                 best, low = option, middle
             else:
@@ -152,62 +172,102 @@ class Planner:
         Raises UserError, with the arithmetic and the changes that would fit, when not even one row does.
         """
         wanted = self.recipe.train.checkpointing
+        leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=self._shares_on_host()[-1])
+        if sum(leanest.base.values()) > self.card.budget:
+            raise UserError(self._explain_misfit(wanted))
         found: list[Option | None] = []
-        for rows in self._sizes():
+        for rows, on_host in product(self._sizes(), self._shares_on_host()):
             if wanted != "auto":
-                named = self.option(rows, Policy.named(wanted, self.layers))
+                named = self.option(rows, Policy.named(wanted, self.layers), on_host)
                 found.append(named if self.fits(named) else None)
                 continue
-            found.append(self.fastest(rows))
+            found.append(self.fastest(rows, on_host))
             if found[-1] is None or found[-1].policy.recomputed:
-                found.append(self.fastest(rows, offload=True))
+                found.append(self.fastest(rows, on_host, offload=True))
                 if self.seq_len >= LONG_ROW:
-                    found.append(self.fastest(rows, keep_attention=True))
-        options = sorted((option for option in found if option), key=lambda option: option.seconds_per_token)
+                    found.append(self.fastest(rows, on_host, keep_attention=True))
+        options = sorted((option for option in found if option), key=lambda o: (o.seconds_per_token, o.on_host))
         for option in options:
-            exact, _ = self.exact(option.rows, option.policy)
+            exact, _ = self.exact(option.rows, option.policy, option.on_host)
             if self.fits(exact):
-                return exact
+                return self._fewest_on_host(exact)
         raise UserError(self._explain_misfit(wanted))
 
+    def _shares_on_host(self) -> list[int]:
+        """How many layers may have their parts in host memory: eighths of them; `_fewest_on_host` then takes fewer."""
+        if not self.layout.sharded:
+            return [0]
+        return sorted({self.layers * eighths // 8 for eighths in range(9)})
+
+    def _fewest_on_host(self, option: Option) -> Option:
+        low, high = 0, option.on_host
+        while low < high:
+            middle = (low + high) // 2
+            fewer, _ = self.exact(option.rows, option.policy, middle)
+            if self.fits(fewer):
+                option, high = fewer, middle
+            else:
+                low = middle + 1
+        return option
+
     def _sizes(self) -> Iterator[int]:
-        here = rows_per_process(self.recipe.train)
-        most = max(1, LONGEST_MICRO_BATCH // self.seq_len)
+        here, most = self.rows_here, max(1, LONGEST_MICRO_BATCH // self.seq_len)
         return (rows for rows in range(1, here + 1) if here % rows == 0 and rows <= most)
 
-    def longest_row(self, policy: Policy) -> int:
+    def longest_row(self, policy: Policy, on_host: int = 0) -> int:
         """Tokens of the longest single row that fits, a multiple of 256, whatever the model's positions; 0 for none."""
         low, high = 0, 1 << 13  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
-            if self.peak(256 * middle, policy) <= self.card.budget:
+            if self.peak(256 * middle, policy, on_host) <= self.card.budget:
                 low = middle
             else:
                 high = middle - 1
         return 256 * low
 
     def _explain_misfit(self, wanted: Checkpointing) -> str:
-        leanest, step = self.exact(1, Policy.named("offload" if wanted == "auto" else wanted, self.layers))
+        most = self._shares_on_host()[-1]
+        leanest, step = self.exact(1, Policy.named("offload" if wanted == "auto" else wanted, self.layers), most)
         fixed, over = sum(step.base.values()), leanest.peak - self.card.budget
         message = (
-            f"one row of {self.seq_len:,} tokens does not fit {self.card.name}: {fixed / GIB:.1f} GiB for the model "
+            f"one row of {self.seq_len:,} tokens does not fit {self.card.name}{self._with_others()}: "
+            f"{fixed / GIB:.1f} GiB for the model "
             f"and its adapters + {(leanest.peak - fixed) / GIB:.1f} GiB for the row is {over / GIB:.1f} GiB over the "
             f"budget of {max(0, self.card.budget) / GIB:.1f} GiB ({leanest.policy}). "
         )
+        if over <= 0 and self.card.host is not None:
+            return (
+                f"the layers' parts and inputs do not fit the host memory: {leanest.host / GIB:.1f} GiB for each card, "
+                f"and {self.card.host / GIB:.1f} GiB are available for it. Take more cards, or more host memory"
+            )
         if step.base[WEIGHTS] + step.base[EMBEDDINGS] > self.card.budget:
-            return message + "The model alone is too large: take a smaller model, or a larger card"
+            return message + f"The model alone is too large: take a smaller model, or {self._more_room()}"
         moves = list(self._moves(leanest, step, over))
         return message + ("What would fit: " + ", or ".join(moves) if moves else "Take a smaller model")
+
+    def _with_others(self) -> str:
+        """Of several cards, how they share the model."""
+        if self.layout.processes == 1:
+            return ""
+        return f", {replace(self.layout, on_host=self.layers)}" if self.layout.sharded else f", {self.layout}"
+
+    def _more_room(self) -> str:
+        if self.layout.processes == 1:
+            return "a larger card, or let several share it (make plan GPUS=2 shows what each would hold)"
+        return "larger cards, or more of them" if self.layout.sharded else "let the cards share it (sharding='auto')"
 
     def _moves(self, leanest: Option, step: Step, over: int) -> Iterator[str]:
         """Changes of the recipe, each of which would make one row fit."""
         for name in CHECKPOINTING_BY_MEMORY:
-            lean, _ = self.exact(1, Policy.named(name, self.layers))
+            lean, _ = self.exact(1, Policy.named(name, self.layers), leanest.on_host)
             if lean.peak < leanest.peak and self.fits(lean):
                 yield f"checkpointing={name!r} ({lean.peak / GIB:.1f} GiB)"
                 break
-        longest = min(self.longest_row(leanest.policy), self.seq_len - 256)
-        while longest > 0 and self.forecast.step(longest, leanest.policy).peak() > self.card.budget:
+        longest = min(self.longest_row(leanest.policy, leanest.on_host), self.seq_len - 256)
+        while (
+            longest > 0
+            and self.forecast.step(longest, leanest.policy, on_host=leanest.on_host).peak() > self.card.budget
+        ):
             longest -= 256  # a row shorter than a tile of logits is no straight line
         if longest > 0:
             yield f"TrainSpec.seq_len={longest}"
@@ -227,7 +287,7 @@ def refuse_more_positions(recipe: Recipe) -> None:
 
 def plan_for_card(recipe: Recipe) -> Plan:
     """The plan for this machine's GPU, or for its CPU where the recipe allows that; prints it. Nothing is downloaded
-    but, for a model that does not ship its config here, the config.
+    but, for a model that does not ship its config here, the config. For several GPUs it is that of the smallest.
 
     Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
     """
@@ -236,13 +296,27 @@ def plan_for_card(recipe: Recipe) -> Plan:
         require_gpu(recipe.model.name)
     print(f"machine: {machine}")
     if machine.is_gpu:
-        plan = plan_on(recipe, Card.of_machine(machine), setting_of(machine))
+        plan = plan_on(
+            recipe, smallest_of(said_by_each((Card.of_machine(machine), machine.dtype))), setting_of(machine)
+        )
     else:
         if reason := unusable_gpu():
             print(f"warning: training on the CPU: {reason}")
         plan = _cpu_plan(recipe, machine)
+    plan = said_by_main(plan)  # what a process counts as its part may be a few bytes less than the first's
     print(plan.text)
     return plan
+
+
+def smallest_of(cards: Sequence[tuple[Card, torch.dtype]]) -> Card:
+    """The one with the least free memory, which all must do with. Raises UserError when they compute differently."""
+    if len({dtype for _, dtype in cards}) > 1:
+        kinds = ", ".join(f"{card.gpu} in {str(dtype).removeprefix('torch.')}" for card, dtype in cards)
+        raise UserError(f"the GPUs do not compute in one number format: {kinds}. Leave out the ones without bf16")
+    card, _ = min(cards, key=lambda pair: pair[0].size)
+    if len({card.size >> 26 for card, _ in cards}) > 1:  # by more than 64 MiB
+        card = replace(card, name=f"{card.name}, the smallest of {len(cards)} cards")
+    return card
 
 
 def setting_of(machine: Machine) -> Setting:
@@ -250,59 +324,91 @@ def setting_of(machine: Machine) -> Setting:
 
 
 def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
-    """The plan for a card, which need not be there. Raises UserError as plan_for_card."""
-    planner = Planner(recipe, card, setting)
-    return planned(planner, planner.choose())
+    """The plan for a card, which need not be there, in each process of this run. Raises UserError as plan_for_card."""
+    return planned(*choose(recipe, card, setting, world_size()))
+
+
+def choose(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
+    """The fastest option that fits: each card with the whole model, or else with a part of every layer.
+
+    Raises UserError when one row does not fit, and where sharding is needed and the recipe asks for what cannot be.
+    """
+    sharding = recipe.train.sharding
+    if processes == 1 or sharding != "always":
+        planner = Planner(recipe, card, setting, Layout(processes))
+        try:
+            return planner, planner.choose()
+        except UserError:
+            if processes == 1 or sharding == "never":
+                raise
+    refuse_unshardable(recipe.lora, recipe.train)
+    planner = Planner(recipe, card, setting, Layout(processes, sharded=True))
+    return planner, planner.choose()
 
 
 def planned(planner: Planner, option: Option) -> Plan:
     """The option as a plan, in words."""
     train, card, policy = planner.recipe.train, planner.card, option.policy
-    _, step = planner.exact(option.rows, policy)
+    layout = replace(planner.layout, on_host=option.on_host)
+    _, step = planner.exact(option.rows, policy, option.on_host)
     kept = f"; {policy.kept} layers keep their activations" if policy.kept and policy.recomputed else ""
-    host = f"; {step.host_peak() / GIB:.1f} GiB in host memory" if policy.offload and policy.recomputed else ""
+    each = " for each card" if layout.processes > 1 else ""
+    host = f"; {step.host_peak() / GIB:.1f} GiB in host memory{each}" if step.host_peak() else ""
     why = (
         f"predicted peak {(option.peak + WORKSPACE_BYTES) / GIB:.1f} GiB allocated, "
         f"{(option.peak + card.unseen) / GIB:.1f} GiB of {card.name} with what a count cannot see{kept}{host}"
     )
-    here, more = rows_per_process(train), option.rows + 1
-    if here % more and more < here and planner.fits(planner.option(more, policy)):
+    if layout.sharded:
+        why += f"\n  {shares(step, layout)}"
+    here, more = planner.rows_here, option.rows + 1
+    if here % more and more < here and planner.fits(planner.option(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
-    return _plan(train, option.rows, policy, why, option.peak + WORKSPACE_BYTES, step.base[OPTIMIZER])
+    return _plan(train, layout, option.rows, policy, why, option.peak + WORKSPACE_BYTES, step.base[OPTIMIZER])
+
+
+def shares(step: Step, layout: Layout) -> str:
+    """What one of the cards that share a model holds, in words."""
+    parts = (step.layers - layout.on_host) * sum(step.cut.values())
+    gathered = max(now[GATHERED] for _, now in step.timeline())
+    kept_whole = sum(step.base.values()) - step.base[GATHERED] - parts
+    return (
+        f"on each card {parts / GIB:.1f} GiB of parts (weights, adapters, gradients, optimizer), "
+        f"{kept_whole / GIB:.1f} GiB whole (embedding, head, norm, scales), at most {gathered / GIB:.1f} GiB of layers "
+        "gathered, the next one early"
+    )
 
 
 def _cpu_plan(recipe: Recipe, machine: Machine) -> Plan:
     refuse_more_positions(recipe)
-    train = recipe.train
+    train, processes = recipe.train, world_size()
+    layout = Layout(processes, sharded=processes > 1 and train.sharding == "always")
+    if layout.sharded:
+        refuse_unshardable(recipe.lora, train)
     layers = load_config(recipe.model).num_hidden_layers
     policy = Policy.named("none" if train.checkpointing == "auto" else train.checkpointing, layers)
     limit = max(1, TOKENS_PER_MICRO_BATCH_CPU // train.seq_len)
-    here = rows_per_process(train)
+    here = rows_per_process(train, processes)
     rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
-    return _plan(
-        train, rows, policy, f"on a CPU at most {TOKENS_PER_MICRO_BATCH_CPU:,} tokens at a time ({machine.name})"
-    )
-
-
-def rows_per_process(train: TrainSpec) -> int:
-    """Rows of an optimizer step that each process trains. Raises UserError when they cannot be shared out."""
-    if train.rows_per_step % world_size():
-        raise UserError(
-            f"TrainSpec.rows_per_step is {train.rows_per_step}, which {world_size()} processes cannot share evenly: "
-            f"take another number of GPUs, or a multiple of {world_size()}"
-        )
-    return train.rows_per_step // world_size()
+    why = f"on a CPU at most {TOKENS_PER_MICRO_BATCH_CPU:,} tokens at a time ({machine.name})"
+    return _plan(train, layout, rows, policy, why)
 
 
 def _plan(
-    train: TrainSpec, rows: int, policy: Policy, why: str, peak_bytes: int | None = None, optimizer_bytes: int = 0
+    train: TrainSpec,
+    layout: Layout,
+    rows: int,
+    policy: Policy,
+    why: str,
+    peak_bytes: int | None = None,
+    optimizer_bytes: int = 0,
 ) -> Plan:
-    accumulation = rows_per_process(train) // rows
+    accumulation = rows_per_process(train, layout.processes) // rows
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
-    shared = f" on each of {world_size()} processes" if world_size() > 1 else ""
+    shared, how = "", ""
+    if layout.processes > 1:
+        shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     text = (
         f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
-        f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}\n  {why}"
+        f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}{how}\n  {why}"
     )
-    layout = Layout(world_size(), sharded=world_size() > 1 and train.sharding == "always")
     return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from common.recipe import UserError
 
@@ -40,6 +41,9 @@ class Layout:
             return f"data parallel: each of {self.processes} cards has the whole model"
         host = f", the parts of {self.on_host} layers in host memory" if self.on_host else ""
         return f"layers sharded over {self.processes} cards (FSDP2){host}"
+
+
+ONE_PROCESS = Layout()
 
 
 def rank() -> int:
@@ -115,13 +119,13 @@ def said_by_each(value: T) -> list[T]:
     return values
 
 
-def read_once(read: Callable[[], list[Tensor]], device: torch.device) -> list[Tensor]:
+def read_once(device: torch.device, read: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
     """The tensors that `read` gives in the first process of this machine: in all of its processes, on `device`."""
     if processes_here() == 1:
-        return [tensor.to(device) for tensor in read()]
+        return [tensor.to(device) for tensor in read(*arguments)]
     first, group = rank() - local_rank(), _group_here()
     is_first = local_rank() == 0
-    tensors = [tensor.to(device).contiguous() for tensor in read()] if is_first else []
+    tensors = [tensor.to(device).contiguous() for tensor in read(*arguments)] if is_first else []
     shapes: list[Any] = [[(tensor.shape, tensor.dtype) for tensor in tensors] if is_first else None]
     distributed.broadcast_object_list(shapes, first, group, device=torch.device("cpu"))
     if not is_first:
@@ -145,22 +149,34 @@ def mesh_of_all(device_type: str) -> DeviceMesh:
 
 @contextmanager
 def imagined(processes: int) -> Iterator[DeviceMesh]:
-    """A mesh of so many processes, this one the first of them: what they tell each other is not sent, nor computed."""
+    """A mesh of so many processes, this one among them, in which nothing is sent: what is received is not computed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # the backend "fake" is registered with it
 
     if distributed.is_initialized():
         yield DeviceMesh.from_group(_imagined_group(), "cpu")
         return
+    hook = sys.excepthook
     distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (processes,))
     finally:
         distributed.destroy_process_group()
+        sys.excepthook = hook  # which torch has put its own around
 
 
 @cache
 def _imagined_group() -> Any:
     return distributed.new_group(backend="fake")
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that is cut over the processes; the tensor itself where it is not cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor with all of its parts. All processes must ask, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def summed(values: Sequence[float]) -> list[float]:

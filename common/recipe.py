@@ -159,6 +159,19 @@ class TrainSpec:
         require_one_of(self.sharding, Sharding, "TrainSpec.sharding")
 
 
+def rows_per_process(train: TrainSpec, processes: int) -> int:
+    """Rows of an optimizer step that each process trains. Raises UserError when they cannot be shared out."""
+    if train.rows_per_step % processes:
+        counts = [count for count in range(1, train.rows_per_step + 1) if train.rows_per_step % count == 0]
+        *some, last = map(str, counts)
+        numbers = f"{', '.join(some)} or {last}" if some else last
+        raise UserError(
+            f"TrainSpec.rows_per_step is {train.rows_per_step}, which {processes} processes cannot share evenly: take "
+            f"{numbers} GPUs, or a multiple of {processes} rows"
+        )
+    return train.rows_per_step // processes
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that a user may want to edit, in one value."""

@@ -17,13 +17,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from common.activation_checkpointing import decoder_layers
 from common.base_weights import BaseWeights, state_of
 from common.machine import GIB, peak_of_ram, this_machine
-from common.processes import Layout, mesh_of_all, read_once, summed
+from common.processes import Layout, mesh_of_all, part_of, read_once, summed, whole
 from common.recipe import LoraSpec, TrainSpec, require
 
 ADAPTER = "default"  # PEFT's name of the one that is trained
@@ -80,13 +86,11 @@ def fill(layer: nn.Module, prefix: str, weights: BaseWeights) -> None:
                 continue
             if isinstance(module, Linear4bit) and key == "weight":
                 shape = torch.Size((module.out_features, module.in_features))
-                packed, *scales = read_once(lambda n=name, s=shape: weights.in_4_bit(f"{n}.weight", s), device)
+                packed, *scales = read_once(device, weights.in_4_bit, f"{name}.weight", shape)
                 # FSDP2 could cut bytes too; bitsandbytes reads a gathered weight in the dtype of the model only.
                 value, module.quant_state = packed.flatten().view(module.quant_storage)[:, None], state_of(scales)
             else:
-                (value,) = read_once(
-                    lambda n=name, k=key, s=parameter.shape: [weights.plain(f"{n}.{k}", s)], device
-                )
+                (value,) = read_once(device, weights.in_16_bit, f"{name}.{key}", parameter.shape)
             setattr(module, key, nn.Parameter(value, requires_grad=False))
 
 
@@ -101,16 +105,6 @@ def join_layers(model: PeftModel, mesh: DeviceMesh) -> None:
     inside = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p not in inside})
     register_fsdp_forward_method(model, "generate")
-
-
-def part_of(tensor: Tensor) -> Tensor:
-    """What this process has of the tensor; the tensor itself where it is not cut."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all of its parts. All processes must ask, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def put_part(value: Tensor, into: Tensor) -> None:

@@ -2,20 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 # What a byte is there for. A saved activation outlives the part of the forward pass that made it; everything else that
 # comes and goes is the working set of the moment.
-WEIGHTS, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, SAVED, WORKING = KINDS = (
+WEIGHTS, EMBEDDINGS, ADAPTERS, GRADIENTS, OPTIMIZER, SAVED, GATHERED, WORKING = KINDS = (
     "weights",
     "embeddings, head, norms",
     "adapters",
     "gradients",
     "optimizer",
     "saved activations",
+    "gathered layers",  # of layers that are cut over several cards: the one that computes, and the next
     "working set",
 )
 
@@ -27,13 +28,14 @@ class Speed:
     name: str
     flops: float  # a second, dense 16-bit matmul
     bandwidth: float  # bytes a second, of the GPU's memory
-    host_link: float = 25e9  # bytes a second each way; PCIe 4.0 x16 moves about 25 of its 32 GB/s
+    # Bytes a second each way, to the host and to other cards; PCIe 4.0 x16 moves about 25 of its 32 GB/s.
+    host_link: float = 25e9
     launch: float = 6e-6  # seconds of Python and dispatch an operator; assumed, not measured
 
     def seconds(self, work: "Work") -> float:
-        """Each operator takes as long as its slower side; copies to the host and launching go on beside it."""
+        """Each operator takes as long as its slower side; copies over the link and launching go on beside it."""
         operators = float((work.table / (self.flops, self.bandwidth)).max(axis=1).sum())
-        return max(operators, work.host_bytes / self.host_link, work.launches * self.launch)
+        return max(operators, work.link_bytes / self.host_link, work.launches * self.launch)
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Work:
     """What a segment does."""
 
     operators: list[tuple[float, float]] = field(default_factory=list)  # FLOP of its matmul, bytes it reads and writes
-    host_bytes: float = 0.0
+    link_bytes: float = 0.0  # to and from the host, and from other cards
     launches: int = 0
 
     @cached_property
@@ -55,7 +57,7 @@ class Work:
 
     def scaled(self, factor: float) -> "Work":
         operators = [(flops * factor, size * factor) for flops, size in self.operators]
-        return Work(operators, self.host_bytes * factor, int(self.launches * factor))
+        return Work(operators, self.link_bytes * factor, int(self.launches * factor))
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,30 @@ class Step:
     of_layer: dict[str, int]  # the same, of one layer
     layers: int
     segments: tuple[Segment, ...]
+    cut: dict[str, int] = field(default_factory=dict)  # of of_layer, what is this card's part of a cut layer
 
     @property
     def base(self) -> dict[str, int]:
         return {kind: self.outside[kind] + self.layers * self.of_layer[kind] for kind in KINDS}
+
+    def with_parts_on_host(self, layers: int) -> "Step":
+        """The step with this card's parts of so many layers in host memory.
+
+        A part on its way to the others is on the card for a moment; it counts as if it were at the worst one.
+        """
+        if not layers:
+            return self
+        part = sum(self.cut.values())
+        outside = {kind: self.outside[kind] - layers * self.cut.get(kind, 0) for kind in KINDS}
+        outside[GATHERED] += part
+        crossing = {}
+        for segment in {id(segment): segment for segment in self.segments}.values():
+            of_layer = segment.name.startswith(("forward", "backward"))
+            work = replace(segment.work, link_bytes=segment.work.link_bytes + of_layer * part * layers / self.layers)
+            crossing[id(segment)] = replace(segment, work=work)
+        segments = [crossing[id(segment)] for segment in self.segments]
+        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * part)
+        return replace(self, outside=outside, segments=tuple(segments))
 
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)
@@ -186,4 +208,4 @@ def splice(parts: Sequence[tuple[Step, Sequence[int]]]) -> Step:
     backward = [step.segment(f"backward {i}") for step, origin in parts for i in origin]
     middle = [outside(name) for name in ("head and loss", "loss")]
     segments = [first.segment("embedding"), *forward, *middle, *reversed(backward), outside("optimizer")]
-    return Step(last.outside, last.of_layer, layers, tuple(segments))
+    return Step(last.outside, last.of_layer, layers, tuple(segments), last.cut)

@@ -1,67 +1,99 @@
-"""A few steps of the small model, its 4-bit weights sharded over processes by FSDP2; tests/test_processes.py runs it.
+"""Steps of a small model whose layers lie cut over processes, under every policy; tests/test_sharding.py runs it.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.fully_sharded lean 0
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.fully_sharded FOLDER lean|stock
+
+Prints a line of JSON for each policy: the losses of STEPS steps; of the last micro-batch and optimizer step the bytes
+that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was gathered.
 """
 
-import os
+import json
 import sys
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from peft import PeftModel
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from common.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
+from common import processes
+from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora
-from common.loss import fuse_head_and_loss
+from common.forecast import full_batch
+from common.loading import load_4bit
 from common.modules import fuse_layers
-from common.recipe import LoraSpec
-from tests.conftest import TINY
+from common.optimizer import build_optimizer
+from common.processes import Layout, summed, world_size
+from common.recipe import Kernels, LoraSpec, ModelSpec, TrainSpec
+from common.sharding import clip_gradients, shard_layers
+
+LAYERS, TOKENS, STEPS = 6, 768, 4
+POLICIES = {
+    "every layer": Policy(LAYERS),
+    "some layers": Policy(LAYERS, 2),
+    "keep attention": Policy(LAYERS, keep_attention=True),
+    "none": Policy(LAYERS, LAYERS),
+    "offload": Policy(LAYERS, offload=True),
+    "all at once": Policy(LAYERS, 2, keep_attention=True, offload=True),
+}
+LORA = LoraSpec(8, 16)
 
 
-def main(kernels: str, kept: int) -> None:
-    """Prints the loss of each of five steps of four rows."""
+def main(folder: str, kernels: Kernels) -> None:
     torch.set_num_threads(1)
-    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        bnb_4bit_quant_storage=torch.float32,  # FSDP shards what has one dtype
-    )
-    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, quantization_config=quantisation)
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False  # as common.loading
-    fuse_head_and_loss(model)
-    model = attach_lora(model, LoraSpec(rank=8, alpha=16))
-    fuse_layers(model, kernels)
-    layers = decoder_layers(model)
-    checkpoint_activations(model, Policy(len(layers), kept))
-    if processes > 1:
-        distributed.init_process_group("gloo")
-        mesh = init_device_mesh("cpu", (processes,))
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(5):
-        rows = torch.randint(10, 900, (4, 64), generator=generator)
-        own = rows[rank::processes]
-        loss = model(input_ids=own, labels=own, num_items_in_batch=rows[:, 1:].numel()).loss
-        (loss * processes).backward()  # FSDP takes the mean of the processes' gradients
-        total = loss.detach().clone()
-        if processes > 1:
-            distributed.all_reduce(total)
-        optimizer.step()
-        optimizer.zero_grad()
-        if rank == 0:
-            print(f"loss {total.item():.5f}", flush=True)
-    if processes > 1:
-        distributed.destroy_process_group()
+    processes.join()
+    count = world_size()
+    layout = Layout(count, sharded=count > 1)
+    for name, policy in POLICIES.items():
+        model = attach_lora(load_4bit(ModelSpec(folder), layout=layout), LORA)
+        fuse_layers(model, kernels)
+        checkpoint_activations(model, policy)
+        shard_layers(model, layout)
+        optimizer = build_optimizer(model.train(), TrainSpec(TOKENS, 2, 4e-3))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        generator, losses = torch.Generator().manual_seed(0), []
+        for step in range(STEPS):
+            rows = torch.randint(10, 900, (6, TOKENS), generator=generator)
+            own = rows.chunk(count)[processes.rank()]
+            batches = [batch_of(row) for row in own]  # a micro-batch each
+            scale = len(rows) * (TOKENS - 1)
+            total = sum(backward(model, batch, scale) for batch in batches[:-1])
+            with (
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                if step == STEPS - 1
+                else nullcontext() as profiler
+            ):
+                total += backward(model, batches[-1], scale)
+                clip_gradients(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses += summed([total])
+        report(name, losses, profiler)
+    processes.leave()
+
+
+def batch_of(row: Tensor) -> dict[str, Any]:
+    batch = full_batch(TOKENS, TOKENS, flat=False) | {"input_ids": row[None], "labels": row[None]}
+    batch["trained_positions"] = torch.arange(TOKENS - 1)
+    batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
+    return batch
+
+
+def backward(model: PeftModel, batch: dict[str, Any], tokens: int) -> float:
+    loss = model(**batch, num_items_in_batch=tokens).loss
+    (loss * world_size()).backward()  # FSDP takes the mean of the processes' gradients
+    return loss.item()
+
+
+def report(policy: str, losses: list[float], profiler: profile) -> None:
+    now = peak = gathers = 0
+    for event in profiler.profiler.kineto_results.events():
+        gathers += event.name().startswith("FSDP::all_gather (")
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    print(json.dumps({"policy": policy, "losses": losses, "peak": peak, "gathers": gathers}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], sys.argv[2])  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from common.loss import head_loss
 from common.machine import GIB, this_machine
 from common.modules import fuse_layers
 from common.planner import Plan, plan_for_card, setting_of
+from common.processes import Layout
 from common.recipe import DataSpec
 from common.training import train
 from recipes.llama3_8b import RECIPE
@@ -268,7 +269,9 @@ def test_a_card_that_is_too_small_for_the_plan_makes_the_run_step_down(tmp_path)
         torch.cuda.empty_cache()
         share = 0.8 * free[1] / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
-        metrics, peak = run(str(tmp_path / "tight"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test"))
+        metrics, peak = run(
+            str(tmp_path / "tight"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test")
+        )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert metrics["step_downs"]

@@ -273,7 +273,7 @@ def test_a_layer_that_recomputes_saves_its_input_alone():
 def test_with_offload_every_layer_input_waits_in_host_memory():
     step = Forecast(recipe_for(LLAMA)).step(1024, Policy(32, offload=True))
     assert step.host_peak() == 32 * 1024 * 2 * H
-    there_and_back = sum(segment.work.host_bytes for segment in step.segments)
+    there_and_back = sum(segment.work.link_bytes for segment in step.segments)
     assert there_and_back == 2 * 32 * 1024 * 2 * H
 
 
@@ -302,7 +302,7 @@ def test_the_peak_is_the_worst_moment_not_the_worst_end():
 def test_an_operator_takes_as_long_as_its_slower_side_and_copies_and_launches_go_beside():
     speed = Speed("a card", flops=100.0, bandwidth=10.0, host_link=2.0, launch=0.5)
     assert speed.seconds(Work([(300.0, 10.0), (100.0, 50.0)])) == 3 + 5
-    assert speed.seconds(Work([(300.0, 10.0)], host_bytes=10.0)) == 5
+    assert speed.seconds(Work([(300.0, 10.0)], link_bytes=10.0)) == 5
     assert speed.seconds(Work([(300.0, 10.0)], launches=8)) == 4
     assert Work([(300.0, 10.0)], 4.0, 8).scaled(0.5).operators == [(150.0, 5.0)]
     assert Work([(300.0, 10.0), (1.0, 1.0)]).flops == 301.0

@@ -15,6 +15,7 @@ from common.data import load_rows
 from common.loading import load_4bit, load_tokenizer
 from common.modules import fuse_layers
 from common.planner import Plan
+from common.processes import Layout
 from common.recipe import DataSpec
 from common.training import train
 from recipes.llama3_8b import RECIPE

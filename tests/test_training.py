@@ -22,6 +22,7 @@ from common.loading import load_4bit, load_tokenizer
 from common.modules import fuse_layers
 from common.packing import collate
 from common.planner import Plan, plan_for_card
+from common.processes import Layout
 from common.progress import read_metrics
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, UserError
 from common.training import build_trainer, train

@@ -1,0 +1,52 @@
+"""QLoRA fine-tuning of Llama 3 70B Instruct on two 24 GiB cards.
+
+Run it:   make finetune MODEL=llama3-70b GPUS=2
+Own it:   cp recipes/llama3_70b.py recipes/my_bot.py, edit RECIPE, make finetune MODEL=my-bot GPUS=2
+"""
+
+import sys
+
+from common.activation_checkpointing import checkpoint_activations
+from common.adapters import attach_lora
+from common.cli import run
+from common.data import load_rows
+from common.loading import load_4bit, load_tokenizer
+from common.modules import fuse_layers
+from common.planner import plan_for_card
+from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from common.sharding import shard_layers
+from common.training import train
+
+RECIPE = Recipe(
+    # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct, because the base model's chat tokens
+    # were never trained.
+    model=ModelSpec("meta-llama/Meta-Llama-3-70B-Instruct"),
+    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: README.md, "Your own data"
+    lora=LoraSpec(
+        rank=16,  # on all linear layers, as in QLoRA (arXiv:2305.14314, figure 2): more rank adds little, layers do
+        alpha=16,  # alpha = rank: scale 1, so that the learning rate alone sets the size of a step
+    ),
+    train=TrainSpec(
+        seq_len=2048,  # tokens in a packed row; a longer conversation keeps the turns that fit
+        rows_per_step=16,  # about 32k tokens: a step size at which 1e-4 is stable
+        learning_rate=1e-4,  # peak, QLoRA's for 33B and 65B (arXiv:2305.14314, table 9); cosine after 3 % warm-up
+        epochs=1,  # a second one mostly memorises
+    ),
+    card_gib=24.0,  # each; the layers lie cut over the cards, and as many as must wait in host memory
+)
+
+
+def main(recipe: Recipe = RECIPE) -> None:
+    plan = plan_for_card(recipe)  # nothing is downloaded yet: a run that cannot fit stops here
+    tokenizer = load_tokenizer(recipe.model)
+    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # before the weights, too
+    model = load_4bit(recipe.model, layout=plan.layout)
+    model = attach_lora(model, recipe.lora, recipe.train.seed)
+    fuse_layers(model, recipe.train.kernels)
+    checkpoint_activations(model, plan.checkpointing)
+    shard_layers(model, plan.layout)  # on several GPUs that are too small for it
+    train(model, tokenizer, rows, recipe, plan)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, RECIPE))
