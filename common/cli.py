@@ -52,9 +52,9 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
         configured = _with_flags(recipe, flags, name)
         if flags.plan:
             _plan(configured, flags, name)
-        elif flags.gpus and "WORLD_SIZE" not in os.environ:
+        elif (flags.gpus is not None or flags.machines > 1) and "WORLD_SIZE" not in os.environ:
             train = dry(configured, flags.layers).train if flags.dry_run else configured.train
-            return launch(train, flags.gpus, flags.machines, flags.meet)
+            return launch(train, 1 if flags.gpus is None else flags.gpus, flags.machines, flags.meet)
         else:
             _run(main, dry(configured, flags.layers) if flags.dry_run else configured)
         return None
@@ -150,7 +150,7 @@ def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
         planner.plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
-    report = plan_report.report(*planner.choose(recipe, card, setting, flags.gpus or 1))
+    report = plan_report.report(*planner.choose(recipe, card, setting, (flags.gpus or 1) * flags.machines))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
     if not flags.json:
@@ -187,7 +187,9 @@ def quiet_libraries() -> None:
     """Silences what libraries say about themselves and nobody can act on; our own lines stay readable."""
     # PEFT 0.21 reads a name that transformers 5.23 calls deprecated.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # FSDP2 does of our decoder layers, whose outputs nobody writes into.
+    # What accelerate advises instead would send the 4-bit weights to all.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    # FSDP2 warns so of our decoder layers, whose outputs nobody writes into.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     if not sys.stderr.isatty():
         import datasets

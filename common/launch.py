@@ -1,10 +1,14 @@
 """Starts a run's processes, one a GPU, as torchrun does and with its own engine, and says in a line how they ended."""
 
+import errno
 import logging
 import os
 import signal
+import socket
+import subprocess
 import sys
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 from common.recipe import TrainSpec, UserError, require, rows_per_process
 
@@ -13,7 +17,8 @@ if TYPE_CHECKING:
 
 ERROR_STATUS = 2  # of what the user can mend, and was told
 OTHERS_GONE = 75  # of a process that ends because another one did
-MEETING_SECONDS = 60  # that machines try to reach each other; then they wait ten times as long for the last one to come
+WAITING_SECONDS = 600  # of a machine for the last one to come
+MEETING_SECONDS = 60  # of a machine for the one they meet at
 
 
 def launch(train: TrainSpec, gpus: int, machines: int = 1, meet: str | None = None) -> int:
@@ -24,14 +29,14 @@ def launch(train: TrainSpec, gpus: int, machines: int = 1, meet: str | None = No
     when the rows of a step cannot be shared evenly, and when the machines do not find each other.
     """
     require(gpus > 0 and machines > 0, f"GPUS={gpus} MACHINES={machines}: both are at least 1")
-    require(
-        machines == 1 or meet is not None, "MACHINES needs MEET=host:port, the same on each: the first one's address"
-    )
+    require(machines == 1 or bool(meet), "MACHINES needs MEET=host:port, the same on each: the first one's address")
     from torch.cuda import device_count  # slow to import
 
     if device_count():
         require(gpus <= device_count(), f"GPUS is {gpus}, and this machine has {device_count()}")
     rows_per_process(train, gpus * machines)
+    if meet:
+        find_meeting_place(meet)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -46,7 +51,7 @@ def launch(train: TrainSpec, gpus: int, machines: int = 1, meet: str | None = No
         run_id="recipes",
         rdzv_backend="c10d",
         rdzv_endpoint=meet or "localhost:0",  # 0: a port that is free
-        rdzv_configs={"read_timeout": MEETING_SECONDS, "timeout": 10 * MEETING_SECONDS},
+        rdzv_configs={"read_timeout": MEETING_SECONDS, "timeout": WAITING_SECONDS},
         max_restarts=0,
     )
     try:
@@ -60,11 +65,75 @@ def launch(train: TrainSpec, gpus: int, machines: int = 1, meet: str | None = No
         return 128 + int(stop.sigval)
     except RendezvousError as error:
         raise UserError(
-            f"the machines do not find each other at {meet}: nothing of ours answers there, or another program has the "
-            f"port, or not all {machines} came ({type(error).__name__}). MEET is the same on each machine: the address "
-            "of one of them, and a free port that a firewall lets through"
+            f"not all {machines} machines came to {meet} in {WAITING_SECONDS // 60} minutes ({type(error).__name__}); "
+            "start the same command on each"
         ) from error
     return 0
+
+
+def find_meeting_place(meet: str) -> None:
+    """The machine to meet at can be reached, or is this one and has the port free. Raises UserError where not.
+
+    torch tries again and again, and then says in many lines that it was in vain.
+    """
+    host, _, port = meet.rpartition(":")
+    require(bool(host) and port.isdigit(), f"MEET={meet}: it is host:port, as in MEET=192.168.1.10:29500")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UserError(f"MEET={meet}: this machine does not know {host} ({error.strerror})") from error
+    if _is_of_this_machine(family, address):
+        try:
+            socket.create_server(("", int(port))).close()
+            return
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(f"MEET={meet}: this machine cannot listen there: {error.strerror}") from error
+    else:
+        _wait_for(meet, address)
+    _require_ours(meet, host, int(port))
+
+
+def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:
+    with socket.socket(family, socket.SOCK_STREAM) as place:
+        try:
+            place.bind((address[0], 0))
+        except OSError:
+            return False
+    return True
+
+
+def _wait_for(meet: str, address: tuple[Any, ...]) -> None:
+    """Something answers there. Raises UserError when nothing does for MEETING_SECONDS."""
+    print(f"waiting for {meet}, for {MEETING_SECONDS} s at most", flush=True)
+    deadline = time.monotonic() + MEETING_SECONDS
+    while True:
+        try:
+            return socket.create_connection(address[:2], timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"MEET={meet} cannot be reached: {error.strerror or error}. Start the machine with that address "
+                    "first; its firewall must let the port through"
+                ) from error
+            time.sleep(1)
+
+
+def _require_ours(meet: str, host: str, port: int) -> None:
+    """Raises UserError when what answers there is no run's. Asked in a process of its own: torch is loud about it."""
+    ask = (
+        "import sys, datetime; from torch.distributed import TCPStore; "
+        "TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False, "
+        "timeout=datetime.timedelta(seconds=5))"
+    )
+    try:
+        status = subprocess.run(
+            [sys.executable, "-c", ask, host, str(port)], capture_output=True, timeout=20
+        ).returncode
+    except subprocess.TimeoutExpired:  # what answers waits for more
+        status = 1
+    if status:
+        raise UserError(f"MEET={meet}: another program has this port; take another one")
 
 
 def _without_launch_flags(arguments: list[str]) -> list[str]:
@@ -79,11 +148,13 @@ def _without_launch_flags(arguments: list[str]) -> list[str]:
 
 def verdict(failures: dict[int, "ProcessFailure"]) -> tuple[int, str | None]:
     """The exit status, and what to say beside what the processes have said themselves; failures: by rank."""
-    first = {rank: failure.exitcode for rank, failure in failures.items() if failure.exitcode != OTHERS_GONE}
-    for _, status in sorted(first.items()):
-        if status == ERROR_STATUS or status > 128:  # it said why, or where it stopped
-            return status, None
-    rank, status = min(first.items(), default=(min(failures), 1))
+    statuses = {rank: failure.exitcode for rank, failure in sorted(failures.items())}
+    if said := [status for status in statuses.values() if status == ERROR_STATUS or status > 128]:
+        return said[0], None  # a process said why, or where it stopped
+    # The first cause: not one that ended for want of another, nor one that was ended for it.
+    causes = [rank for rank, status in statuses.items() if status not in (OTHERS_GONE, -signal.SIGTERM)]
+    rank = causes[0] if causes else min(statuses)
+    status = statuses[rank]
     how = "failed, as its traceback says" if status > 0 else f"was ended by {_name_of(-status)}"
     hint = " (SIGKILL is what Linux does where host memory runs out)" if status == -signal.SIGKILL else ""
     return 1, f"process {rank} {how}{hint}; the others were ended too. Go on with the same command and ARGS=--resume"

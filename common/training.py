@@ -147,6 +147,11 @@ def train(
         if rows.evaluation is not None and "eval_loss" not in report.history[-1]:
             trainer.evaluate()
     except torch.OutOfMemoryError as error:
+        if plan.layout.processes > 1:
+            raise UserError(
+                f"out of GPU memory at step {trainer.state.global_step + 1}. With several GPUs none can go on with less "
+                f"by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing than now ({trainer.policy})"
+            ) from error
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}, even {trainer.policy} and micro-batches of a "
             "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
