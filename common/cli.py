@@ -167,10 +167,16 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
     Without a GPU the model is cut to two layers and the rows are short, so that it takes minutes and fits in memory.
     """
     from common.machine import this_machine
+    from common.processes import world_size
 
     train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
     if not this_machine().is_gpu:
         layers = layers or 2
+        if world_size() > 1 and recipe.card_gib is not None:  # cut over the processes if it would be over its cards
+            from common.planner import Card, fits_whole
+
+            whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
+            train = replace(train, sharding="never" if whole else "always")
         train = replace(train, seq_len=min(train.seq_len, 256), rows_per_step=2, max_steps=2)
         recipe = replace(recipe, card_gib=None)
     return replace(

@@ -346,6 +346,15 @@ def choose(recipe: Recipe, card: Card, setting: Setting | None, processes: int) 
     return planner, planner.choose()
 
 
+def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
+    """Whether each of so many cards of this size can have the whole model."""
+    try:
+        Planner(recipe, card, None, Layout(processes)).choose()
+    except UserError:
+        return False
+    return True
+
+
 def planned(planner: Planner, option: Option) -> Plan:
     """The option as a plan, in words."""
     train, card, policy = planner.recipe.train, planner.card, option.policy

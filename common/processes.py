@@ -5,6 +5,7 @@ The first one ("main") speaks, and writes what is written once; all of them load
 
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from torch.distributed.tensor import DTensor
 from common.recipe import UserError
 
 T = TypeVar("T")
+SHARED_MEMORY = "/dev/shm"
+SMALLEST_SHARED = 1 << 20  # bytes of a tensor that is worth it
 
 
 @dataclass(frozen=True)
@@ -120,19 +123,44 @@ def said_by_each(value: T) -> list[T]:
 
 
 def read_once(device: torch.device, read: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
-    """The tensors that `read` gives in the first process of this machine: in all of its processes, on `device`."""
+    """The tensors that `read` gives in the first process of this machine: in all of its processes, on `device`.
+
+    On a CPU they are the same memory, which must not be written to.
+    """
     if processes_here() == 1:
         return [tensor.to(device) for tensor in read(*arguments)]
     first, group = rank() - local_rank(), _group_here()
-    is_first = local_rank() == 0
-    tensors = [tensor.to(device).contiguous() for tensor in read(*arguments)] if is_first else []
-    shapes: list[Any] = [[(tensor.shape, tensor.dtype) for tensor in tensors] if is_first else None]
-    distributed.broadcast_object_list(shapes, first, group, device=torch.device("cpu"))
-    if not is_first:
-        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes[0]]
-    for tensor in tensors:
-        distributed.broadcast(tensor, first, group)
-    return tensors
+    tensors = [tensor.to(device).contiguous() for tensor in read(*arguments)] if local_rank() == 0 else []
+    told: list[Any] = [[(tensor.shape, tensor.dtype, _place(tensor)) for tensor in tensors]]
+    distributed.broadcast_object_list(told, first, group, device=torch.device("cpu"))
+    received = []
+    for number, (shape, dtype, place) in enumerate(told[0]):
+        if place:
+            shared = torch.from_file(place, shared=True, size=shape.numel(), dtype=dtype).view(shape)
+            if tensors:
+                shared.copy_(tensors[number])
+                tensors[number] = shared
+            distributed.barrier(group)  # it is there, and all have it: the file's name can go
+            if tensors:
+                os.unlink(place)
+        else:
+            shared = tensors[number] if tensors else torch.empty(shape, dtype=dtype, device=device)
+            distributed.broadcast(shared, first, group)
+        received.append(shared)
+    return received
+
+
+def _place(tensor: Tensor) -> str | None:
+    """A file in memory that processes on a CPU can share the tensor in; None without room for it, and on a GPU."""
+    if tensor.is_cuda or not os.path.isdir(SHARED_MEMORY):
+        return None
+    room = os.statvfs(SHARED_MEMORY)
+    if tensor.nbytes < SMALLEST_SHARED or tensor.nbytes > 0.9 * room.f_bavail * room.f_frsize:
+        return None
+    handle, path = tempfile.mkstemp(dir=SHARED_MEMORY, prefix="recipes-")
+    os.truncate(handle, tensor.nbytes)
+    os.close(handle)
+    return path
 
 
 @cache

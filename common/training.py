@@ -149,8 +149,8 @@ def train(
     except torch.OutOfMemoryError as error:
         if plan.layout.processes > 1:
             raise UserError(
-                f"out of GPU memory at step {trainer.state.global_step + 1}. With several GPUs none can go on with less "
-                f"by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing than now ({trainer.policy})"
+                f"out of GPU memory at step {trainer.state.global_step + 1}. With several GPUs none can go on with "
+                f"less by itself: lower TrainSpec.seq_len, or choose a leaner TrainSpec.checkpointing ({trainer.policy})"
             ) from error
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}, even {trainer.policy} and micro-batches of a "
