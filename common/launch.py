@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ERROR_STATUS = 2  # of what the user can mend, and was told
 OTHERS_GONE = 75  # of a process that ends because another one did
 WAITING_SECONDS = 600  # of a machine for the last one to come
+ANSWER_SECONDS = 20  # of what answers there to show that it is a run's
 MEETING_SECONDS = 60  # of a machine for the one they meet at
 
 
@@ -128,7 +129,7 @@ def _require_ours(meet: str, host: str, port: int) -> None:
     )
     try:
         status = subprocess.run(
-            [sys.executable, "-c", ask, host, str(port)], capture_output=True, timeout=20
+            [sys.executable, "-c", ask, host, str(port)], capture_output=True, timeout=ANSWER_SECONDS
         ).returncode
     except subprocess.TimeoutExpired:  # what answers waits for more
         status = 1

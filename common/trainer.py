@@ -369,9 +369,9 @@ def refuse_two_checkpointings(sharded: bool, arguments: Any) -> None:
         )
 
 
-def save_adapter(model: PeftModel, folder: str | Path, adapter: dict[str, Tensor]) -> None:
+def save_adapter(model: PeftModel, folder: str | Path, adapter: dict[str, Tensor] | None = None) -> None:
     """adapter_model.safetensors and adapter_config.json, each whole or not there; without PEFT's look at the hub for a
-    grown vocabulary, and its README, a form to be filled in. adapter: its tensors (whole_adapter)."""
+    grown vocabulary, and its README, a form to be filled in. adapter: of cut layers, its tensors (whole_adapter)."""
     folder = Path(folder)
     aside = folder / SAVING
     folder.mkdir(parents=True, exist_ok=True)

@@ -150,7 +150,7 @@ def train(
         if plan.layout.processes > 1:
             raise UserError(
                 f"out of GPU memory at step {trainer.state.global_step + 1}. With several GPUs none can go on with "
-                f"less by itself: lower TrainSpec.seq_len, or choose a leaner TrainSpec.checkpointing ({trainer.policy})"
+                f"less by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing ({trainer.policy})"
             ) from error
         raise UserError(
             f"out of GPU memory at step {trainer.state.global_step + 1}, even {trainer.policy} and micro-batches of a "
@@ -254,7 +254,9 @@ def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
     return newest
 
 
-def save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path, adapter: dict[str, Tensor]) -> None:
+def save(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, folder: Path, adapter: dict[str, Tensor] | None = None
+) -> None:
     """Adapter, tokenizer with template, and a generation config that stops at the turn's end."""
     save_adapter(model, folder, adapter)
     tokenizer.save_pretrained(folder)

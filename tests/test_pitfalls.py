@@ -19,8 +19,6 @@ from tests.test_training import prepare
 REASONS = {
     11: "a wrong pre-tokeniser in Mistral's files shows with those files only, which no test can download; a recipe "
     "may pin ModelSpec.revision",
-    23: "FSDP cannot shard 4-bit weights stored as uint8: a run has one GPU so far",
-    24: "the trainer's checkpointing and FSDP's at once: a run has one GPU so far, and the trainer's is always off",
     26: "embeddings of new tokens are lost on saving: no recipe can add a token, padding takes one that is there",
 }
 

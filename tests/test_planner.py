@@ -4,11 +4,13 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+import torch
 
 from common import planner as module
 from common.activation_checkpointing import Policy
 from common.machine import GIB, this_machine
-from common.planner import Card, Plan, Planner, plan_for_card, planned
+from common.planner import Card, Plan, Planner, choose, fits_whole, plan_for_card, plan_on, planned, smallest_of
+from common.processes import Layout
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 
 LLAMA, MISTRAL, QWEN = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3", "Qwen/Qwen3-14B"
@@ -85,10 +87,11 @@ def test_the_longest_row_fits_and_a_longer_one_does_not():
 
 def test_several_processes_share_the_rows(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert (plan(RECIPE, 24).layout.processes, plan(RECIPE, 24).rows_per_step) == (2, 16)
+    shared = plan_on(RECIPE, Card.of_size(24))
+    assert (shared.layout, shared.rows_per_step) == (Layout(2), 16)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="rows_per_step is 16, which 3 processes cannot share"):
-        plan(RECIPE, 24)
+        plan_on(RECIPE, Card.of_size(24))
 
 
 def test_rows_that_cannot_be_split_evenly_are_taken_one_by_one_and_the_plan_says_why():
@@ -195,3 +198,110 @@ def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys)
 def test_a_recipe_for_a_gpu_needs_one():
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         plan_for_card(importlib.import_module("recipes.llama3_8b").RECIPE)
+
+
+# Several cards.
+
+CARD_24 = Card.of_size(24)
+
+
+def test_a_model_that_fits_a_card_is_whole_on_each():
+    shared, option = choose(RECIPE, CARD_24, None, 2)
+    assert (shared.layout, option.on_host) == (Layout(2), 0)
+    text = planned(shared, option).text
+    assert "on each of 2 processes" in text and "data parallel: each of 2 cards has the whole model" in text
+    alone = plan(RECIPE, 24)
+    assert planned(shared, option).peak_bytes > alone.peak_bytes * 0.99  # type: ignore[operator]
+
+
+@pytest.fixture(scope="module")
+def cut_planner() -> Planner:
+    """Of Llama 3 8B over two cards, its counts shared by the tests below."""
+    return Planner(RECIPE, Card.of_size(8), None, Layout(2, sharded=True))
+
+
+def on_cards(shared: Planner, gib: float, host: int | None = None) -> Planner:
+    other = Planner(shared.recipe, replace(Card.of_size(gib), host=host), None, shared.layout)
+    other.forecast = shared.forecast
+    return other
+
+
+def test_smaller_cards_hold_fewer_parts_and_keep_the_contract(cut_planner):
+    """From 24 GiB, where a card holds all of its parts, to 6, where they wait in host memory."""
+    found = []
+    for gib in (24, 8, 6):
+        shared = on_cards(cut_planner, gib)
+        option = shared.choose()
+        chosen = planned(shared, option)
+        assert chosen.rows_per_step == 16
+        assert chosen.layout == Layout(2, sharded=True, on_host=option.on_host)
+        assert option.peak + shared.card.unseen <= gib * GIB
+        assert ("in host memory for each card" in chosen.text) == bool(option.host)
+        found.append(option.on_host)
+    assert found[0] == 0 < found[-1]
+    assert found == sorted(found)
+
+
+def test_no_fewer_parts_in_host_memory_would_fit(cut_planner):
+    shared = on_cards(cut_planner, 6)
+    option = shared.choose()
+    fewer, _ = shared.exact(option.rows, option.policy, option.on_host - 1)
+    assert shared.fits(option) and not shared.fits(fewer)
+
+
+def test_the_text_says_what_a_card_holds(cut_planner):
+    shared = on_cards(cut_planner, 8)
+    option = shared.choose()
+    _, step = shared.exact(option.rows, option.policy, option.on_host)
+    text = planned(shared, option).text
+    parts, whole, gathered = (float(n) for n in re.findall(r"(\d+\.\d) GiB (?:of parts|whole|of layers)", text))
+    assert parts == pytest.approx((32 - option.on_host) * sum(step.cut.values()) / GIB, abs=0.05)
+    assert whole > 1.9  # embedding and head, 2 * 128,256 * 4,096 * 2 bytes
+    assert gathered > 0
+
+
+def test_host_memory_is_a_limit_too(cut_planner):
+    needed = on_cards(cut_planner, 6).choose().host
+    assert needed > 0
+    assert on_cards(cut_planner, 6, host=needed).choose().host <= needed
+    with pytest.raises(UserError, match=r"do not fit the host memory: .* for each card, and 0.1 GiB are available"):
+        on_cards(cut_planner, 6, host=GIB // 10).choose()
+
+
+def test_what_fits_no_card_of_several_says_what_would(cut_planner):
+    with pytest.raises(
+        UserError, match=r"does not fit a card of 4 GiB, layers sharded over 2 cards .*larger cards, or"
+    ):
+        on_cards(cut_planner, 4).choose()
+    with pytest.raises(UserError, match="or let several share it"):
+        plan(RECIPE, 5)
+    with pytest.raises(UserError, match="let the cards share it"):
+        choose(edited(sharding="never"), Card.of_size(6), None, 2)
+    with pytest.raises(UserError, match="LoraSpec.dora"):
+        choose(replace(RECIPE, lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
+
+
+def test_a_recipe_may_ask_for_sharding(cut_planner):
+    shared, option = choose(edited(sharding="always"), CARD_24, None, 2)
+    assert shared.layout.sharded and option.on_host == 0
+    assert fits_whole(RECIPE, CARD_24, 2) and not fits_whole(RECIPE, Card.of_size(6), 2)
+
+
+def test_the_smallest_card_is_planned_for():
+    large, small = Card.of_size(24), Card.of_size(16)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    assert smallest_of([(large, bf16), (large, bf16)]) == large
+    smallest = smallest_of([(large, bf16), (small, bf16)])
+    assert (smallest.size, smallest.name) == (small.size, "a card of 16 GiB, the smallest of 2 cards")
+    with pytest.raises(UserError, match="do not compute in one number format"):
+        smallest_of([(large, bf16), (small, fp16)])
+
+
+@pytest.mark.slow
+def test_llama_3_70b_fits_two_cards_of_24_gib():
+    recipe = importlib.import_module("recipes.llama3_70b").RECIPE
+    shared, option = choose(recipe, CARD_24, None, 2)
+    assert shared.layout.sharded and 0 < option.on_host < 80
+    assert option.peak + shared.card.unseen <= 24 * GIB
+    with pytest.raises(UserError, match="let several share it"):
+        choose(recipe, CARD_24, None, 1)
