@@ -128,6 +128,10 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     require_gpu_each()
     processes.join()
     processes.on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
+    require(
+        Path(recipe.out).is_dir(),
+        f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
+    )
     try:
         main(recipe)
     finally:

@@ -76,6 +76,13 @@ class _FakeLinear4bit(Linear4bit):
     """Tells DoRA its weight: PEFT 0.21 asks a module that has W_q (dequantize_module_weight), and copies a Linear4bit,
     which cannot be done on meta, only under that name."""
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.quant_state = (
+            self.quant_state
+        )  # a weight that FSDP2 has gathered has none; Linear4bit would mend it
+        output: torch.Tensor = super().forward(x)
+        return output
+
     @property
     def W_q(self) -> torch.Tensor:
         return self.weight

@@ -24,7 +24,13 @@ FREE = {
     "TrainSpec.report_to",
 }
 # ... and what changes it a little, and is only said: where the schedule ends, and the order of sums.
-SAID = {"TrainSpec.max_steps", "TrainSpec.epochs", "TrainSpec.kernels", "TrainSpec.deterministic"}
+SAID = {
+    "TrainSpec.max_steps",
+    "TrainSpec.epochs",
+    "TrainSpec.kernels",
+    "TrainSpec.sharding",
+    "TrainSpec.deterministic",
+}
 
 
 def identity(recipe: Recipe, rows: Rows, **more: Any) -> dict[str, Any]:

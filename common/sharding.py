@@ -80,7 +80,7 @@ def fill(layer: nn.Module, prefix: str, weights: BaseWeights) -> None:
     """The layer's weights are on the machine's device; `prefix` is its name in the checkpoint."""
     device = weights.machine.device
     for path, module in layer.named_modules():
-        name = ".".join(part for part in (prefix, path) if part not in ("", "base_layer")).replace(".base_layer", "")
+        name = ".".join(part for part in (prefix, path) if part).replace(".base_layer", "")  # PEFT's
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.requires_grad:
                 continue

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +79,8 @@ class Trainer(SFTTrainer):
         if self.is_sharded:
             self.stock_clip = self._clip_shards
             save_whole_states(self.optimizer)
-            # "For evaluation" is without DistributedDataParallel around it.
-            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+            self.stock_prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = self._prepare_shards
         self.accelerator.clip_grad_norm_ = self._clip_finite
         self.first_step = FirstStep(self)
         self.add_callback(self.first_step)
@@ -103,6 +102,15 @@ class Trainer(SFTTrainer):
         loss = self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
         self.losses.append(loss)
         return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be a number again
+
+    def _prepare_shards(self, model: PeftModel, *_: Any, **__: Any) -> PeftModel:
+        """With autocast; "for evaluation" is without DistributedDataParallel around it."""
+        prepared: PeftModel = self.stock_prepare(model, device_placement=False, evaluation_mode=True)
+        return prepared
+
+    def _move_model_to_device(self, model: PeftModel, device: torch.device) -> None:
+        if not is_sharded(model):  # whose parts are where they belong, some of them in host memory
+            super()._move_model_to_device(model, device)
 
     def _clip_shards(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()

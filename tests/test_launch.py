@@ -102,6 +102,7 @@ def test_a_process_whose_partner_is_gone_ends_without_a_word(monkeypatch, capsys
         exit_status(lambda: (_ for _ in ()).throw(RuntimeError("something else")), "out")
 
 
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(tmp_path):
     """Their data is not there; the second process would say so too, had the first not ended it."""
     command = [sys.executable, "-m", "recipes", "tiny", "--gpus", "2", "--data", "nowhere.jsonl"]

@@ -238,8 +238,7 @@ def test_smaller_cards_hold_fewer_parts_and_keep_the_contract(cut_planner):
         assert option.peak + shared.card.unseen <= gib * GIB
         assert ("in host memory for each card" in chosen.text) == bool(option.host)
         found.append(option.on_host)
-    assert found[0] == 0 < found[-1]
-    assert found == sorted(found)
+    assert found[0] == 0 < found[-1]  # in between a larger micro-batch may be worth more than parts on the card
 
 
 def test_no_fewer_parts_in_host_memory_would_fit(cut_planner):
@@ -270,9 +269,9 @@ def test_host_memory_is_a_limit_too(cut_planner):
 
 def test_what_fits_no_card_of_several_says_what_would(cut_planner):
     with pytest.raises(
-        UserError, match=r"does not fit a card of 4 GiB, layers sharded over 2 cards .*larger cards, or"
+        UserError, match=r"does not fit a card of 2.5 GiB, layers sharded over 2 cards .*larger cards, or"
     ):
-        on_cards(cut_planner, 4).choose()
+        on_cards(cut_planner, 2.5).choose()
     with pytest.raises(UserError, match="or let several share it"):
         plan(RECIPE, 5)
     with pytest.raises(UserError, match="let the cards share it"):

@@ -101,7 +101,7 @@ def furthest(a: Path, b: Path) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
-@pytest.mark.parametrize("sharding", BOTH)
+@pytest.mark.parametrize("sharding", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_two_processes_train_as_one_does(runs, sharding):
     """Six steps; one line of each kind is printed, by the first process, and run.json tells how many there were."""
     (together, text), alone = runs(2, 6, sharding), runs(1, 6)[0]

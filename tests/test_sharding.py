@@ -35,7 +35,7 @@ TWO = Layout(2, sharded=True)
 
 @pytest.fixture(scope="module")
 def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
-    """steps(processes, kernels, policies): what tests/fully_sharded.py prints. The model is as large as in test_memory."""
+    """steps(processes, kernels, policies): what fully_sharded.py prints, of a model as large as in test_memory."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": fully_sharded.LAYERS}
     folder = str(small_model("llama", initializer_range=0.05, **sizes))
 
@@ -67,7 +67,7 @@ def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
 
 def test_the_count_of_one_card_is_what_a_real_process_allocates(steps, monkeypatch):
     """Two gloo processes: within 2 % of what the profiler says torch's allocator gave out."""
-    check_bytes(steps, "lean", 3, monkeypatch)
+    check_bytes(steps, "lean", 2, monkeypatch)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_the_count_of_one_card_holds_for_every_policy(steps, kernels, monkeypatc
 
 def test_pitfall_24_each_layer_is_gathered_twice_a_micro_batch_whatever_recomputes(steps):
     """Once forward and once backward: a checkpoint around the gathering, or a second one, would gather again."""
-    assert {line["gathers"] for line in steps(2, "lean", 3)} == {2 * fully_sharded.LAYERS}
+    assert {line["gathers"] for line in steps(2, "lean", 2)} == {2 * fully_sharded.LAYERS}
 
 
 @pytest.mark.slow
