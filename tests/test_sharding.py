@@ -208,14 +208,12 @@ def test_a_few_layers_give_the_bytes_of_eight(eight, policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3, 8])
-@pytest.mark.parametrize("accumulates", [True, False])
+@pytest.mark.parametrize(("processes", "accumulates"), [(2, False), (3, True), (8, True)])
 def test_a_few_layers_give_the_bytes_of_eight_whatever_the_policy(processes, accumulates):
     forecast = Forecast(cut(8), layout=Layout(processes, sharded=True))
     for extra in EXTRAS:
-        for kept in range(9):
-            if not (extra.get("offload") and kept in (6, 7)):
-                same(forecast, Policy(8, kept, **extra), accumulates)
+        for kept in (0, 2, 5, 8):
+            same(forecast, Policy(8, kept, **extra), accumulates)
 
 
 @pytest.mark.parametrize("layers", [1, 2])
