@@ -170,6 +170,7 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
 
     Without a GPU the model is cut to two layers and the rows are short, so that it takes minutes and fits in memory.
     """
+    quiet_libraries()
     from common.machine import this_machine
     from common.processes import world_size
 

@@ -1,6 +1,6 @@
 """Steps of a small model whose layers lie cut over processes, under every policy; tests/test_sharding.py runs it.
 
-python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.fully_sharded FOLDER lean|stock 6
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.fully_sharded FOLDER lean|stock 6 float32
 
 Prints a line of JSON for each of the first 6 policies: the losses of STEPS steps; of the last micro-batch and optimizer
 step the bytes that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was
@@ -22,6 +22,7 @@ from common.activation_checkpointing import Policy, checkpoint_activations
 from common.adapters import attach_lora
 from common.forecast import full_batch
 from common.loading import load_4bit
+from common.machine import Machine
 from common.modules import fuse_layers
 from common.optimizer import build_optimizer
 from common.processes import Layout, summed, world_size
@@ -40,13 +41,14 @@ POLICIES = {
 LORA = LoraSpec(8, 16)
 
 
-def main(folder: str, kernels: Kernels, policies: int) -> None:
+def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     processes.join()
     count = world_size()
     layout = Layout(count, sharded=count > 1)
+    machine = Machine(torch.device("cpu"), dtype, "a test", "a CPU")
     for name, policy in list(POLICIES.items())[:policies]:
-        model = attach_lora(load_4bit(ModelSpec(folder), layout=layout), LORA)
+        model = attach_lora(load_4bit(ModelSpec(folder), machine, layout=layout), LORA)
         fuse_layers(model, kernels)
         checkpoint_activations(model, policy)
         shard_layers(model, layout)
@@ -58,13 +60,13 @@ def main(folder: str, kernels: Kernels, policies: int) -> None:
             own = rows.chunk(count)[processes.rank()]
             batches = [batch_of(row) for row in own]  # a micro-batch each
             scale = len(rows) * (TOKENS - 1)
-            total = sum(backward(model, batch, scale) for batch in batches[:-1])
+            total = sum(backward(model, batch, scale, dtype) for batch in batches[:-1])
             with (
                 profile(activities=[ProfilerActivity.CPU], profile_memory=True)
                 if step == STEPS - 1
                 else nullcontext() as profiler
             ):
-                total += backward(model, batches[-1], scale)
+                total += backward(model, batches[-1], scale, dtype)
                 clip_gradients(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -80,8 +82,9 @@ def batch_of(row: Tensor) -> dict[str, Any]:
     return batch
 
 
-def backward(model: PeftModel, batch: dict[str, Any], tokens: int) -> float:
-    loss = model(**batch, num_items_in_batch=tokens).loss
+def backward(model: PeftModel, batch: dict[str, Any], tokens: int, dtype: torch.dtype) -> float:
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # as on a GPU: fp32 adapters, 16-bit compute
+        loss = model(**batch, num_items_in_batch=tokens).loss
     (loss * world_size()).backward()  # FSDP takes the mean of the processes' gradients
     return loss.item()
 
@@ -97,4 +100,4 @@ def report(policy: str, losses: list[float], profiler: profile) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))  # type: ignore[arg-type]
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4]))  # type: ignore[arg-type]

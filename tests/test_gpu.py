@@ -1,6 +1,8 @@
 """What only a GPU can show. Run with: make test ARGS="-m gpu"."""
 
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from common.machine import GIB, this_machine
 from common.modules import fuse_layers
 from common.planner import Plan, plan_for_card, setting_of
 from common.processes import Layout
+from common.progress import read_metrics
 from common.recipe import DataSpec
 from common.training import train
 from recipes.llama3_8b import RECIPE
@@ -284,3 +287,38 @@ def test_llama3_8b_stays_within_its_plan(tmp_path):
     print(f"{this_machine()}: peak {peak / GIB:.2f} GiB allocated, {metrics['tokens_per_s']:,.0f} tokens/s")
     assert peak <= 1.01 * metrics["predicted_bytes"]
     assert metrics["step_downs"] == []
+
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs; runs where there are")
+SHARDED = """
+import os
+import sys
+from dataclasses import replace
+from common.cli import dry, run
+from recipes.llama3_8b import RECIPE, main
+
+recipe = replace(RECIPE, out=sys.argv.pop(), train=replace(RECIPE.train, sharding=os.environ["SHARDING"]))
+sys.exit(run(main, dry(recipe, 6)))
+"""
+
+
+@two_gpus
+@pytest.mark.parametrize("sharding", ["never", "always"])
+def test_two_gpus_train_as_one_does_and_stay_within_their_plan(tmp_path, sharding):
+    """Six layers of Llama 3 8B with random weights, four steps. Never run so far: no machine with two was at hand."""
+    script = tmp_path / "six_layers.py"
+    script.write_text(SHARDED)
+    losses = []
+    for processes in (1, 2):
+        command = [sys.executable, str(script), "--gpus", str(processes), str(tmp_path / str(processes))]
+        variables = os.environ | {"PYTHONPATH": str(ROOT), "SHARDING": sharding}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=variables)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / f"{processes}-dry-run"
+        losses.append([entry["loss"] for entry in read_metrics(folder) if "loss" in entry])
+    run = json.loads((folder / "run.json").read_text())
+    print(f"{sharding}: {run['metrics']['tokens_per_s']} tokens/s on two")
+    assert run["plan"]["layout"]["sharded"] == (sharding == "always")
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # bf16, in another order
+    error = run["metrics"]["predicted_bytes"] / run["metrics"]["allocated_bytes"] - 1
+    assert -0.01 <= error <= 0.05, run["metrics"]

@@ -25,7 +25,7 @@ from common.sharding import fill, refuse_unshardable, shard_layers
 from common.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.trainer import refuse_two_checkpointings
 from tests import fully_sharded
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY
 from tests.test_forecast import EXTRAS, RECIPE, cut, same
 from tests.test_memory import REFERENCES, recipe_for
 from tests.test_processes import CPU, launcher
@@ -40,8 +40,11 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
     folder = str(small_model("llama", initializer_range=0.05, **sizes))
 
     @cache
-    def run(processes: int, kernels: Kernels = "lean", policies: int = 6) -> list[dict[str, Any]]:
+    def run(
+        processes: int, kernels: Kernels = "lean", policies: int = 6, dtype: str = "float32"
+    ) -> list[dict[str, Any]]:
         command = [sys.executable, *launcher(processes), "-m", "tests.fully_sharded", folder, kernels, str(policies)]
+        command.append(dtype)
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=CPU, timeout=300, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -106,9 +109,26 @@ def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(steps):
     assert {module.weight.dtype for module in linears} == {torch.float32}  # of the compute on a CPU
 
 
-def test_a_filled_layer_is_what_load_4bit_loads(steps):
-    ordinary = attach_lora(load_4bit(ModelSpec(steps.folder)), LoraSpec(4, 4), seed=3)
-    hollow = attach_lora(load_4bit(ModelSpec(steps.folder), layout=TWO), LoraSpec(4, 4), seed=3)
+@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "random", "tied"])
+def spec(request, steps, small_model, tmp_path) -> ModelSpec:
+    """A model of each kind that can be loaded."""
+    match request.param:
+        case "16 bit":
+            return ModelSpec(steps.folder, bits=16)
+        case "stored in 4 bit":
+            load_4bit(ModelSpec(steps.folder)).save_pretrained(tmp_path)
+        case "random":
+            return ModelSpec(str(TINY), weights="random", layers=2)
+        case "tied":
+            return ModelSpec(str(small_model("qwen2", tie_word_embeddings=True)))
+        case _:
+            return ModelSpec(steps.folder)
+    return ModelSpec(str(tmp_path))
+
+
+def test_a_filled_layer_is_what_load_4bit_loads(spec):
+    ordinary = attach_lora(load_4bit(spec), LoraSpec(4, 4), seed=3)
+    hollow = attach_lora(load_4bit(spec, layout=TWO), LoraSpec(4, 4), seed=3)
     fuse_layers(ordinary, "lean")
     fuse_layers(hollow, "lean")
     for index, layer in enumerate(decoder_layers(hollow)):
@@ -117,6 +137,7 @@ def test_a_filled_layer_is_what_load_4bit_loads(steps):
     with torch.no_grad():
         expected, given = (model.eval()(input_ids=ids, labels=ids).loss for model in (ordinary, hollow))
     assert given == expected
+    assert hollow.generation_config.eos_token_id == ordinary.generation_config.eos_token_id
     for (name, one), (other_name, other) in zip(ordinary.named_parameters(), hollow.named_parameters(), strict=True):
         assert name == other_name
         assert one.requires_grad == other.requires_grad
@@ -146,6 +167,13 @@ def test_weights_that_are_not_those_of_the_config_are_refused(small_model, value
         model = load_4bit(ModelSpec(str(folder)), layout=TWO)
         for index, layer in enumerate(decoder_layers(model)):
             fill(layer, f"model.layers.{index}", model.base_weights)
+
+
+@pytest.mark.slow
+def test_16_bit_weights_and_fp32_adapters_are_gathered_together(steps):
+    """As on a GPU, where FSDP2 gathers them as bytes."""
+    (alone,), (together,) = (steps(processes, "lean", 1, "bfloat16") for processes in (1, 2))
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-6)
 
 
 def test_an_undivided_layout_leaves_a_model_as_it_is(steps):
