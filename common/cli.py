@@ -177,7 +177,7 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
     train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
     if not this_machine().is_gpu:
         layers = layers or 2
-        if world_size() > 1 and recipe.card_gib is not None:  # cut over the processes if it would be over its cards
+        if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as its own cards would have it
             from common.planner import Card, fits_whole
 
             whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
