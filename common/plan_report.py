@@ -72,7 +72,8 @@ class Report:
         if not self.plan.checkpointing.recomputed:
             return "why: the fastest that fits; no layer needs to recompute"
         over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
-        return f"why: the fastest that fits{over}"
+        least = ", and of about as fast ones it sends the least between cards and host" * self.plan.layout.sharded
+        return f"why: the fastest that fits{least}{over}"
 
     def _times(self) -> str:
         speed = self.speed

@@ -31,6 +31,7 @@ NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others
 HOST_SHARE = 0.8  # of the available host memory: pinned blocks are powers of two, and the data needs some
 RESERVE_SHARE = 0.03  # of the card: blocks that the allocator cannot use for their size, with expandable segments
 LONGEST_MICRO_BATCH = 16_384  # tokens; past it nothing gets faster, so a plan looks no further
+SAME_TIME = 1.02  # times this near to each other are taken for the same
 LONG_ROW = 8_192  # tokens from which attention is a large enough part of a layer to be worth keeping
 CHECKPOINTING_BY_MEMORY: tuple[Checkpointing, ...] = ("every layer", "offload")  # from fast to lean
 TOKENS_PER_MICRO_BATCH_CPU = 1_024  # past this size the caches of a CPU are too small
@@ -101,6 +102,7 @@ class Option:
     seconds_per_token: float
     on_host: int = 0  # layers whose parts wait in host memory
     host: int = 0  # bytes in host memory
+    sent_per_token: float = 0.0  # bytes, to and from the host and from other cards
 
 
 class Planner:
@@ -132,7 +134,8 @@ class Planner:
         share, speed = (tokens - short) / (long - short), self.forecast.speed
         seconds = first.seconds(speed) + share * (second.seconds(speed) - first.seconds(speed))
         host = int(first.host_peak() + share * (second.host_peak() - first.host_peak()))
-        return Option(rows, policy, self.peak(tokens, policy, on_host), seconds / tokens, on_host, host)
+        sent = first.sent() + share * (second.sent() - first.sent())
+        return Option(rows, policy, self.peak(tokens, policy, on_host), seconds / tokens, on_host, host, sent / tokens)
 
     def peak(self, tokens: int, policy: Policy, on_host: int = 0) -> int:
         """Bytes at the worst moment of a micro-batch, from its two counts."""
@@ -144,8 +147,10 @@ class Planner:
         """The option counted as it is, and its step."""
         accumulates = rows < self.rows_here
         step = self.forecast.step(rows * self.seq_len, policy, accumulates=accumulates, on_host=on_host)
-        time = step.seconds(self.forecast.speed) / (rows * self.seq_len)
-        return Option(rows, policy, step.peak() + self.buckets, time, on_host, step.host_peak()), step
+        tokens = rows * self.seq_len
+        time = step.seconds(self.forecast.speed) / tokens
+        peak = step.peak() + self.buckets
+        return Option(rows, policy, peak, time, on_host, step.host_peak(), step.sent() / tokens), step
 
     def fits(self, option: Option) -> bool:
         return option.peak <= self.card.budget and (self.card.host is None or option.host <= self.card.host)
@@ -186,7 +191,10 @@ class Planner:
                 found.append(self.fastest(rows, on_host, offload=True))
                 if self.seq_len >= LONG_ROW:
                     found.append(self.fastest(rows, on_host, keep_attention=True))
-        options = sorted((option for option in found if option), key=lambda o: (o.seconds_per_token, o.on_host))
+        options = sorted((option for option in found if option), key=lambda option: option.seconds_per_token)
+        if self.layout.sharded and options:  # of those that the model of time cannot tell apart, the least to send
+            fastest = options[0].seconds_per_token
+            options.sort(key=lambda o: (o.seconds_per_token > SAME_TIME * fastest, o.sent_per_token))
         for option in options:
             exact, _ = self.exact(option.rows, option.policy, option.on_host)
             if self.fits(exact):
@@ -360,7 +368,8 @@ def planned(planner: Planner, option: Option) -> Plan:
     train, card, policy = planner.recipe.train, planner.card, option.policy
     layout = replace(planner.layout, on_host=option.on_host)
     _, step = planner.exact(option.rows, policy, option.on_host)
-    kept = f"; {policy.kept} layers keep their activations" if policy.kept and policy.recomputed else ""
+    keep = "1 layer keeps its" if policy.kept == 1 else f"{policy.kept} layers keep their"
+    kept = f"; {keep} activations" if policy.kept and policy.recomputed else ""
     each = " for each card" if layout.processes > 1 else ""
     host = f"; {step.host_peak() / GIB:.1f} GiB in host memory{each}" if step.host_peak() else ""
     why = (

@@ -42,7 +42,8 @@ class Layout:
             return "one process"
         if not self.sharded:
             return f"data parallel: each of {self.processes} cards has the whole model"
-        host = f", the parts of {self.on_host} layers in host memory" if self.on_host else ""
+        layers = "1 layer" if self.on_host == 1 else f"{self.on_host} layers"
+        host = f", the parts of {layers} in host memory" if self.on_host else ""
         return f"layers sharded over {self.processes} cards (FSDP2){host}"
 
 

@@ -157,6 +157,10 @@ class Step:
             most = max(most, now)
         return most
 
+    def sent(self) -> float:
+        """Bytes that cross the link."""
+        return sum(segment.work.link_bytes for segment in self.segments)
+
     def seconds(self, speed: Speed) -> float:
         return sum(speed.seconds(segment.work) for segment in self.segments)
 
