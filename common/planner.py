@@ -6,6 +6,7 @@ What fits is counted (common.forecast), not estimated; what is fastest follows f
 less than launching it from Python, and copies to the host go on beside.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -31,7 +32,7 @@ NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others
 HOST_SHARE = 0.8  # of the available host memory: pinned blocks are powers of two, and the data needs some
 RESERVE_SHARE = 0.03  # of the card: blocks that the allocator cannot use for their size, with expandable segments
 LONGEST_MICRO_BATCH = 16_384  # tokens; past it nothing gets faster, so a plan looks no further
-SAME_TIME = 1.02  # times this near to each other are taken for the same
+SAME_TIME, SAME_SENT = 1.02, 1.1  # what is this near to each other is taken for the same
 LONG_ROW = 8_192  # tokens from which attention is a large enough part of a layer to be worth keeping
 CHECKPOINTING_BY_MEMORY: tuple[Checkpointing, ...] = ("every layer", "offload")  # from fast to lean
 TOKENS_PER_MICRO_BATCH_CPU = 1_024  # past this size the caches of a CPU are too small
@@ -193,8 +194,9 @@ class Planner:
                     found.append(self.fastest(rows, on_host, keep_attention=True))
         options = sorted((option for option in found if option), key=lambda option: option.seconds_per_token)
         if self.layout.sharded and options:  # of those that the model of time cannot tell apart, the least to send
-            fastest = options[0].seconds_per_token
-            options.sort(key=lambda o: (o.seconds_per_token > SAME_TIME * fastest, o.sent_per_token))
+            slower = SAME_TIME * options[0].seconds_per_token
+            sent = {option: round(math.log(option.sent_per_token, SAME_SENT)) for option in options}
+            options.sort(key=lambda o: (o.seconds_per_token > slower, sent[o], o.seconds_per_token))
         for option in options:
             exact, _ = self.exact(option.rows, option.policy, option.on_host)
             if self.fits(exact):
