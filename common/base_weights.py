@@ -62,11 +62,7 @@ class BaseWeights:
         if name not in self.names:
             raise UserError(f"{self.spec.name} is incomplete: {name} is missing")
         tensor = self.stored.read(name) if self.stored else self.random[name][...]
-        if tensor.shape != shape:
-            raise UserError(
-                f"{self.spec.name} does not fit its config.json: {name} is {tuple(tensor.shape)}, the config says "
-                f"{tuple(shape)}"
-            )
+        self._require_shape(name, tensor.shape, shape)
         return [tensor.to(self.machine.device, self.machine.dtype)]
 
     def in_4_bit(self, name: str, shape: torch.Size) -> list[Tensor]:
@@ -76,16 +72,19 @@ class BaseWeights:
         """
         if self.stored and name + NF4_STATE in self.names:
             packed, state = stored_4bit(self.stored, name, self.machine.device)
-            if state.shape != shape:
-                raise UserError(
-                    f"{self.spec.name} does not fit its config.json: {name} is {tuple(state.shape)}, the config says "
-                    f"{tuple(shape)}"
-                )
+            self._require_shape(name, state.shape, shape)
         else:
             (tensor,) = self.in_16_bit(name, shape)
             packed, state = bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4")
         parts = state.as_dict(packed=True)
         return [packed, *(parts[key] for key in STATE_KEYS if key in parts)]
+
+    def _require_shape(self, name: str, stored: torch.Size, wanted: torch.Size) -> None:
+        if stored != wanted:
+            raise UserError(
+                f"{self.spec.name} does not fit its config.json: {name} is {tuple(stored)}, the config says "
+                f"{tuple(wanted)}"
+            )
 
 
 STATE_KEYS = (NF4_STATE[1:], "absmax", "quant_map", "nested_absmax", "nested_quant_map")

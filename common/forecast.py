@@ -57,9 +57,9 @@ class Forecast:
         # bitsandbytes reads its values one by one when it makes this table, which fake tensors have none of.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
-    def step(self, tokens: int, policy: Policy, *, accumulates: bool = True, on_host: int | None = None) -> Step:
+    def step(self, tokens: int, policy: Policy, *, accumulates: bool = True, on_host: int = 0) -> Step:
         """The step of the whole model, every token trained, with micro-batches of so many tokens; what one card holds
-        and does of it. on_host: of a model cut over cards, the layers whose parts wait there, if not the layout's.
+        and does of it. on_host: of a model cut over cards, the layers whose parts wait in host memory.
 
         Counted on a few layers that recompute and a few that do not, and spliced. On a GPU with flash attention only
         the number of tokens matters, not the rows they lie in; elsewhere they are one row. Raises ValueError for an
@@ -67,7 +67,6 @@ class Forecast:
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        on_host = self.layout.on_host if on_host is None else on_host
         return self._splice(tokens, policy, accumulates).with_parts_on_host(on_host)
 
     def _spliced(self, tokens: int, policy: Policy, accumulates: bool) -> Step:

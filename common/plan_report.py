@@ -12,7 +12,7 @@ from typing import Any
 
 from common.activation_checkpointing import Policy
 from common.machine import GIB
-from common.planner import NCCL_BYTES, WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
+from common.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
 from common.recipe import Recipe, UserError
 from common.step import GATHERED, KINDS, WEIGHTS, Speed, Step
 from common.weights import load_config
@@ -150,9 +150,8 @@ def report(planner: Planner, option: Option) -> Report:
 
 def unseen_parts(card: Card) -> dict[str, int]:
     """Card.unseen by name, in bytes."""
-    nccl = 0 if card.alone else NCCL_BYTES
-    context = card.unseen - WORKSPACE_BYTES - card.reserve - nccl
-    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": nccl, "reserve": card.reserve}
+    context = card.unseen - WORKSPACE_BYTES - card.reserve - card.nccl
+    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": card.nccl, "reserve": card.reserve}
 
 
 def write_json(report: Report, path: Path) -> None:

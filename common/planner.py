@@ -54,10 +54,13 @@ class Card:
         return int(RESERVE_SHARE * self.size)
 
     @property
+    def nccl(self) -> int:
+        return 0 if self.alone else NCCL_BYTES
+
+    @property
     def unseen(self) -> int:
         """Bytes that no step can use."""
-        nccl = 0 if self.alone else NCCL_BYTES
-        return self.reserve + WORKSPACE_BYTES + nccl + (0 if self.context_is_there else CONTEXT_BYTES)
+        return self.reserve + WORKSPACE_BYTES + self.nccl + (0 if self.context_is_there else CONTEXT_BYTES)
 
     @property
     def budget(self) -> int:

@@ -109,7 +109,7 @@ class Trainer(SFTTrainer):
         return prepared
 
     def _move_model_to_device(self, model: PeftModel, device: torch.device) -> None:
-        if not is_sharded(model):  # whose parts are where they belong, some of them in host memory
+        if not self.is_sharded:  # whose parts are where they belong, some of them in host memory
             super()._move_model_to_device(model, device)
 
     def _clip_shards(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
