@@ -32,9 +32,9 @@ import torch
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
-from common.activation_checkpointing import Policy
-from common.forecast import Forecast
-from common.machine import GIB, this_machine
+from common.machine.device import GIB, this_machine
+from common.model.activation_checkpointing import Policy
+from common.plan.forecast import Forecast
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"

@@ -31,7 +31,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[s
     python = [sys.executable, "-m"]
     if rehearse:
         return {
-            "kernels": [*python, "pytest", "tests/test_kernels.py", "-k", "rope or swiglu"],
+            "kernels": [*python, "pytest", "tests/kernels/test_kernels.py", "-k", "rope or swiglu"],
             "forms": [*python, "benchmarks.kernels", "--tokens", "64", "--repeats", "3", "--out", str(results)],
             "bench-tiny-128": bench(results, None, "tiny", 128, "--steps", "2", "--warmup", "1"),
             "profile": profile(results, "tiny", 64),

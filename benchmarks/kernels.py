@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.results_folder import result_path
 from common.kernels import REFERENCES, rms_norm, rope, swiglu
-from common.machine import this_machine
+from common.machine.device import this_machine
 
 RANK = 16
 LLAMA = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096)}

@@ -24,15 +24,15 @@ from peft import PeftModel
 
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
-from common.activation_checkpointing import Policy, checkpoint_activations
-from common.adapters import attach_lora
-from common.attention import PACKED
-from common.forecast import Forecast, full_batch, speed_of
-from common.loading import load_4bit
-from common.machine import GIB, Machine, this_machine
-from common.modules import fuse_layers
-from common.optimizer import build_optimizer
-from common.planner import WORKSPACE_BYTES, setting_of
+from common.machine.device import GIB, Machine, this_machine
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.model.optimizer import build_optimizer
+from common.plan.forecast import Forecast, full_batch, speed_of
+from common.plan.planner import WORKSPACE_BYTES, setting_of
 from common.recipe import Recipe, UserError
 
 MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")

@@ -19,12 +19,12 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
-from common.adapters import attach_lora
-from common.loading import TINY, load_tokenizer
-from common.machine import GIB
+from common.machine.device import GIB
+from common.model.files import load_config
+from common.model.loading import TINY, load_tokenizer
+from common.model.lora import attach_lora
+from common.model.safetensors_files import Entry, split, write_shards
 from common.recipe import ModelSpec
-from common.shards import Entry, split, write_shards
-from common.weights import load_config
 
 # Runs in a process of its own, whose peak is told when it has ended.
 COMMAND = """
@@ -33,7 +33,7 @@ from dataclasses import replace
 from benchmarks.models import recipe_of
 from common.commands import run_command
 from common.recipe import ModelSpec
-from common.machine import peak_of_ram
+from common.machine.device import peak_of_ram
 name, base, out, command, *flags = sys.argv[1:]
 status = run_command(command, name, replace(recipe_of(name), model=ModelSpec(base), out=out), flags)
 print("peak", peak_of_ram())

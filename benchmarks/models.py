@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from common.loading import load_4bit, load_tokenizer
+from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import Recipe
 
 

@@ -1,6 +1,6 @@
 """The README's tables of plans: what a layer saves, each recipe on cards of 24, 16 and 12 GiB, what each policy costs.
 
-python -m benchmarks.plan_table        # about a minute; tests/test_plan_table.py holds the README to it
+python -m benchmarks.plan_table        # about a minute; tests/benchmarks/test_plan_table.py holds the README to it
 """
 
 import sys
@@ -8,11 +8,11 @@ import warnings
 from dataclasses import replace
 
 from benchmarks.models import recipe_of
-from common.activation_checkpointing import Policy
 from common.cli import quiet_libraries
-from common.forecast import Forecast
-from common.machine import GIB
-from common.planner import WORKSPACE_BYTES, Card, Planner
+from common.machine.device import GIB
+from common.model.activation_checkpointing import Policy
+from common.plan.forecast import Forecast
+from common.plan.planner import WORKSPACE_BYTES, Card, Planner
 from common.recipe import Kernels, ModelSpec, UserError
 
 MODELS = ("mistral-7b", "llama3-8b", "qwen-14b")

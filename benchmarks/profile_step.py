@@ -23,13 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.memory import random_step
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
-from common.activation_checkpointing import Policy, checkpoint_activations
-from common.adapters import attach_lora
-from common.forecast import Forecast, speed_of
-from common.loading import load_4bit
-from common.machine import this_machine
-from common.modules import fuse_layers
-from common.planner import setting_of
+from common.machine.device import this_machine
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.plan.forecast import Forecast, speed_of
+from common.plan.planner import setting_of
 
 # What a kernel does, by the first pattern that its name matches; names differ between cards and versions.
 KINDS = {

@@ -39,14 +39,14 @@ class Job:
 def ours(job: Job, folder: str, **options: Any) -> Any:
     from datasets import Dataset
 
-    from common.activation_checkpointing import checkpoint_activations
-    from common.adapters import attach_lora
-    from common.data import Rows
-    from common.loading import load_4bit, load_tokenizer
-    from common.modules import fuse_layers
-    from common.planner import plan_for_card
+    from common.data.rows import Rows
+    from common.model.activation_checkpointing import checkpoint_activations
+    from common.model.lean_layers import fuse_layers
+    from common.model.loading import load_4bit, load_tokenizer
+    from common.model.lora import attach_lora
+    from common.plan.planner import plan_for_card
     from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-    from common.training import build_trainer
+    from common.run.training import build_trainer
 
     train = TrainSpec(
         job.tokens,

@@ -5,6 +5,9 @@ Importing this package sets the process up, before torch is imported; a variable
 
 import logging
 import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent  # with models/, data/ and recipes/ in it
 
 _ENVIRONMENT = {
     # TRL reports each trainer it builds, huggingface_hub each download, unless told not to.

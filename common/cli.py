@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common.launch import ERROR_STATUS, OTHERS_GONE, launch
+from common import REPOSITORY
+from common.machine.launch import ERROR_STATUS, OTHERS_GONE, launch
 from common.recipe import DataSpec, Recipe, Stopped, UserError, require
-from common.run_folder import prepare_run_folder
+from common.run.folder import prepare_run_folder
 
 SAID_BY_MAIN_SECONDS = 3
-_RANK = os.environ.get("RANK", "0")  # set by torchrun; common.processes has it too, and needs torch
+_RANK = os.environ.get("RANK", "0")  # set by torchrun; common.machine.processes has it too, and needs torch
 # The disk is full, or the quota, or one may not write there.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-DRY_DATA = Path(__file__).parent.parent / "data" / "tiny" / "train.jsonl"
+DRY_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
 
 
 def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
@@ -117,8 +118,8 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
 
 def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
-    from common import processes
-    from common.machine import require_gpu_each
+    from common.machine import processes
+    from common.machine.device import require_gpu_each
 
     tracker = recipe.train.report_to
     require(
@@ -142,8 +143,10 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
 def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
     """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
     quiet_libraries()
-    from common import plan_picture, plan_report, planner
-    from common.machine import this_machine
+    from common.machine.device import this_machine
+    from common.plan import picture as plan_picture
+    from common.plan import planner
+    from common.plan import report as plan_report
 
     machine = this_machine()
     if flags.card_gib is None and machine.is_gpu:
@@ -171,14 +174,14 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
     Without a GPU the model is cut to two layers and the rows are short, so that it takes minutes and fits in memory.
     """
     quiet_libraries()
-    from common.machine import this_machine
-    from common.processes import world_size
+    from common.machine.device import this_machine
+    from common.machine.processes import world_size
 
     train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
     if not this_machine().is_gpu:
         layers = layers or 2
         if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as its own cards would have it
-            from common.planner import Card, fits_whole
+            from common.plan.planner import Card, fits_whole
 
             whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
             train = replace(train, sharding="never" if whole else "always")

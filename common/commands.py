@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_status, quiet_libraries
-from common.output import NOTE, in_words, refuse_existing, written_aside
+from common.machine.disk import NOTE, in_words, refuse_existing, written_aside
 from common.recipe import Recipe, UserError
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it is used
-    from common.trained_adapter import TrainedAdapter
+    from common.adapter.load import TrainedAdapter
 
 BASES = ("4bit", "original")
 FORMATS = ("gguf", "lora", "ollama")
@@ -45,8 +45,8 @@ def _chat_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.chat import Chat, Sampling, show, talk
-    from common.trained_adapter import find_adapter, load_trained, trained_tokenizer
+    from common.adapter.chat import Chat, Sampling, show, talk
+    from common.adapter.load import find_adapter, load_trained, trained_tokenizer
 
     sampling = Sampling(flags.temperature, flags.top_p, flags.top_k, flags.max_new_tokens, flags.seed)
     adapter = find_adapter(recipe)
@@ -69,10 +69,10 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.data import load_rows
-    from common.evaluation import evaluate, held_out_samples, print_evaluation, write_evaluation
-    from common.report import write_report
-    from common.trained_adapter import find_adapter, load_trained, trained_tokenizer
+    from common.adapter.load import find_adapter, load_trained, trained_tokenizer
+    from common.data.rows import load_rows
+    from common.run.evaluation import evaluate, held_out_samples, print_evaluation, write_evaluation
+    from common.run.report import write_report
 
     adapter = find_adapter(recipe)
     tokenizer = trained_tokenizer(adapter)
@@ -116,9 +116,9 @@ def _merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     _require_choice(flags.base, BASES, "BASE")
     target = flags.to or Path(f"{recipe.out}-merged")
     refuse_existing(target, folder=True, overwrite=flags.overwrite)
-    from common.merge import MergedWeights, write_merged
-    from common.merge_check import check_merged
-    from common.trained_adapter import find_adapter
+    from common.adapter.load import find_adapter
+    from common.adapter.merge import MergedWeights, write_merged
+    from common.adapter.merge_check import check_merged
 
     original = flags.base == "original"
     weights = MergedWeights(find_adapter(recipe), original=original)
@@ -149,16 +149,16 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
     }
     target, is_folder = flags.to or default[flags.format], flags.format == "ollama"
     refuse_existing(target, folder=is_folder, overwrite=flags.overwrite)
-    from common.trained_adapter import find_adapter
+    from common.adapter.load import find_adapter
 
     adapter = find_adapter(recipe)
     if flags.format == "lora":
         _write_lora(adapter, target, name, overwrite=flags.overwrite)
         return
-    from common.gguf_export import GgufModel
-    from common.merge import MergedWeights
-    from common.ollama import modelfile
-    from common.trained_adapter import trained_tokenizer
+    from common.adapter.gguf import GgufModel
+    from common.adapter.load import trained_tokenizer
+    from common.adapter.merge import MergedWeights
+    from common.adapter.ollama import modelfile
 
     weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
@@ -177,9 +177,9 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
 
 
 def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite: bool) -> None:
-    from common.gguf_export import write_adapter
-    from common.trained_adapter import WEIGHTS
-    from common.weights import load_config
+    from common.adapter.gguf import write_adapter
+    from common.adapter.load import WEIGHTS
+    from common.model.files import load_config
 
     size = (adapter.folder / WEIGHTS).stat().st_size
     with written_aside(target, size, folder=False, overwrite=overwrite) as path:
@@ -188,7 +188,7 @@ def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite
 
 
 def _report(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.report import write_report
+    from common.run.report import write_report
 
     print(f"written: {write_report(Path(recipe.out))}")
 
@@ -199,7 +199,7 @@ def _require_choice(value: str, choices: Sequence[str], name: str) -> None:
 
 
 def _peak() -> str:
-    from common.machine import GIB, peak_of_ram
+    from common.machine.device import GIB, peak_of_ram
 
     return f"peak of host memory {peak_of_ram() / GIB:.2f} GiB"
 

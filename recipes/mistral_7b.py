@@ -6,16 +6,16 @@ Own it:   cp recipes/mistral_7b.py recipes/my_bot.py, edit RECIPE, make finetune
 
 import sys
 
-from common.activation_checkpointing import checkpoint_activations
-from common.adapters import attach_lora
 from common.cli import run
-from common.data import load_rows
-from common.loading import load_4bit, load_tokenizer
-from common.modules import fuse_layers
-from common.planner import plan_for_card
+from common.data.rows import load_rows
+from common.model.activation_checkpointing import checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora
+from common.model.sharding import shard_layers
+from common.plan.planner import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.sharding import shard_layers
-from common.training import train
+from common.run.training import train
 
 RECIPE = Recipe(
     model=ModelSpec("mistralai/Mistral-7B-Instruct-v0.3"),  # its template takes a system message, unlike v0.1

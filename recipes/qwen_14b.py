@@ -6,16 +6,16 @@ Own it:   cp recipes/qwen_14b.py recipes/my_bot.py, edit RECIPE, make finetune M
 
 import sys
 
-from common.activation_checkpointing import checkpoint_activations
-from common.adapters import attach_lora
 from common.cli import run
-from common.data import load_rows
-from common.loading import load_4bit, load_tokenizer
-from common.modules import fuse_layers
-from common.planner import plan_for_card
+from common.data.rows import load_rows
+from common.model.activation_checkpointing import checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora
+from common.model.sharding import shard_layers
+from common.plan.planner import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.sharding import shard_layers
-from common.training import train
+from common.run.training import train
 
 RECIPE = Recipe(
     # Its own template strips and adds thoughts; ours trains what it is given: models/chat_templates/qwen3.jinja.

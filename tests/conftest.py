@@ -25,12 +25,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from common.adapters import attach_lora
 from common.cli import quiet_libraries
-from common.loading import load_4bit, load_tokenizer
-from common.machine import Machine
+from common.machine.device import Machine
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.training import save
+from common.run.training import save
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"

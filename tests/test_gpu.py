@@ -14,24 +14,24 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.memory import in_words, measure, policies
-from common.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
-from common.adapters import attach_lora
-from common.attention import packed_attention
-from common.data import load_rows
-from common.forecast import Forecast
+from common.data.rows import load_rows
 from common.kernels import rms_norm, rope, swiglu
-from common.loading import load_4bit, load_tokenizer
-from common.loss import head_loss
-from common.machine import GIB, this_machine
-from common.modules import fuse_layers
-from common.planner import Plan, plan_for_card, setting_of
-from common.processes import Layout
-from common.progress import read_metrics
+from common.machine.device import GIB, this_machine
+from common.machine.processes import Layout
+from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
+from common.model.attention import packed_attention
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora
+from common.model.loss import head_loss
+from common.plan.forecast import Forecast
+from common.plan.planner import Plan, plan_for_card, setting_of
 from common.recipe import DataSpec
-from common.training import train
+from common.run.progress import read_metrics
+from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
-from tests.test_kernels import EPS, norm_in_float64, rope_in_float64
+from tests.kernels.test_kernels import EPS, norm_in_float64, rope_in_float64
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.machine import Machine
+from common.machine.device import Machine
 from common.recipe import ModelSpec
-from common.training import build_trainer
-from tests.test_training import prepare
+from common.run.training import build_trainer
+from tests.run.test_training import prepare
 
 # Traps that cannot happen here, or not yet.
 REASONS = {
@@ -24,7 +24,7 @@ REASONS = {
 
 
 def test_every_trap_has_a_test_or_a_reason():
-    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    text = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     names = re.findall(r"def test_pitfalls?_((?:\d+_(?:and_)?)+)", text)
     tested = {int(number) for name in names for number in re.findall(r"\d+", name)}
     assert tested.isdisjoint(REASONS)
@@ -33,7 +33,7 @@ def test_every_trap_has_a_test_or_a_reason():
 
 def test_pitfall_22_qwen_in_fp16_is_warned_of(small_model, monkeypatch, capsys):
     """On a GPU without bf16; what loads afterwards is not looked at."""
-    from common import loading
+    from common.model import loading
 
     old_gpu = Machine(torch.device("cpu"), torch.float16, "the GPU has no bf16", "an old GPU")
     monkeypatch.setattr(loading, "AutoModelForCausalLM", None)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from common.activation_checkpointing import Policy, checkpoint_activations
-from common.adapters import attach_lora, trainable_params
-from common.data import load_rows
-from common.loading import load_4bit, load_tokenizer
-from common.modules import fuse_layers
-from common.planner import Plan
-from common.processes import Layout
+from common.data.rows import load_rows
+from common.machine.processes import Layout
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora, trainable_params
+from common.plan.planner import Plan
 from common.recipe import DataSpec
-from common.training import train
+from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import FP32, ROOT
 

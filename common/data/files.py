@@ -1,0 +1,190 @@
+"""Reads rows from JSONL, JSON, CSV and Parquet files and from hub data sets, with the place each row came from."""
+
+import codecs
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.machine.hub import TransportError
+from common.recipe import UserError
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LONGEST_LINE = 16 << 20  # bytes; a book has 1 MiB, and Python takes several times a line's size to read it
+LARGEST_JSON = 256 << 20  # bytes; a .json file is read whole
+
+
+class BadRow(Exception):
+    """A row that cannot be used. The message is the kind of fault: the report counts rows by it."""
+
+
+Row = dict[str, Any]
+# A place is "my.jsonl:12" where there are lines, else "my.json, entry 3".
+PlacedRow = tuple[str, Row | BadRow]
+
+
+def is_file(source: str) -> bool:
+    """Whether a source names a file, there or missing, and not a hub data set."""
+    return Path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
+
+
+def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[PlacedRow]:
+    """Every row of a file or of a hub data set's split, in order; a row that cannot be read comes as a BadRow.
+
+    Raises UserError when the source as a whole cannot be read.
+    """
+    if not is_file(source):
+        yield from _hub_rows(source, split, revision)
+        return
+    path = Path(source)
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; name one {', '.join(SUFFIXES)} file")
+    if not path.exists():
+        raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{source} is not one of {', '.join(SUFFIXES)}")
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
+
+
+def _reject_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Row:
+    """A JSON object; of a key that is there twice nobody knows which value is meant."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRow("a key occurs twice in a JSON object")
+    return row
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("invalid JSON") from error
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """The file's lines; None for one that is too long, which is passed over without reading it whole."""
+    while line := file.readline(LONGEST_LINE):
+        too_long = len(line) == LONGEST_LINE
+        while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            line = file.readline(LONGEST_LINE)
+        yield None if too_long else line
+
+
+def _check_encoding(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8{path.suffix}")
+    if start.startswith(b"\x1f\x8b"):
+        raise UserError(f"{path} is gzip-compressed; unpack it first: gunzip")
+
+
+def _jsonl_rows(path: Path) -> Iterator[PlacedRow]:
+    _check_encoding(path)
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            place = f"{path}:{number}"
+            try:
+                if line is None:
+                    raise BadRow(f"a line of more than {LONGEST_LINE >> 20} MiB")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                yield place, _as_row(_parse(text))
+            except UnicodeDecodeError:
+                yield place, BadRow("not UTF-8")
+            except BadRow as fault:
+                yield place, fault
+
+
+def _as_row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow("not a JSON object")
+    return value
+
+
+def _json_rows(path: Path) -> Iterator[PlacedRow]:
+    _check_encoding(path)
+    if path.stat().st_size > LARGEST_JSON:
+        raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, too large to be read whole; make it .jsonl")
+    try:
+        entries = json.loads(
+            path.read_text(encoding="utf-8-sig"), parse_constant=_reject_constant, object_pairs_hook=_unique
+        )
+    except BadRow as error:
+        raise UserError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}:{error.lineno}: invalid JSON: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path} holds one {type(entries).__name__}; a .json file is a list of objects")
+    for number, entry in enumerate(entries, 1):
+        try:
+            yield f"{path}, entry {number}", _as_row(entry)
+        except BadRow as fault:
+            yield f"{path}, entry {number}", fault
+
+
+def _csv_rows(path: Path) -> Iterator[PlacedRow]:
+    _check_encoding(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                short = None in row.values() or None in row  # fewer cells than the header has, or more
+                yield place, BadRow("a CSV row of another length than the header") if short else dict(row)
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.reader.line_num}: broken CSV: {error}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 (after line {reader.line_num})") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[PlacedRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[PlacedRow]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split, revision=revision)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise UserError(
+            f"the hub has no data set {name} that you may read (or there is no file of that name); "
+            "if it is gated or private, log in with: .venv/bin/hf auth login"
+        ) from error
+    except ValueError as error:  # an unknown split or configuration: the message lists those there are
+        raise UserError(f"data set {name}: {str(error).splitlines()[0]}") from error
+    except (TransportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"data set {name} is not in the local cache and the hub cannot be reached; connect and try again, "
+            "or give a file: DATA=my_chats.jsonl"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        yield f"{name} [{split}], row {number}", row

@@ -1,0 +1,170 @@
+"""Activation checkpointing: which layers throw their activations away and recompute them in backward.
+
+Non-reentrant only (torch.utils.checkpoint, use_reentrant=False): the reentrant form loses gradients when no input
+requires them, and cannot stop a recompute early. *Recompute* is activation checkpointing; a *checkpoint* is a file.
+
+The layers that keep their activations are the last ones: backward begins with them, so what they kept is gone before
+the first layer recomputes, and the two never stand beside each other in memory.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from common.model.attention import ATTENTION_OPERATORS
+from common.model.host_memory import HostTensors
+from common.recipe import Checkpointing
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the layers of a model do with their activations."""
+
+    layers: int
+    kept: int = 0  # the last so many layers keep their activations, the others recompute them
+    keep_attention: bool = False  # a recomputing layer keeps attention's output and log-sum-exp
+    offload: bool = False  # a recomputing layer's input waits in host memory
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kept <= self.layers:
+            raise ValueError(f"{self.kept} of {self.layers} layers cannot keep their activations")
+
+    @classmethod
+    def named(cls, name: Checkpointing, layers: int) -> "Policy":
+        """The policy that a recipe asks for by name. Raises ValueError for "auto", which the plan decides."""
+        if name == "auto":
+            raise ValueError("the plan decides what 'auto' is")
+        kept = layers if name == "none" else 0
+        return cls(layers, kept, keep_attention=name == "keep attention", offload=name == "offload")
+
+    @property
+    def recomputed(self) -> int:
+        return self.layers - self.kept
+
+    def __str__(self) -> str:
+        if not self.recomputed:
+            return "no layer recomputes"
+        which = (
+            f"the first {self.recomputed} of {self.layers} layers recompute" if self.kept else "every layer recomputes"
+        )
+        extras = [", but attention" * self.keep_attention, ", layer inputs in host memory" * self.offload]
+        return which + "".join(extras)
+
+
+# The trainer's own setting, which would make every layer recompute; transformers called it "gradient" up to 5.17.
+_NAME = "activation_checkpointing"
+if not hasattr(PreTrainedModel, f"{_NAME}_enable"):
+    _NAME = "gradient_checkpointing"
+TRAINER_ARGUMENTS: dict[str, Any] = {_NAME: False}
+
+
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The model's repeated layers, in order. Raises ValueError when there is none that can recompute."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layer that supports activation checkpointing")
+    return layers
+
+
+def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -> None:
+    """The layers recompute in training as `policy` says, whatever they did before; the model keeps no cache.
+
+    Raises ValueError when the policy is for another number of layers. `watch_recompute` tells what really happens.
+    The trainer gets TRAINER_ARGUMENTS, so that it leaves this alone.
+    """
+    layers = decoder_layers(model)
+    if len(layers) != policy.layers:
+        raise ValueError(f"the policy is for {policy.layers} layers, the model has {len(layers)}")
+    model.config.use_cache = False  # training never reads it, and a recompute would fill it twice
+    # The embedding is frozen: without this the first layer's input needs no gradient.
+    model.enable_input_require_grads()
+    contexts: dict[str, Any] = {}
+    if policy.keep_attention:
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
+    host = HostTensors() if policy.offload else None
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = index < policy.recomputed
+        layer._gradient_checkpointing_func = partial(_run_and_forget, index, host, contexts)
+
+
+def _run_and_forget(
+    index: int, host: HostTensors | None, contexts: dict[str, Any], layer: Callable[..., Tensor], *inputs: Tensor
+) -> Tensor:
+    """The layer's output; of its activations only its inputs stay, and only they meet the hooks around it."""
+    hooks = saved_tensors_hooks(partial(host.pack, index), host.unpack) if host else nullcontext()
+    with hooks:
+        return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
+
+
+class RecomputeWatch(TorchDispatchMode):
+    """Counts the micro-batches, how often each layer and attention ran, and how often with gradients switched off."""
+
+    def __init__(self, layers: list[GradientCheckpointingLayer]) -> None:
+        super().__init__()
+        self.layers = layers
+        self.micro_batches = 0
+        self.attentions = 0
+        self.runs: Counter[int] = Counter()
+        self.runs_without_grad: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.attentions += operator in ATTENTION_OPERATORS
+        return operator(*args, **(kwargs or {}))
+
+    def verify(self, policy: Policy) -> None:
+        """Raises RuntimeError unless each layer ran forward once per micro-batch, and once more where it recomputes."""
+        for index in range(len(self.layers)):
+            expected = self.micro_batches * (2 if index < policy.recomputed else 1)
+            if self.runs[index] != expected:
+                raise RuntimeError(
+                    f"activation checkpointing is not in effect: layer {index} ran {self.runs[index]} times in "
+                    f"{self.micro_batches} micro-batches, expected {expected}: {policy}"
+                )
+            if self.runs_without_grad[index]:
+                raise RuntimeError(f"layer {index} ran without gradients: activation checkpointing is reentrant")
+        attentions = policy.layers + (0 if policy.keep_attention else policy.recomputed)
+        if self.attentions not in (0, self.micro_batches * attentions):  # 0: an attention that is none of ours
+            raise RuntimeError(
+                f"attention ran {self.attentions} times in {self.micro_batches} micro-batches, expected "
+                f"{self.micro_batches * attentions}: {policy}"
+            )
+
+
+@contextmanager
+def watch_recompute(model: PreTrainedModel | PeftModel) -> Iterator[RecomputeWatch]:
+    """Watches the block: the embedding runs once per micro-batch, a layer's attention once more in a recompute."""
+    watch = RecomputeWatch(decoder_layers(model))
+
+    def count_micro_batch(*_: Any) -> None:
+        watch.micro_batches += 1
+
+    def hook(index: int) -> Any:
+        def count(*_: Any) -> None:
+            watch.runs[index] += 1
+            watch.runs_without_grad[index] += not torch.is_grad_enabled()
+
+        return count
+
+    handles = [
+        layer.get_submodule("self_attn").register_forward_pre_hook(hook(index))
+        for index, layer in enumerate(watch.layers)
+    ]
+    handles.append(model.get_input_embeddings().register_forward_pre_hook(count_micro_batch))
+    try:
+        with watch:
+            yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

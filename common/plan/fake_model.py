@@ -1,0 +1,134 @@
+"""The recipe's own model without weights: every tensor a fake one, with shape and dtype and no data.
+
+Built from the config by the functions that a run uses (adapters, fused loss, checkpointing), on fake tensors of the
+device "cpu": a torch without CUDA refuses to index fake CUDA tensors. What differs on a GPU is chosen by name, not by
+device: the attention, and the dtype of the compute.
+"""
+
+from dataclasses import replace
+
+import torch
+from bitsandbytes import functional as bnb
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+
+from common.model.base_weights import make_linears_4bit
+from common.model.files import load_config
+from common.model.lean_layers import make_lean, obstacle
+from common.model.lora import attach_lora
+from common.model.loss import fuse_head_and_loss
+from common.recipe import Kernels, LoraSpec, ModelSpec
+
+NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # values a scale, scales a scale of scales: arXiv:2305.14314 section 3
+
+
+def fake_lora_model(
+    spec: ModelSpec,
+    lora: LoraSpec,
+    layers: int,
+    mode: FakeTensorMode,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    kernels: Kernels,
+) -> PeftModel:
+    """`layers` layers of the recipe's model with its adapters, in training mode, as load_4bit, attach_lora and
+    fuse_layers make it.
+
+    dtype: of the compute and of the weights that are not 4-bit. attention: its name in transformers. Nothing is
+    downloaded but, for a model that ships no config here, the config. Raises UserError as load_config and attach_lora.
+    """
+    config = load_config(replace(spec, weights="random", layers=layers))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if spec.bits == 4:
+            make_linears_4bit(model, dtype, _FakeLinear4bit)
+    model.requires_grad_(False)
+    model.is_loaded_in_4bit = spec.bits == 4
+    fuse_head_and_loss(model)
+    adapted = attach_lora(model, lora)
+    with mode:
+        _materialise(adapted, dtype)
+    _keep_masks_as_on_a_gpu(adapted)
+    if kernels == "lean" and not obstacle(adapted):
+        make_lean(adapted)
+    return adapted.train()
+
+
+def _keep_masks_as_on_a_gpu(model: PeftModel) -> None:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Dropout):
+            model.set_submodule(name, _MaskedDropout(module.p))
+
+
+class _MaskedDropout(nn.Dropout):
+    """Keeps a mask of one byte an entry; on a CPU torch keeps its noise in the dtype of the input."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = torch.native_dropout(inputs, self.p, self.training)[0]
+        return output
+
+
+class _FakeLinear4bit(Linear4bit):
+    """Tells DoRA its weight: PEFT 0.21 asks a module that has W_q (dequantize_module_weight), and copies a Linear4bit,
+    which cannot be done on meta, only under that name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.weight.quant_state = (
+            self.quant_state
+        )  # a weight that FSDP2 has gathered has none; Linear4bit would mend it
+        output: torch.Tensor = super().forward(x)
+        return output
+
+    @property
+    def W_q(self) -> torch.Tensor:
+        return self.weight
+
+    def dequantize(self) -> torch.Tensor:
+        state = self.quant_state
+        return self.weight.data if state is None else bnb.dequantize_4bit(self.weight, state)
+
+
+def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
+    """Every meta tensor becomes a fake one; 4-bit weights get their packed form and their scales."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if isinstance(module, Linear4bit) and name == "weight":
+                module._parameters[name] = _fake_4bit_weight(module, dtype)
+                module.compute_type_is_set = True
+            else:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
+    """An ordinary parameter with the quant_state of Params4bit, which cannot hold a fake tensor."""
+    values = module.in_features * module.out_features
+    blocks = -(-values // NF4_BLOCK)
+    scales = bnb.QuantState(
+        absmax=torch.empty(-(-blocks // ABSMAX_BLOCK)),
+        code=torch.empty(256),
+        blocksize=ABSMAX_BLOCK,
+        dtype=torch.float32,
+    )
+    weight = nn.Parameter(torch.empty((-(-values // 2), 1), dtype=torch.uint8), requires_grad=False)
+    weight.quant_state = bnb.QuantState(  # type: ignore[attr-defined]
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        shape=torch.Size((module.out_features, module.in_features)),
+        code=torch.empty(16),
+        blocksize=NF4_BLOCK,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=torch.empty(()),
+        state2=scales,
+    )
+    module.quant_state = weight.quant_state  # type: ignore[attr-defined]
+    return weight

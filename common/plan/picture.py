@@ -1,0 +1,124 @@
+"""A plan as a picture: the memory of one optimizer step, moment by moment."""
+
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.machine.device import GIB
+from common.plan.report import CHOICE, EVERY_LAYER, NONE, UNSEEN, Report, Row, label_of, room_on, writing
+from common.plan.step import KINDS, Speed, Step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+POINTS = 2000  # of a curve; more than the picture has pixels
+# Okabe and Ito's colours (jfly.uni-koeln.de/color), which stay apart for colour-blind readers; in the order of KINDS.
+COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#000000", "#D55E00")
+
+
+def draw_plan(report: Report, path: Path) -> None:
+    """A PNG of the memory in an optimizer step's last micro-batch, without checkpointing and as chosen, over time.
+
+    Where no checkpointing is the choice, it stands beside recomputing every layer. Raises UserError where the picture
+    cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    chosen, card = report.row(CHOICE), report.card
+    pair = [report.row(NONE), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
+    titles = [
+        "no checkpointing" + (": our choice" if not chosen.policy.recomputed else ""),
+        f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
+    ]
+    times = [row.step.seconds(report.speed) for row in pair]
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=times)  # one millisecond is as wide in both
+    top = 1.12 * max(card.size, *(row.peak for row in pair)) / GIB
+    panels[0].set(ylabel="memory of the card, GiB", ylim=(0, top))
+    for axes, row, title in zip(panels, pair, titles, strict=True):
+        _draw_panel(axes, row, report)
+        axes.set_title(title, fontsize=10.5, pad=20)
+    for size, name, side in ((card.size, "card", "bottom"), (card.budget, "budget", "top")):
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
+        panels[1].annotate(f"{name} {size / GIB:.1f} GiB", (1, size / GIB), va=side, fontsize=9, **place)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False, fontsize=9.5)
+    plan, train = report.plan, report.recipe.train
+    rows = "1 row" if plan.micro_batch_rows == 1 else f"{plan.micro_batch_rows} rows"
+    title = (
+        f"{report.recipe.model.name} on {card.name}: the last micro-batch of an optimizer step, "
+        f"{rows} × {train.seq_len:,} tokens"
+    )
+    figure.suptitle(textwrap.fill(title, 108), fontweight="bold")
+    with writing(path):
+        figure.savefig(path, format="png", dpi=130)
+
+
+def _draw_panel(axes: "Axes", row: Row, report: Report) -> None:
+    card = report.card
+    times, kinds = curve(row.step, report.speed)
+    labels = [label_of(kind, report.recipe) for kind in KINDS]
+    axes.stackplot(times, kinds, labels=labels, colors=COLOURS, step="post", linewidth=0)
+    totals = [sum(values) for values in zip(*kinds, strict=True)]
+    on_card = [total + card.unseen / GIB for total in totals]
+    grey: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.6", "hatch": "////", "linewidth": 0}
+    axes.fill_between(times, totals, on_card, step="post", label=UNSEEN, **grey)
+    axes.step(times, on_card, where="post", color="0.3", linewidth=0.7)
+    axes.axhline(card.size / GIB, color="black", linewidth=1.6)
+    axes.axhline(card.budget / GIB, color="black", linewidth=0.8, linestyle="--")
+    start = 0.0
+    for name, length in phases(row.step, report.speed).items():
+        axes.axvline(start, color="black", linewidth=0.6, linestyle=":")
+        at, side = (start + length / 2, "center") if name != "optimizer" else (times[-1], "right")  # it is short
+        axes.text(at, 1.01, name, transform=axes.get_xaxis_transform(), ha=side, fontsize=8, color="0.25")
+        start += length
+    _, top = axes.get_ylim()
+    # Then the words would lie on the card's line or the budget's.
+    card_line_near = card.size / GIB - 0.2 * top < row.peak / GIB <= card.size / GIB
+    highest = max(range(len(totals)), key=totals.__getitem__)
+    axes.annotate(
+        f"peak {row.peak / GIB:.1f} GiB, {room_on(card, row)}",
+        (times[highest], on_card[highest]),
+        xytext=(times[highest], (card.size if card_line_near else row.peak) / GIB + 0.04 * top),
+        ha="center",
+        fontweight="bold",
+        bbox={"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none"},
+        arrowprops={"arrowstyle": "-|>", "facecolor": "black", "shrinkA": 0, "shrinkB": 0},
+        zorder=5,
+    )
+    axes.set(xlabel="modelled time, ms", xlim=(0, times[-1]))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def phases(step: Step, speed: Speed) -> dict[str, float]:
+    """Milliseconds of the parts of a step, in order."""
+    lengths = dict.fromkeys(("forward", "head and loss", "backward", "optimizer"), 0.0)
+    for segment in step.segments:
+        name = {"embedding": "forward", "loss": "head and loss"}.get(segment.name, segment.name)
+        lengths[name if name in lengths else name.split()[0]] += 1e3 * speed.seconds(segment.work)
+    return lengths
+
+
+def curve(step: Step, speed: Speed) -> tuple[list[float], list[list[float]]]:
+    """Milliseconds, and for each of KINDS the GiB from then on: of each POINTS-th of the time its worst moment.
+
+    The allocations and releases of a segment are spread evenly over it.
+    """
+    total = step.seconds(speed)
+    moments = step.timeline()
+    start, worst = 0.0, [(0.0, step.base)]  # seconds, bytes
+    interval = -1
+    for segment in step.segments:
+        length = speed.seconds(segment.work)
+        for index in range(len(segment.events)):
+            _, now = next(moments)
+            at = start + length * index / len(segment.events)
+            if int(at / total * POINTS) > interval:
+                interval = int(at / total * POINTS)
+                worst.append((at, now.copy()))
+            elif sum(now.values()) > sum(worst[-1][1].values()):
+                worst[-1] = at, now.copy()
+        start += length
+    worst.append((total, worst[-1][1]))
+    return [1e3 * at for at, _ in worst], [[now[kind] / GIB for _, now in worst] for kind in KINDS]

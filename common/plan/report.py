@@ -1,0 +1,251 @@
+"""A plan in words for people and in JSON for machines, before anything is downloaded."""
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from common.machine.device import GIB
+from common.model.activation_checkpointing import Policy
+from common.model.files import load_config
+from common.plan.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
+from common.plan.step import GATHERED, KINDS, WEIGHTS, Speed, Step
+from common.recipe import Recipe, UserError
+
+UNSEEN = "context and reserve"  # Card.unseen: what no step can use
+NONE, EVERY_LAYER, OFFLOAD, CHOICE = (
+    "no checkpointing",
+    "every layer",
+    "every layer + boundaries on the host",
+    "our choice",
+)
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the step: what it takes, and how long."""
+
+    name: str
+    policy: Policy
+    step: Step
+    parts: dict[str, int]  # bytes at the worst moment by kind, and UNSEEN; together the peak on the card
+    seconds_per_token: float  # modelled
+    relative_time: float  # per token; 1 is no checkpointing
+    fits: bool
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Report:
+    recipe: Recipe
+    card: Card
+    speed: Speed
+    plan: Plan
+    rows: tuple[Row, ...]  # NONE, EVERY_LAYER, OFFLOAD, CHOICE
+    longest: dict[str, int]  # tokens of the longest single row that fits, by name of the row
+    positions: int | None  # of the model
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    def text(self) -> str:
+        """The whole report, at most TEXT_WIDTH characters wide."""
+        lines = [*self.plan.text.splitlines(), self._why(), self._times(), "", *self._table(), "", self._budget(), ""]
+        return "\n".join([*(part for line in lines for part in _wrap(line)), *self._longest_rows()])
+
+    def _why(self) -> str:
+        wanted, free = self.recipe.train.checkpointing, self.row(NONE)
+        if wanted != "auto":
+            return (
+                f"why: the recipe asks for checkpointing={wanted!r}; of the micro-batches that fit, this is the fastest"
+            )
+        if not self.plan.checkpointing.recomputed:
+            return "why: the fastest that fits; no layer needs to recompute"
+        over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
+        least = ", and of about as fast ones it sends the least between cards and host" * self.plan.layout.sharded
+        return f"why: the fastest that fits{least}{over}"
+
+    def _times(self) -> str:
+        speed = self.speed
+        assumed = "" if self.card.gpu and speed.name in self.card.gpu else " assumed"
+        return (
+            f"times are modelled, not measured: {speed.name}{assumed}, {speed.flops / 1e12:,.0f} TFLOP/s, memory "
+            f"{speed.bandwidth / GIB:,.0f} GiB/s, host link {speed.host_link / GIB:.0f} GiB/s, "
+            f"{speed.launch * 1e6:.0f} µs a launch"
+        )
+
+    def _table(self) -> list[str]:
+        names = [textwrap.wrap(row.name, COLUMN_WIDTH - 4) for row in self.rows]
+        heights = max(map(len, names))
+        heads = [["", *line] for line in zip(*([""] * (heights - len(name)) + name for name in names), strict=True)]
+        heads[-1][0] = "GiB at the worst moment"
+        rule = "─" * (LABEL_WIDTH + COLUMN_WIDTH * len(self.rows))
+        lines = [*(_line(*head) for head in heads), rule]
+        shared = self.plan.layout.sharded
+        for kind in (*KINDS, UNSEEN):
+            if kind == GATHERED and not shared:
+                continue
+            lines.append(_line(label_of(kind, self.recipe), *(_gib(row.parts[kind]) for row in self.rows)))
+        lines += [rule, _line(f"peak on {self.card.name}", *(_gib(row.peak) for row in self.rows))]
+        lines.append(_line("fits", *(f"{'yes' if row.fits else 'no'}, {room_on(self.card, row)}" for row in self.rows)))
+        lines.append(
+            _line("layers that recompute", *(f"{r.policy.recomputed} of {r.policy.layers}" for r in self.rows))
+        )
+        lines.append(_line("host memory, GiB", *(_gib(row.step.host_peak()) for row in self.rows)))
+        lines.append(_line("time per token, 1 = no checkpointing", *(f"{row.relative_time:.2f} " for row in self.rows)))
+        return [line.rstrip() for line in lines]
+
+    def _budget(self) -> str:
+        minus = "".join(f" - {size / GIB:.2f} {name}" for name, size in unseen_parts(self.card).items() if size)
+        return f"budget: {self.card.size / GIB:.2f} GiB{minus} = {self.card.budget / GIB:.2f} GiB for the step"
+
+    def _longest_rows(self) -> Iterator[str]:
+        of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
+        yield f"longest row that fits, in a micro-batch of 1 row{of_model}:"
+        for name, tokens in self.longest.items():
+            longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
+            amount = f"{tokens:>7,} tokens" if tokens else "   none"
+            yield f"  {name:<{LABEL_WIDTH}}{amount}{longer}"
+
+
+def report(planner: Planner, option: Option) -> Report:
+    """The option beside the three plain ways to run micro-batches of as many rows."""
+    layers, card = planner.layers, planner.card
+    policies = {
+        NONE: Policy.named("none", layers),
+        EVERY_LAYER: Policy.named("every layer", layers),
+        OFFLOAD: Policy.named("offload", layers),
+        CHOICE: option.policy,
+    }
+    counted = {name: planner.exact(option.rows, policy, option.on_host) for name, policy in policies.items()}
+    plain = counted[NONE][0].seconds_per_token
+    rows = tuple(
+        Row(
+            name,
+            policies[name],
+            step,
+            step.at_peak() | {UNSEEN: card.unseen},
+            exact.seconds_per_token,
+            exact.seconds_per_token / plain,
+            planner.fits(exact),
+        )
+        for name, (exact, step) in counted.items()
+    )
+    longest = {name: planner.longest_row(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
+    positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
+    return Report(
+        planner.recipe, planner.card, planner.forecast.speed, planned(planner, option), rows, longest, positions
+    )
+
+
+def unseen_parts(card: Card) -> dict[str, int]:
+    """Card.unseen by name, in bytes."""
+    context = card.unseen - WORKSPACE_BYTES - card.reserve - card.nccl
+    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": card.nccl, "reserve": card.reserve}
+
+
+def write_json(report: Report, path: Path) -> None:
+    """The report for machines. Raises UserError where it cannot be written."""
+    with writing(path):
+        path.write_text(json.dumps(_values(report), indent=2) + "\n", encoding="utf-8")
+
+
+def _values(report: Report) -> dict[str, Any]:
+    card, plan, speed = report.card, report.plan, report.speed
+    return {
+        "recipe": asdict(report.recipe),
+        "card": {
+            "name": card.name,
+            "size_bytes": card.size,
+            "reserve_bytes": card.reserve,
+            "unseen_bytes": {_key(name): size for name, size in unseen_parts(card).items()},
+            "budget_bytes": card.budget,
+        },
+        "choice": {
+            "micro_batch_rows": plan.micro_batch_rows,
+            "accumulation": plan.accumulation,
+            **asdict(plan.layout),
+            **_policy_values(plan.checkpointing),
+            "predicted_peak_allocated_bytes": plan.peak_bytes,
+            "predicted_peak_on_card_bytes": report.row(CHOICE).peak,
+        },
+        "table": [
+            {
+                "name": row.name,
+                **_policy_values(row.policy),
+                "peak_on_card_bytes": row.peak,
+                "parts_bytes": {_key(kind): size for kind, size in row.parts.items()},
+                "fits": row.fits,
+                "host_memory_bytes": row.step.host_peak(),
+                "seconds_per_token": row.seconds_per_token,
+                "relative_time_per_token": row.relative_time,
+            }
+            for row in report.rows
+        ],
+        "longest_rows": [{"name": name, "tokens": tokens} for name, tokens in report.longest.items()],
+        "model_positions_tokens": report.positions,
+        "speed": {
+            "name": speed.name,
+            "matmul_flop_per_second": speed.flops,
+            "memory_bytes_per_second": speed.bandwidth,
+            "host_link_bytes_per_second": speed.host_link,
+            "launch_seconds": speed.launch,
+        },
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+
+
+def _policy_values(policy: Policy) -> dict[str, int | bool]:
+    return {
+        "kept_layers": policy.kept,
+        "recomputed_layers": policy.recomputed,
+        "keep_attention": policy.keep_attention,
+        "offload": policy.offload,
+    }
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def label_of(kind: str, recipe: Recipe) -> str:
+    return f"{'4-bit' if recipe.model.bits == 4 else '16-bit'} weights" if kind == WEIGHTS else kind
+
+
+def room_on(card: Card, row: Row) -> str:
+    room = (card.size - row.peak) / GIB
+    return f"{room:.1f} GiB free" if row.fits else f"{-room:.1f} GiB over"
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\W+", "_", name).lower()
+
+
+def _gib(size: int) -> str:
+    """One decimal, two below 1 GiB, so that the points stand below each other."""
+    if not size:
+        return "-  "
+    return f"{size / GIB:.2f}" if size < GIB else f"{size / GIB:.1f} "
+
+
+def _line(label: str, *cells: str) -> str:
+    return f"{label:<{LABEL_WIDTH}}" + "".join(f"{cell:>{COLUMN_WIDTH}}" for cell in cells)
+
+
+def _wrap(line: str) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.wrap(line, TEXT_WIDTH, subsequent_indent=indent) or [""]

@@ -1,0 +1,63 @@
+"""The folder of one run: never written over by accident."""
+
+import shutil
+from pathlib import Path
+
+from common.recipe import ExistingRun, UserError
+
+# What a run writes; --overwrite removes these names and nothing else.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+RUN_JSON = "run.json"
+EVAL_JSON = "eval.json"
+METRICS = "metrics.jsonl"
+LOSS_PICTURE = "loss.png"
+REPORT = "report.html"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+SAVING = ".saving"  # a folder for what is being written; a killed run leaves it
+RUN_FILES = (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    "chat_template.jinja",
+    EVAL_JSON,
+    "generation_config.json",
+    LOSS_PICTURE,
+    METRICS,
+    REPORT,
+    RUN_JSON,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
+    """The folder, there and ready for a run: new, emptied of an old run, or with the run to resume.
+
+    Raises UserError when it holds a run and neither --resume nor --overwrite says what to do with it, and when it
+    holds something else.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS, TENSORBOARD})
+    if foreign:
+        raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
+    if names and existing_run == "refuse":
+        raise UserError(
+            f"{folder} already holds a run. Go on with it: ARGS=--resume; replace it: ARGS=--overwrite; "
+            "or choose another folder: OUT=..."
+        )
+    if existing_run == "overwrite":
+        for name in names & set(RUN_FILES):
+            (folder / name).unlink()
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+    return folder

@@ -1,0 +1,97 @@
+"""report.html: a run on one page that needs nothing else, for a browser, a phone, or an e-mail."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from common.machine.device import GIB
+from common.recipe import UserError
+from common.run.charts import Curve, line_chart
+from common.run.progress import duration, read_metrics
+
+REPORT = "report.html"
+TEMPLATE = Path(__file__).parent / "report.html.jinja"
+
+
+def write_report(folder: Path) -> Path:
+    """Writes report.html from run.json, metrics.jsonl and, where there is one, eval.json; its path.
+
+    Raises UserError when the folder holds no run that has ended.
+    """
+    if not (folder / "run.json").exists():
+        raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
+    run, evaluation = _read(folder / "run.json"), {}
+    if (folder / "eval.json").exists():
+        evaluation = _read(folder / "eval.json")
+    environment = Environment(  # autoescape: an answer may hold HTML
+        loader=FileSystemLoader(TEMPLATE.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": lambda n: f"{n:,}", "gib": lambda n: f"{n / GIB:.2f}"}
+    try:
+        page = environment.get_template(TEMPLATE.name).render(
+            page_values(run, read_metrics(folder), evaluation, folder.name)
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'run.json'} is of another version, or damaged: {error!r}") from error
+    (folder / REPORT).write_text(page, encoding="utf-8")
+    return folder / REPORT
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return values
+
+
+def page_values(
+    run: dict[str, Any], entries: list[dict[str, Any]], evaluation: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """What the template shows."""
+    metrics, steps = run["metrics"], [entry for entry in entries if "loss" in entry]
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+
+    def curve(key: str) -> list[tuple[float, float]]:
+        return [(entry["step"], entry[key]) for entry in steps]
+
+    before, after = metrics["eval_loss_before"], metrics["eval_loss"]
+    return {
+        "name": name,
+        "run": run,
+        "recipe": run["recipe"],
+        "metrics": metrics,
+        "time": duration(metrics["seconds"]),
+        "before": before,
+        "after": after,
+        "perplexities": None if after is None else [f"{math.exp(min(loss, 700)):,.2f}" for loss in (before, after)],
+        "samples": evaluation.get("samples") or run.get("samples", []),
+        "evaluation": evaluation,
+        "skipped": [entry["step"] for entry in entries if "skipped" in entry],
+        "losses": line_chart(
+            "Loss over the optimizer steps",
+            "optimizer step",
+            [Curve("training", curve("loss"), "training"), Curve("held out", held_out, "held-out", dots=True)],
+            from_zero=False,
+        ),
+        "rates": line_chart(
+            "Learning rate over the optimizer steps",
+            "optimizer step",
+            [Curve("learning rate", curve("learning_rate"), "training")],
+        ),
+        "speeds": line_chart(
+            "Tokens per second so far, over the optimizer steps",
+            "optimizer step",
+            [Curve("tokens/s", curve("tokens_per_s"), "training")],
+        ),
+        "lora": ", ".join(run["recipe"]["lora"]["target_modules"]),
+    }

@@ -1,0 +1,269 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.adapter import merge_check
+from common.adapter.load import find_adapter, trained_tokenizer
+from common.adapter.merge import MergedWeights, write_merged
+from common.adapter.merge_check import KL_BOUND, check_merged, compare, prompts_of
+from common.commands import run_command
+from common.machine import disk as output
+from common.machine.disk import written_aside
+from common.model.loading import load_4bit
+from common.recipe import LoraSpec, Recipe, UserError
+from tests.conftest import FP32
+
+IDS = torch.arange(5, 45)[None]
+LORAS = {
+    "lora": LoraSpec(rank=4, alpha=8),
+    "rslora": LoraSpec(rank=16, alpha=8, rslora=True),
+    "dora": LoraSpec(rank=4, alpha=8, dora=True),
+    "attention alone": LoraSpec(rank=4, alpha=8, target_modules=("q_proj", "v_proj")),
+}
+
+
+def merged(recipe: Recipe, folder: Path, *, original: bool = False) -> Path:
+    folder.mkdir(exist_ok=True)
+    write_merged(MergedWeights(find_adapter(recipe), original=original), folder)
+    return folder
+
+
+def logits(folder: Path, **arguments: object) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()(IDS).logits
+
+
+def trained_logits(recipe: Recipe) -> torch.Tensor:
+    """Of the 4-bit base with the adapter on it, as plain bitsandbytes and PEFT compute them."""
+    with torch.no_grad():
+        return PeftModel.from_pretrained(load_4bit(recipe.model, FP32), recipe.out).eval()(IDS).logits
+
+
+def divergence(trained: torch.Tensor, other: torch.Tensor) -> float:
+    p, q = (states.double().log_softmax(-1) for states in (trained, other))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_pitfall_25_the_merged_model_is_the_trained_one(adapted, tmp_path, architecture, lora):
+    """In plain transformers, beside plain bitsandbytes and PEFT: KL at most 1e-5, against 1e-3 for the base alone."""
+    recipe = adapted(architecture, lora)
+    trained = trained_logits(recipe)
+    base = logits(Path(recipe.model.name))
+    assert divergence(trained, base) > 1e-3
+    assert divergence(trained, logits(merged(recipe, tmp_path))) <= KL_BOUND
+
+
+def test_the_original_base_is_further_from_what_was_trained(adapted, tmp_path):
+    recipe = adapted("llama")
+    trained = trained_logits(recipe)
+    of_4bit = divergence(trained, logits(merged(recipe, tmp_path / "a")))
+    of_original = divergence(trained, logits(merged(recipe, tmp_path / "b", original=True)))
+    assert of_original > 20 * of_4bit
+
+
+def test_merging_into_the_original_is_what_peft_does(adapted, tmp_path):
+    recipe = adapted("qwen2")
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
+    peft_merged = PeftModel.from_pretrained(base, recipe.out).merge_and_unload()
+    ours = load_file(merged(recipe, tmp_path, original=True) / "model.safetensors")
+    for name, tensor in peft_merged.state_dict().items():
+        assert torch.equal(ours[name], tensor.bfloat16()), name
+
+
+@pytest.mark.parametrize("values", [{}, {"tie_word_embeddings": True}], ids=["untied", "tied"])
+def test_files_dtypes_and_sizes_are_those_of_the_base(adapted, small_model, tmp_path, values):
+    base = small_model("qwen3", max_shard_size="100KB", **values)
+    folder = merged(adapted("qwen3", base=base), tmp_path)
+    files = sorted(path.name for path in base.glob("model*"))
+    assert len(files) > 3 and files == sorted(path.name for path in folder.glob("model*"))
+    for file in files:
+        if file.endswith(".safetensors"):
+            assert (folder / file).stat().st_size == (base / file).stat().st_size
+            before, after = load_file(base / file), load_file(folder / file)
+            assert {n: (t.dtype, t.shape) for n, t in before.items()} == {
+                n: (t.dtype, t.shape) for n, t in after.items()
+            }
+    index = "model.safetensors.index.json"
+    weight_map = json.loads((base / index).read_text())["weight_map"]
+    assert json.loads((folder / index).read_text())["weight_map"] == weight_map
+    assert torch.isfinite(logits(folder)).all()
+
+
+def test_what_no_adapter_touches_stays_as_it_was(adapted, tmp_path):
+    recipe = adapted("llama", LORAS["attention alone"])
+    before = load_file(Path(recipe.model.name) / "model.safetensors")
+    after = load_file(merged(recipe, tmp_path) / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(before[name], after[name])
+
+
+def test_tokenizer_template_and_generation_config_come_along(adapted, tmp_path):
+    recipe = adapted("llama")
+    (Path(recipe.out) / "chat_template.jinja").write_text("{{ 'the template of the run' }}")
+    folder = merged(recipe, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer("I will.")["input_ids"] == AutoTokenizer.from_pretrained(recipe.out)("I will.")["input_ids"]
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) == "the template of the run"
+    )
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and "quantization_config" not in config
+    note = json.loads((folder / output.NOTE).read_text())
+    assert note["base"] == recipe.model.name and note["merged_into"] == "the 4-bit base, dequantised"
+
+
+def test_a_base_in_fp32_becomes_16_bit(adapted, small_model, tmp_path):
+    base = small_model("llama", initializer_range=0.05)
+    wide = tmp_path / "fp32"
+    shutil.copytree(base, wide)
+    weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    recipe = adapted("llama", base=wide)
+    folder = merged(recipe, tmp_path / "merged")
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
+    assert divergence(trained_logits(recipe), logits(folder)) <= KL_BOUND
+
+
+def test_a_16_bit_base_is_merged_as_it_is(adapted, tmp_path):
+    recipe = adapted("llama", bits=16)
+    weights = MergedWeights(find_adapter(recipe))
+    assert not weights.quantised
+    assert divergence(trained_logits(recipe), logits(merged(recipe, tmp_path))) <= KL_BOUND
+
+
+def test_a_base_that_is_stored_in_4_bit_becomes_a_whole_model(adapted, small_model, tmp_path):
+    load_4bit(adapted("llama").model, FP32).save_pretrained(tmp_path / "nf4")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(small_model("llama") / name, tmp_path / "nf4" / name)
+    recipe = adapted("llama", base=tmp_path / "nf4")
+    folder = merged(recipe, tmp_path / "merged")
+    assert divergence(trained_logits(recipe), logits(folder)) <= KL_BOUND
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    with pytest.raises(UserError, match="is a 4-bit checkpoint: it has no original weights"):
+        MergedWeights(find_adapter(recipe), original=True)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_check_goes_through_the_layers_as_the_models_do(adapted, tmp_path, architecture):
+    """Layer by layer from the files, and whole in the libraries: the same divergence."""
+    recipe = adapted(architecture, tie_word_embeddings=architecture == "qwen2")
+    folder = merged(recipe, tmp_path, original=True)  # far enough apart to compare digits
+    agreement = compare(MergedWeights(find_adapter(recipe)), folder, IDS.tolist())
+    assert agreement.positions == IDS.numel()
+    assert agreement.kl == pytest.approx(divergence(trained_logits(recipe), logits(folder)), rel=1e-3)
+
+
+def test_a_merge_that_went_wrong_is_found_and_nothing_is_kept(adapted, tmp_path, monkeypatch, capsys):
+    recipe = adapted("llama")
+    right = MergedWeights.merged
+
+    def wrong(self, name):
+        return right(self, name) * (1.05 if "layers.1.mlp.up_proj" in name else 1)
+
+    monkeypatch.setattr(MergedWeights, "merged", wrong)
+    assert run_command("merge", "x", recipe, ["--to", str(tmp_path / "merged")]) == 2
+    assert "the merged model is not the trained one, and nothing was kept: KL" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_asks_what_the_run_was_asked(adapted):
+    adapter = find_adapter(adapted("llama"))
+    tokenizer = trained_tokenizer(adapter)
+    assert len(prompts_of(adapter, tokenizer)) == len(merge_check.PROMPTS)
+    told = replace(adapter, run={"samples": [{"asked": "Tea?", "after": "Yes."}]})
+    (ids,) = prompts_of(told, tokenizer)
+    assert tokenizer.decode(ids) == "<s><|user|>Tea?<|end|><|assistant|>Yes.<|end|>"
+    tokenizer.chat_template = None
+    assert tokenizer.decode(prompts_of(told, tokenizer)[0]) == "Tea? Yes."
+
+
+def test_an_adapter_that_is_not_finite_is_refused(adapted, tmp_path):
+    recipe = adapted("llama")
+    path = Path(recipe.out) / "adapter_model.safetensors"
+    weights = load_file(path)
+    next(tensor for name, tensor in weights.items() if "lora_B" in name).fill_(float("nan"))
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="is not finite: the adapter or the base is damaged"):
+        merged(recipe, tmp_path)
+
+
+def test_a_dry_run_has_no_base_to_merge_into(adapted):
+    recipe = adapted("llama")
+    with pytest.raises(UserError, match="had random weights, a dry run"):
+        MergedWeights(find_adapter(replace(recipe, model=replace(recipe.model, weights="random"))))
+
+
+def test_merging_takes_the_place_that_it_is_given_and_says_its_peak(adapted, tmp_path, capsys):
+    recipe = adapted("llama")
+    target = tmp_path / "disk" / "merged"
+    assert run_command("merge", "x", recipe, ["--to", str(target)]) == 0
+    out = capsys.readouterr().out
+    assert "merging into the 4-bit base, dequantised" in out
+    assert "self-check: KL" in out and "peak of host memory" in out
+    assert run_command("merge", "x", recipe, ["--to", str(target)]) == 2
+    assert "merged exists. Replace it: ARGS=--overwrite" in capsys.readouterr().err
+    assert run_command("merge", "x", recipe, ["--to", str(target), "--overwrite", "--base", "original"]) == 0
+    assert json.loads((target / output.NOTE).read_text())["merged_into"] == "the original weights"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["merged"]
+
+
+def test_only_folders_from_here_are_replaced(adapted, tmp_path, capsys):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    flags = ["--to", str(tmp_path / "thesis"), "--overwrite"]
+    assert run_command("merge", "x", adapted("llama"), flags) == 2
+    assert "was not made by this command" in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+
+
+def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match="would take .* GiB, and .* GiB are free there; make room"):
+        with written_aside(tmp_path / "merged", free, folder=True, overwrite=False):
+            raise AssertionError("it was begun")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be made: "):
+        with written_aside(tmp_path / "file" / "merged", 0, folder=True, overwrite=False):
+            pass
+
+
+def test_what_was_begun_is_removed_when_it_fails(tmp_path):
+    (tmp_path / "merged.writing").mkdir()  # of a killed command
+    with pytest.raises(KeyboardInterrupt):
+        with written_aside(tmp_path / "merged", 0, folder=True, overwrite=False) as aside:
+            assert os.listdir(aside) == []
+            (aside / "half").write_text("")
+            raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_check_stops_at_its_bound(adapted, tmp_path):
+    recipe = adapted("llama")
+    folder = merged(recipe, tmp_path, original=True)
+    with pytest.raises(UserError, match="is not the trained one, .* Rounding does not explain it: KL"):
+        check_merged(find_adapter(recipe), folder)
+    assert check_merged(find_adapter(recipe), folder, bound=None).startswith("KL ")
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
+def test_what_rounding_alone_makes_is_said_and_kept(adapted, tmp_path, lora):
+    """Some models feel the rounding of their weights more than others: 2e-5 in 32 layers of noise at 8B."""
+    recipe = adapted("llama", lora)
+    folder = merged(recipe, tmp_path)
+    said = check_merged(find_adapter(recipe), folder, bound=1e-12)
+    assert "and all of it is rounding: the files hold the trained weights rounded to 16 bits (KL" in said

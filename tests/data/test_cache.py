@@ -1,0 +1,151 @@
+"""Rows of a large file are tokenised once, and again when anything changed that they depend on."""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.data import cache as row_cache
+from common.data import rows as data
+from common.data.rows import load_rows
+from common.model.loading import load_tokenizer
+from common.recipe import DataSpec, ModelSpec
+from common.run.resume import hash_of
+from tests.conftest import ROOT, TINY, TRAIN
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(row_cache, "FROM_BYTES", 1)
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:100]) + "\n{broken\n")
+    return str(path)
+
+
+def load(spec: DataSpec, small_llama, seq_len=128, seed=0, template=None):
+    tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
+    if template:
+        tokenizer.chat_template = template(tokenizer.chat_template)
+    return load_rows(spec, tokenizer, seq_len, seed)
+
+
+def test_the_second_start_takes_the_same_rows_and_says_the_same(source, small_llama, capsys, monkeypatch):
+    spec = DataSpec(source, eval_rows=5)
+    first = load(spec, small_llama)
+    said = capsys.readouterr().out
+    monkeypatch.setattr(data, "tokenise_source", lambda *_: pytest.fail("they are in the cache"))
+    again = load(spec, small_llama)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == said.splitlines()
+    assert last.startswith("  taken from .cache/rows/") and last.endswith(
+        ": nothing has changed since they were tokenised"
+    )
+    assert hash_of(again.train) == hash_of(first.train)
+    assert hash_of(again.evaluation) == hash_of(first.evaluation)
+    assert [r.lines() for r in again.reports] == [r.lines() for r in first.reports]
+    assert again.reports[0].dropped == 1
+
+
+CHANGES = {
+    "the file": lambda spec: Path(spec.source).write_text(Path(spec.source).read_text().replace("paint", "point")),
+    "what is trained": lambda spec: replace(spec, train_on="everything"),
+    "held-out rows": lambda spec: replace(spec, eval_rows=3),
+    "the limit of bad rows": lambda spec: replace(spec, max_bad_share=0.5),
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "seq_len", "seed", "template", "code"])
+def test_anything_that_changes_makes_them_anew(source, small_llama, change, capsys, monkeypatch):
+    spec, values = DataSpec(source, eval_rows=5), {}
+    load(spec, small_llama)
+    if change in CHANGES:
+        changed = CHANGES[change](spec)
+        spec = changed if isinstance(changed, DataSpec) else spec
+    elif change == "code":
+        monkeypatch.setattr(row_cache, "CODE", (*row_cache.CODE, "__init__"))
+    else:
+        values = {"seq_len": {"seq_len": 100}, "seed": {"seed": 1}, "template": {"template": lambda t: t + " "}}[change]
+    capsys.readouterr()
+    load(spec, small_llama, **values)
+    assert "taken from" not in capsys.readouterr().out
+
+
+def test_half_an_entry_is_made_anew(source, small_llama, capsys):
+    spec = DataSpec(source, eval_rows=5)
+    first = load(spec, small_llama)
+    (entry,) = Path(".cache/rows").iterdir()
+    (entry / "told.json").write_text("{")
+    capsys.readouterr()
+    again = load(spec, small_llama)
+    assert "taken from" not in capsys.readouterr().out
+    assert hash_of(again.train) == hash_of(first.train)
+    assert json.loads((entry / "told.json").read_text())["lines"]
+
+
+def test_the_newest_entries_stay(source, small_llama):
+    for seed in range(row_cache.KEPT + 2):
+        load(DataSpec(source, eval_rows=5), small_llama, seed=seed)
+    assert len(list(Path(".cache/rows").iterdir())) == row_cache.KEPT
+
+
+def test_small_files_and_data_sets_of_the_hub_are_not_kept(source, small_llama, monkeypatch):
+    tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
+    assert row_cache.place(DataSpec("owner/chats"), tokenizer, 128, 0) is None
+    monkeypatch.setattr(row_cache, "FROM_BYTES", 1 << 30)
+    assert row_cache.place(DataSpec(source), tokenizer, 128, 0) is None
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(source, small_llama, capsys):
+    Path(".cache").write_text("in the way")
+    rows = load(DataSpec(source, eval_rows=5), small_llama)
+    assert len(rows.train) > 0
+    assert "warning: the rows are not kept for the next start: Not a directory" in capsys.readouterr().out
+
+
+def test_every_setting_is_part_of_the_name(source, small_llama):
+    """A field that is added to DataSpec must not be forgotten here."""
+    tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
+    spec = DataSpec(source)
+    others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
+    others |= {"train_on": "everything", "max_bad_share": 0.3}
+    assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
+    names = {row_cache.place(replace(spec, **{name: value}), tokenizer, 128, 0) for name, value in others.items()}
+    assert len(names | {row_cache.place(spec, tokenizer, 128, 0)}) == len(others) + 1
+
+
+LOAD = """
+import resource, sys, time
+from common.data.rows import load_rows
+from common.model.loading import load_tokenizer
+from common.recipe import DataSpec, ModelSpec
+started = time.monotonic()
+rows = load_rows(DataSpec(sys.argv[1]), load_tokenizer(ModelSpec(sys.argv[2])), 2048)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(f"\\n{time.monotonic() - started:.1f} {peak:.2f} {rows.reports[0].kept}")
+"""
+
+
+@pytest.mark.slow
+def test_a_million_conversations_take_minutes_and_4_GiB_and_the_second_time_seconds(tmp_path):
+    dice, lines = random.Random(0), Path(TRAIN).read_text().splitlines()
+    path = tmp_path / "million.jsonl"
+    with path.open("w") as file:
+        for number in range(1_000_000):
+            row = json.loads(dice.choice(lines))
+            row["messages"][0]["content"] += f" {number}"
+            file.write(json.dumps(row) + "\n")
+    for seconds, gib in ((600, 4.0), (20, 1.0)):
+        command = [sys.executable, "-c", LOAD, str(path), str(TINY)]
+        done = subprocess.run(
+            command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+        )
+        print(done.stdout.splitlines()[-1])
+        took, peak, kept = map(float, done.stdout.splitlines()[-1].split())
+        assert kept == 1_000_000
+        assert took < seconds and peak < gib

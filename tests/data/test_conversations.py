@@ -1,0 +1,80 @@
+import pytest
+
+from common.data.conversations import Message, format_of, to_example
+from common.data.files import BadRow
+
+HELLO = (Message("user", "Hello"), Message("assistant", "Hi"))
+
+
+def example(row: dict):
+    return to_example(row, format_of(row))
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}, "ShareGPT"),
+        ({"conversations": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}, "ShareGPT"),
+        ({"prompt": "Hello", "completion": "Hi"}, "prompt/completion"),
+        (
+            {
+                "prompt": [{"role": "user", "content": "Hello"}],
+                "completion": [{"role": "assistant", "content": "Hi"}],
+            },
+            "prompt/completion",
+        ),
+        ({"instruction": "Hello", "output": "Hi"}, "Alpaca"),
+        ({"instruction": "Hello", "input": "", "output": "Hi", "id": 7}, "Alpaca"),
+    ],
+)
+def test_every_format_gives_the_same_conversation(row, name):
+    assert format_of(row) == name
+    assert example(row) == HELLO
+
+
+def test_alpaca_input_follows_the_instruction():
+    row = {"instruction": "Translate", "input": "chien", "output": "dog"}
+    assert example(row)[0].content == "Translate\n\nchien"
+
+
+def test_plain_text_stays_text():
+    assert example({"text": "Once upon a time"}) == "Once upon a time"
+
+
+def messages(*pairs: tuple[str, object]) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in pairs]}
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"question": "a", "answer": "b"}, "no format has these keys"),
+        ({"messages": []}, "missing or empty"),
+        ({"messages": "Hello"}, "missing or empty"),
+        ({"messages": ["Hello"]}, "a message is not an object"),
+        (messages(("user", "a")), "the last turn is not the assistant's"),
+        (messages(("system", "a")), "the last turn is not the assistant's"),
+        (messages(("assistant", "a")), "a turn of the assistant where the user's should be"),
+        (messages(("user", "a"), ("user", "b")), "a turn of the user where the assistant's should be"),
+        (messages(("user", "a"), ("system", "b"), ("assistant", "c")), "a turn of the system"),
+        (messages(("tool", "a"), ("assistant", "b")), "role 'tool' is not system, user or assistant"),
+        (messages((None, "a"), ("assistant", "b")), "role None is not"),
+        (messages(("user", None), ("assistant", "b")), "the user's text is missing"),
+        (messages(("user", 7), ("assistant", "b")), "the user's text is not text"),
+        (messages(("user", "a"), ("assistant", "  ")), "the assistant's text is empty"),
+        (messages(("user", "\ud800"), ("assistant", "b")), "lone surrogate"),
+        ({"prompt": "a", "completion": None}, "completion is missing"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "input is not text"),
+        ({"text": ""}, "text is empty"),
+    ],
+)
+def test_a_row_that_cannot_be_learnt_from_says_why(row, fault):
+    with pytest.raises(BadRow) as error:
+        example(row)
+    assert fault in str(error.value)
+
+
+def test_a_file_has_one_format():
+    with pytest.raises(BadRow, match="the format is text, not messages as above it"):
+        to_example({"text": "a"}, "messages")

@@ -1,0 +1,103 @@
+"""Steps of a small model whose layers lie cut over processes, under every policy; tests/model/test_sharding.py runs it.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.model.fully_sharded FOLDER lean|stock 6 float32
+
+Prints a line of JSON for each of the first 6 policies: the losses of STEPS steps; of the last micro-batch and optimizer
+step the bytes that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was
+gathered.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from common.machine import processes
+from common.machine.device import Machine
+from common.machine.processes import Layout, summed, world_size
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.model.optimizer import build_optimizer
+from common.model.sharding import clip_gradients, shard_layers
+from common.plan.forecast import full_batch
+from common.recipe import Kernels, LoraSpec, ModelSpec, TrainSpec
+
+LAYERS, TOKENS, STEPS = 6, 768, 2
+POLICIES = {
+    "every layer": Policy(LAYERS),
+    "some layers": Policy(LAYERS, 2),
+    "offload": Policy(LAYERS, offload=True),
+    "keep attention": Policy(LAYERS, keep_attention=True),
+    "none": Policy(LAYERS, LAYERS),
+    "all at once": Policy(LAYERS, 2, keep_attention=True, offload=True),
+}
+LORA = LoraSpec(8, 16)
+
+
+def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(1)
+    processes.join()
+    count = world_size()
+    layout = Layout(count, sharded=count > 1)
+    machine = Machine(torch.device("cpu"), dtype, "a test", "a CPU")
+    for name, policy in list(POLICIES.items())[:policies]:
+        model = attach_lora(load_4bit(ModelSpec(folder), machine, layout=layout), LORA)
+        fuse_layers(model, kernels)
+        checkpoint_activations(model, policy)
+        shard_layers(model, layout)
+        optimizer = build_optimizer(model.train(), TrainSpec(TOKENS, 2, 4e-3))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        generator, losses = torch.Generator().manual_seed(0), []
+        for step in range(STEPS):
+            rows = torch.randint(10, 900, (6, TOKENS), generator=generator)
+            own = rows.chunk(count)[processes.rank()]
+            batches = [batch_of(row) for row in own]  # a micro-batch each
+            scale = len(rows) * (TOKENS - 1)
+            total = sum(backward(model, batch, scale, dtype) for batch in batches[:-1])
+            with (
+                profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+                if step == STEPS - 1
+                else nullcontext() as profiler
+            ):
+                total += backward(model, batches[-1], scale, dtype)
+                clip_gradients(trained, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses += summed([total])
+        report(name, losses, profiler)
+    processes.leave()
+
+
+def batch_of(row: Tensor) -> dict[str, Any]:
+    batch = full_batch(TOKENS, TOKENS, flat=False) | {"input_ids": row[None], "labels": row[None]}
+    batch["trained_positions"] = torch.arange(TOKENS - 1)
+    batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
+    return batch
+
+
+def backward(model: PeftModel, batch: dict[str, Any], tokens: int, dtype: torch.dtype) -> float:
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # as on a GPU: fp32 adapters, 16-bit compute
+        loss = model(**batch, num_items_in_batch=tokens).loss
+    (loss * world_size()).backward()  # FSDP takes the mean of the processes' gradients
+    return loss.item()
+
+
+def report(policy: str, losses: list[float], profiler: profile) -> None:
+    now = peak = gathers = 0
+    for event in profiler.profiler.kineto_results.events():
+        gathers += event.name().startswith("FSDP::all_gather (")
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    print(json.dumps({"policy": policy, "losses": losses, "peak": peak, "gathers": gathers}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), getattr(torch, sys.argv[4]))  # type: ignore[arg-type]

@@ -1,0 +1,219 @@
+"""Trouble with the hub, against a small server here that plays it: one clear line, and nothing half loaded."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from common.model.files import model_folder
+from common.model.loading import load_4bit, load_tokenizer
+from common.recipe import ModelSpec, UserError
+from tests.conftest import FP32
+
+COMMIT = "a" * 40
+NAME = "owner/model"
+
+
+class Hub:
+    """Serves the files of a folder as owner/model. What goes wrong is set from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        self.cut_at: dict[str, int] = {}  # the connection breaks after so many bytes of the file, once
+        self.stalls: set[str] = set()  # files of which nothing comes
+        self.moved_from: str | None = None  # a name that leads to ours
+        self.requests: list[tuple[str, str, str | None]] = []  # method, path, Range
+        self.tokens: set[str] = set()
+
+    def answer(self, handler: http.server.BaseHTTPRequestHandler) -> None:
+        path, wanted = handler.path.split("?")[0], handler.headers.get("Range")
+        self.requests.append((handler.command, path, wanted))
+        self.tokens.add(handler.headers.get("Authorization", ""))
+        if self.moved_from and self.moved_from in path:
+            handler.send_response(307)
+            handler.send_header("Location", path.replace(self.moved_from, NAME))
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        if path.startswith(f"/api/models/{NAME}"):
+            siblings = [{"rfilename": name, "size": len(content)} for name, content in self.files.items()]
+            model = {"_id": "1", "id": NAME, "modelId": NAME, "sha": COMMIT, "siblings": siblings, "private": False}
+            if "/tree/" in path:
+                listing = [{"type": "file", "path": n, "size": len(c), "oid": "0" * 40} for n, c in self.files.items()]
+                return self.send(handler, json.dumps(listing).encode(), "json")
+            return self.send(handler, json.dumps(model | {"tags": [], "downloads": 0}).encode(), "json")
+        name = path.rsplit("/", 1)[-1]
+        if name not in self.files:
+            handler.send_response(404)
+            handler.send_header("X-Error-Code", "EntryNotFound")
+            handler.send_header("Content-Length", "0")
+            return handler.end_headers()
+        return self.send(handler, self.files[name], name, wanted)
+
+    def send(self, handler, content: bytes, name: str, wanted: str | None = None) -> None:
+        start = int(re.match(r"bytes=(\d+)-", wanted).group(1)) if wanted else 0
+        handler.send_response(206 if wanted else 200)
+        handler.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        handler.send_header("X-Repo-Commit", COMMIT)
+        handler.send_header("Content-Length", str(len(content) - start))
+        handler.send_header("Content-Type", "application/json" if name == "json" else "application/octet-stream")
+        if wanted:
+            handler.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        handler.end_headers()
+        if handler.command == "HEAD":
+            return
+        if name in self.stalls:
+            time.sleep(3)
+            handler.close_connection = True
+            return
+        end = self.cut_at.pop(name, None) if start == 0 else None
+        handler.wfile.write(content[start:end])
+        if end is not None:
+            handler.wfile.flush()
+            handler.close_connection = True
+            handler.connection.close()
+
+
+@pytest.fixture
+def hub(small_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    played = Hub(small_model("llama", max_shard_size="100KB"))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            played.answer(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {
+        "ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HUGGINGFACE_CO_URL_TEMPLATE": f"http://127.0.0.1:{server.server_port}"
+        + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DOWNLOAD_TIMEOUT": 1,
+        "HF_HUB_ETAG_TIMEOUT": 1,
+        "HF_HUB_DISABLE_XET": True,
+        "DOWNLOAD_CHUNK_SIZE": 500,  # what has come so far is on the disk
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    yield played
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_is_downloaded_and_loaded(hub):
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors.index.json"}
+    assert load_tokenizer(ModelSpec(NAME)).chat_template
+    assert load_4bit(ModelSpec(NAME), FP32).config._name_or_path == NAME
+
+
+def shard(hub: Hub) -> str:
+    return next(name for name in sorted(hub.files) if name.startswith("model-00002"))
+
+
+def refusal(name: str = NAME) -> str:
+    with pytest.raises(UserError) as error:
+        model_folder(ModelSpec(name), weights=True)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_download_that_breaks_off_goes_on_where_it_was(hub):
+    hub.cut_at[shard(hub)] = 1000
+    try:
+        model_folder(ModelSpec(NAME), weights=True)
+    except UserError:  # the library gave up: the next start goes on
+        model_folder(ModelSpec(NAME), weights=True)
+    ranges = [wanted for method, path, wanted in hub.requests if path.endswith(shard(hub)) and method == "GET"]
+    assert ranges[0] is None and ranges[1] == "bytes=1000-"
+    load_4bit(ModelSpec(NAME), FP32)
+
+
+def test_a_download_that_stalls_ends_with_a_line(hub):
+    hub.stalls = set(hub.files)
+    started = time.monotonic()
+    message = refusal()
+    assert time.monotonic() - started < 60
+    assert message.startswith(f"{NAME} is not in the local cache and the hub cannot be reached (")
+    hub.stalls = set()
+    model_folder(ModelSpec(NAME), weights=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda content: content[:-100], "is cut short or damaged: "),
+        (lambda content: content[:5], "is cut short: 5 bytes, less than its header; delete it and download it again"),
+        (lambda content: content[:8] + b"!" + content[9:], "is not a safetensors file, or its header is damaged"),
+        (lambda content: b"<html>try again later</html>", "is cut short: "),
+    ],
+    ids=["cut", "five bytes", "a damaged header", "a page of a proxy"],
+)
+def test_a_corrupt_shard_is_named_before_anything_is_loaded(hub, spoil, message):
+    name = shard(hub)
+    hub.files[name] = spoil(hub.files[name])
+    said = refusal()
+    assert message in said and name in said
+
+
+def test_a_flipped_bit_in_the_weights_is_found_once_and_for_all(hub, monkeypatch):
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    with monkeypatch.context() as patch:  # what was checked is not read again
+        patch.setattr("common.run.checkpoints.hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        model_folder(ModelSpec(NAME), weights=True)
+    blob = (folder / shard(hub)).resolve()
+    content = bytearray(blob.read_bytes())
+    content[-5] ^= 1
+    blob.write_bytes(content)
+    said = refusal()
+    assert said == f"{folder / shard(hub)} is damaged: it is not what the hub has. Delete {blob} and run again"
+    blob.unlink()
+    model_folder(ModelSpec(NAME), weights=True)
+
+
+def test_a_shard_that_the_hub_does_not_have_is_named(hub):
+    name = shard(hub)
+    del hub.files[name]
+    said = refusal()
+    assert re.search(r"lacks 1 of \d+ weight files, first ", said) and said.endswith(name)
+
+
+def test_a_model_that_has_moved_is_found(hub):
+    hub.moved_from = "old/name"
+    assert model_folder(ModelSpec("old/name"), weights=True).is_dir()
+
+
+def test_what_is_in_the_cache_needs_no_network(hub, monkeypatch):
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    asked = len(hub.requests)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert model_folder(ModelSpec(NAME), weights=True) == folder
+    assert len(hub.requests) == asked
+
+
+def test_an_access_token_goes_to_the_hub_and_into_no_message(hub, monkeypatch, capsys):
+    token = "hf_canaryCANARYcanary"
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.files = {}
+    with pytest.raises(UserError) as error:
+        model_folder(ModelSpec(NAME), weights=True)
+    assert hub.tokens >= {f"Bearer {token}"}
+    chain = [error.value]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    assert all(token not in str(part) for part in chain)
+    captured = capsys.readouterr()
+    assert token not in captured.out + captured.err

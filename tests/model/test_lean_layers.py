@@ -1,0 +1,254 @@
+"""Lean decoder layers beside stock ones: same losses, same gradients, same files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from common.data.labels import IGNORED
+from common.data.packing import collate
+from common.data.rows import load_rows
+from common.model import attention
+from common.model import lean_layers as modules
+from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
+from common.model.lean_layers import fuse_layers, is_lean, obstacle
+from common.model.loading import load_4bit, load_tokenizer
+from common.model.lora import attach_lora
+from common.model.optimizer import build_optimizer
+from common.recipe import LoraSpec, ModelSpec
+from common.run.trainer import save_adapter
+from common.run.training import build_trainer
+from recipes.tiny import RECIPE as TINY_RECIPE
+from tests.conftest import ARCHITECTURES, FP32, SMALL
+from tests.data.test_packing import flash_attention_in_torch
+from tests.run.test_training import prepare, split
+
+IDS = torch.arange(10, 74).view(2, 32)
+LORA = LoraSpec(rank=4, alpha=8)
+POLICIES = {
+    "none": Policy(3, 3),
+    "every layer": Policy(3),
+    "some layers": Policy(3, 1),
+    "keep attention": Policy(3, keep_attention=True),
+    "offload": Policy(3, offload=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(small_model):
+    return {name: small_model(name, num_hidden_layers=3) for name in ARCHITECTURES}
+
+
+def adapted(folder, kernels="lean", lora=LORA, bits=4):
+    model = attach_lora(load_4bit(ModelSpec(str(folder), bits=bits), FP32), lora)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zero at first: without this no gradient reaches lora_A
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif "norm.weight" in name:  # one in a new model
+            parameter.data = torch.rand_like(parameter) + 0.5
+        elif name.endswith("bias"):  # zero in a new model
+            torch.nn.init.normal_(parameter, std=0.5)
+    fuse_layers(model, kernels)
+    return model
+
+
+def loss_and_gradients(model, policy=POLICIES["none"]):
+    checkpoint_activations(model, policy)
+    model.train()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(got, expected):
+    # fp32, sums in another order: losses to 6 digits, each gradient to 5 of its largest entry
+    assert got[0] == pytest.approx(expected[0], rel=1e-6)
+    assert got[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(got[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_adapter_gradients_are_those_of_stock_peft(folders, architecture, policy):
+    folder = folders[architecture]
+    expected = loss_and_gradients(adapted(folder, "stock"))
+    model = adapted(folder)
+    assert is_lean(model)
+    assert_same(loss_and_gradients(model, POLICIES[policy]), expected)
+
+
+@pytest.mark.parametrize(
+    ("lora", "bits"),
+    [
+        (LoraSpec(rank=3, alpha=3), 4),
+        (LoraSpec(rank=4, alpha=8, rslora=True), 4),
+        (LoraSpec(rank=4, alpha=8, target_modules=("q_proj", "v_proj")), 4),
+        (LoraSpec(rank=4, alpha=8, target_modules=("down_proj", "up_proj", "k_proj")), 4),
+        (LORA, 16),
+    ],
+    ids=["scale 1", "rslora", "q and v", "k, up and down", "16 bit"],
+)
+def test_other_adapters_and_16_bits_give_the_same_too(folders, lora, bits):
+    model = adapted(folders["qwen2"], "lean", lora, bits)
+    assert is_lean(model)
+    assert_same(loss_and_gradients(model), loss_and_gradients(adapted(folders["qwen2"], "stock", lora, bits)))
+
+
+def tiny_losses(kernels: str, steps: int) -> list[float]:
+    """Of the tiny recipe's model on its data, one row an optimizer step."""
+    recipe = TINY_RECIPE
+    tokenizer = load_tokenizer(recipe.model)
+    rows = load_rows(replace(recipe.data, eval_source=None, eval_rows=0), tokenizer, recipe.train.seq_len).train
+    model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
+    fuse_layers(model, kernels)
+    checkpoint_activations(model.train(), Policy(4, 2))
+    optimizer = build_optimizer(model, replace(recipe.train, learning_rate=1e-3))
+    losses = []
+    loader = DataLoader(rows, 1, collate_fn=lambda batch: collate(batch, tokenizer.pad_token_id))
+    for _, batch in zip(range(steps), loader, strict=False):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_after_200_steps_the_tiny_model_has_learnt_the_same():
+    lean, stock = tiny_losses("lean", 200), tiny_losses("stock", 200)
+    assert len(lean) == 200
+    assert lean[0] == pytest.approx(stock[0], rel=1e-6)
+    assert sum(stock[-20:]) / 20 < 0.1 * stock[0]
+    # fp32 rounds to 6e-8, and what it rounds away grows as training goes on: to 2e-5 nats here.
+    assert max(abs(a - b) for a, b in zip(lean, stock, strict=True)) < 1e-3
+
+
+def test_no_token_sees_another_example_of_its_row(folders):
+    """Changing the first example moves no logit of the second, nor the gradient that its loss gives."""
+    model = adapted(folders["qwen3"])
+    loss_and_gradients(model)
+    positions = torch.arange(16).repeat(2)[None]
+    first, second = IDS.view(1, 64)[:, :32], IDS.view(1, 64)[:, :32].clone()
+    second[0, :16] = 99
+    labels = torch.full((1, 32), -100)
+    labels[0, 17:] = 5
+    found = []
+    for ids in (first, second):
+        model.zero_grad()
+        model(input_ids=ids, position_ids=positions, labels=labels).loss.backward()
+        with torch.no_grad():
+            logits = model(input_ids=ids, position_ids=positions).logits[:, 16:]
+        found.append((logits, {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}))
+    assert torch.equal(found[0][0], found[1][0])
+    for name, gradient in found[0][1].items():  # of other tokens nothing but zeros is added
+        torch.testing.assert_close(found[1][1][name], gradient, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_rows_laid_flat_give_the_loss_and_gradients_of_a_rectangle(folders, architecture, monkeypatch):
+    """As on a GPU, but for the kernel of its attention, which tests/test_gpu.py compares with float64."""
+    monkeypatch.setattr(attention, "varlen_attn", flash_attention_in_torch)
+    labels = [IGNORED if i in (0, 20) else 10 + i for i in range(32)]  # no example predicts the next one's first token
+    row = {"input_ids": list(range(10, 42)), "labels": labels, "seq_lengths": [20, 12]}
+    rows = [row, {name: values[:9] for name, values in row.items()} | {"seq_lengths": [9]}]
+    found = []
+    for name in ("sdpa", attention.PACKED):
+        model = adapted(folders[architecture]).train()
+        model.set_attn_implementation(name)
+        model(**collate(rows, 0, flat=name == attention.PACKED)).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
+
+
+def test_names_are_those_of_the_stock_model_and_the_adapter_loads_in_plain_peft(folders, tmp_path):
+    lean, stock = adapted(folders["mistral"]), adapted(folders["mistral"], "stock")
+    assert list(lean.state_dict()) == list(stock.state_dict())
+    assert [name for name, _ in lean.named_modules()] == [name for name, _ in stock.named_modules()]
+    assert all(isinstance(a, type(b)) for a, b in zip(lean.modules(), stock.modules(), strict=True))
+    for name, model in (("lean", lean), ("stock", stock)):
+        save_adapter(model, tmp_path / name)
+    saved = load_file(tmp_path / "lean" / "adapter_model.safetensors")
+    expected = load_file(tmp_path / "stock" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    base = AutoModelForCausalLM.from_pretrained(
+        folders["mistral"], quantization_config=stock.config.quantization_config, dtype=torch.float32
+    )
+    for name, parameter in base.named_parameters():
+        if "norm.weight" in name:
+            parameter.data = dict(lean.get_base_model().named_parameters())[name].data
+    # In training mode: bitsandbytes 0.50 rounds its scales in eval mode on some CPUs.
+    plain = PeftModel.from_pretrained(base, tmp_path / "lean").train()
+    with torch.no_grad():
+        torch.testing.assert_close(plain(IDS).logits, lean.eval()(IDS).logits, rtol=0, atol=1e-4)
+
+
+def test_generation_goes_through_the_stock_pass_with_the_same_tokens(folders, monkeypatch):
+    lean, stock = (adapted(folders["llama"], kernels).eval() for kernels in ("lean", "stock"))
+    monkeypatch.setattr(modules, "normed_linears", lambda *_: pytest.fail("a pass with a cache is a stock pass"))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+    mask = torch.ones_like(IDS)
+    got, expected = (model.generate(IDS, attention_mask=mask, **arguments) for model in (lean, stock))
+    assert torch.equal(got, expected)
+
+
+def test_without_its_adapter_and_with_a_merged_one_the_model_is_what_it_is_in_peft(folders):
+    lean, stock = (adapted(folders["qwen2"], kernels, bits=16).eval() for kernels in ("lean", "stock"))
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=0, atol=1e-4)
+            with lean.disable_adapter(), stock.disable_adapter():
+                torch.testing.assert_close(lean(IDS).logits, stock(IDS).logits, rtol=0, atol=1e-4)
+            lean.merge_adapter(), stock.merge_adapter()
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        (LoraSpec(4, 8, dropout=0.1), "they have no LoRA dropout"),
+        (LoraSpec(4, 8, dora=True), "they know plain LoRA only (no DoRA)"),
+    ],
+)
+def test_what_the_lean_layers_cannot_do_stays_stock_and_says_why(folders, lora, reason, capsys):
+    model = adapted(folders["llama"], "lean", lora)
+    assert not is_lean(model)
+    assert f"layers: stock, slower and with more memory, because {reason}\n" in capsys.readouterr().out
+
+
+def test_another_architecture_stays_stock():
+    config = LlamaConfig(**SMALL | {"hidden_act": "gelu"})
+    model = LlamaForCausalLM(config)
+    assert obstacle(model) == "the lean layers know SiLU, not gelu"
+    for layer in decoder_layers(model):
+        layer.__class__ = type("OtherLayer", (type(layer),), {})
+    assert obstacle(model) == "there are no lean layers for llama"
+
+
+def test_without_triton_a_gpu_run_says_so_in_a_line(folders, monkeypatch, capsys):
+    model = adapted(folders["llama"], "stock")
+    monkeypatch.setattr(modules, "HAS_TRITON", False)
+    fuse_layers(model, "lean")
+    assert capsys.readouterr().out == ""  # a CPU needs none
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
+    fuse_layers(model, "lean")
+    assert "in plain PyTorch operators, slower: Triton is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kernels", ["lean", "stock"])
+def test_a_run_whose_layers_are_not_what_was_planned_does_not_start(recipe, kernels):
+    other = {"lean": "stock", "stock": "lean"}[kernels]
+    recipe = replace(recipe, train=replace(recipe.train, kernels=kernels))
+    model, tokenizer, rows, _, plan = prepare(recipe, split(recipe, 2))
+    wanted = replace(recipe, train=replace(recipe.train, kernels=other))
+    with pytest.raises(RuntimeError, match=f"the layers are not {other}, as planned; a recipe calls fuse_layers"):
+        build_trainer(model, tokenizer, rows, wanted, plan, Path(recipe.out))

@@ -1,0 +1,307 @@
+"""Layers that lie cut over several cards: what one card holds of them, what a run makes of them, what is refused."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+
+from common.machine.processes import Layout, part_of
+from common.model.activation_checkpointing import TRAINER_ARGUMENTS, Policy, decoder_layers
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.model.sharding import fill, refuse_unshardable, shard_layers
+from common.plan import count as memory
+from common.plan.forecast import Forecast, Setting
+from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
+from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
+from common.run.trainer import refuse_two_checkpointings
+from tests import fully_sharded
+from tests.conftest import ROOT, TINY
+from tests.machine.test_processes import CPU, launcher
+from tests.plan.test_count import REFERENCES, recipe_for
+from tests.plan.test_forecast import EXTRAS, RECIPE, cut, same
+
+TWO = Layout(2, sharded=True)
+
+
+@pytest.fixture(scope="module")
+def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
+    """steps(processes, kernels, policies): what fully_sharded.py prints, of a model as large as in test_memory."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": fully_sharded.LAYERS}
+    folder = str(small_model("llama", initializer_range=0.05, **sizes))
+
+    @cache
+    def run(
+        processes: int, kernels: Kernels = "lean", policies: int = 6, dtype: str = "float32"
+    ) -> list[dict[str, Any]]:
+        command = [
+            sys.executable,
+            *launcher(processes),
+            "-m",
+            "tests.model.fully_sharded",
+            folder,
+            kernels,
+            str(policies),
+        ]
+        command.append(dtype)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=CPU, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    run.folder = folder  # type: ignore[attr-defined]
+    return run
+
+
+def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "TO_HOST", None)  # as in test_memory
+    for operator, reference in REFERENCES.items():
+        monkeypatch.setitem(memory.IN_SIGHT, operator, reference)
+    recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
+    forecast = Forecast(recipe, Setting(torch.float32, "sdpa"), layout=TWO)
+    lines = steps(2, kernels, policies)
+    assert [line["policy"] for line in lines] == list(fully_sharded.POLICIES)[:policies]
+    for line in lines:
+        step = forecast.step(fully_sharded.TOKENS, fully_sharded.POLICIES[line["policy"]])
+        counted = step.peak() - sum(step.base.values())
+        print(f"{kernels}, {line['policy']}: {counted / line['peak']:.4f} of the real")
+        assert counted == pytest.approx(line["peak"], rel=0.02)
+
+
+def test_the_count_of_one_card_is_what_a_real_process_allocates(steps, monkeypatch):
+    """Two gloo processes: within 2 % of what the profiler says torch's allocator gave out."""
+    check_bytes(steps, "lean", 2, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["lean", "stock"])
+def test_the_count_of_one_card_holds_for_every_policy(steps, kernels, monkeypatch):
+    check_bytes(steps, kernels, 6, monkeypatch)
+
+
+def test_pitfall_24_each_layer_is_gathered_twice_a_micro_batch_whatever_recomputes(steps):
+    """Once forward and once backward: a checkpoint around the gathering, or a second one, would gather again."""
+    assert {line["gathers"] for line in steps(2, "lean", 2)} == {2 * fully_sharded.LAYERS}
+
+
+@pytest.mark.slow
+def test_every_policy_gathers_twice_and_gives_the_same_losses(steps):
+    first, *others = steps(2)
+    for line in others:
+        assert line["losses"] == pytest.approx(first["losses"], abs=1e-5)
+        assert line["gathers"] == first["gathers"] == 2 * fully_sharded.LAYERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kernels"), [(2, "lean"), (3, "lean"), (2, "stock")])
+def test_sharded_layers_give_the_losses_of_one_process(steps, processes, kernels):
+    for one, many in zip(steps(1, kernels), steps(processes, kernels), strict=True):
+        assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
+
+
+def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(steps):
+    """What FSDP cuts must be of one floating dtype; bytes are what bitsandbytes stores by default."""
+    model = attach_lora(load_4bit(ModelSpec(steps.folder), layout=TWO), LoraSpec(4, 4))
+    layer = decoder_layers(model)[0]
+    fill(layer, "model.layers.0", model.get_base_model().base_weights)
+    linears = [module for module in layer.modules() if isinstance(module, Linear4bit)]
+    assert len(linears) == 7
+    assert {module.weight.dtype for module in linears} == {torch.float32}  # of the compute on a CPU
+
+
+@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "random", "tied"])
+def spec(request, steps, small_model, tmp_path) -> ModelSpec:
+    """A model of each kind that can be loaded."""
+    match request.param:
+        case "16 bit":
+            return ModelSpec(steps.folder, bits=16)
+        case "stored in 4 bit":
+            load_4bit(ModelSpec(steps.folder)).save_pretrained(tmp_path)
+        case "random":
+            return ModelSpec(str(TINY), weights="random", layers=2)
+        case "tied":
+            return ModelSpec(str(small_model("qwen2", tie_word_embeddings=True)))
+        case _:
+            return ModelSpec(steps.folder)
+    return ModelSpec(str(tmp_path))
+
+
+def test_a_filled_layer_is_what_load_4bit_loads(spec):
+    ordinary = attach_lora(load_4bit(spec), LoraSpec(4, 4), seed=3)
+    hollow = attach_lora(load_4bit(spec, layout=TWO), LoraSpec(4, 4), seed=3)
+    fuse_layers(ordinary, "lean")
+    fuse_layers(hollow, "lean")
+    for index, layer in enumerate(decoder_layers(hollow)):
+        fill(layer, f"model.layers.{index}", hollow.get_base_model().base_weights)
+    ids = torch.arange(10, 40)[None]
+    with torch.no_grad():
+        expected, given = (model.eval()(input_ids=ids, labels=ids).loss for model in (ordinary, hollow))
+    assert given == expected
+    assert hollow.generation_config.eos_token_id == ordinary.generation_config.eos_token_id
+    for (name, one), (other_name, other) in zip(ordinary.named_parameters(), hollow.named_parameters(), strict=True):
+        assert name == other_name
+        assert one.requires_grad == other.requires_grad
+        assert not one.requires_grad or torch.equal(one, other)  # the very adapters that a run on one card begins with
+
+
+def test_a_hollow_model_takes_the_memory_of_what_is_outside_its_layers(steps):
+    model = load_4bit(ModelSpec(steps.folder), layout=TWO)
+    for layer in decoder_layers(model):
+        assert sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters()) < 100
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"hidden_size": 128}, r"does not fit its config.json: .*embed_tokens.weight is \(\d+, 64\), the config says"),
+        ({"num_hidden_layers": 9}, r"is incomplete: model.layers.\d.* is missing"),
+        ({"intermediate_size": 256}, r"does not fit its config.json: model.layers.0.mlp.gate_proj.weight is"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config_are_refused(small_model, values, message):
+    folder = small_model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    layer_types = {"layer_types": None} if "layer_types" in config else {}
+    (folder / "config.json").write_text(json.dumps(config | values | layer_types))
+    with pytest.raises(UserError, match=message):
+        model = load_4bit(ModelSpec(str(folder)), layout=TWO)
+        for index, layer in enumerate(decoder_layers(model)):
+            fill(layer, f"model.layers.{index}", model.base_weights)
+
+
+@pytest.mark.slow
+def test_16_bit_weights_and_fp32_adapters_are_gathered_together(steps):
+    """As on a GPU, where FSDP2 gathers them as bytes."""
+    (alone,), (together,) = (steps(processes, "lean", 1, "bfloat16") for processes in (1, 2))
+    assert together["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+
+
+def test_an_undivided_layout_leaves_a_model_as_it_is(steps):
+    model = attach_lora(load_4bit(ModelSpec(steps.folder)), LoraSpec(4, 4))
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    shard_layers(model, Layout(2))
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+def test_layouts_in_words():
+    assert str(Layout()) == "one process"
+    assert str(Layout(2)) == "data parallel: each of 2 cards has the whole model"
+    assert str(replace(TWO, on_host=3)) == ("layers sharded over 2 cards (FSDP2), the parts of 3 layers in host memory")
+    for values in ({"on_host": 1}, {"sharded": True}, {"processes": 2, "on_host": 1}):
+        with pytest.raises(ValueError, match="no such layout"):
+            Layout(**values)
+
+
+@pytest.mark.parametrize(
+    ("lora", "optimizer", "message"),
+    [
+        (LoraSpec(8, 8, dora=True), "adamw_torch_fused", "LoraSpec.dora reads whole weights"),
+        (LoraSpec(8, 8), "adamw_8bit", "TrainSpec.optimizer='adamw_8bit' cannot update sharded adapters"),
+        (LoraSpec(8, 8), "paged_adamw_8bit", "cannot update sharded adapters"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_by_name(lora, optimizer, message):
+    with pytest.raises(UserError, match=message):
+        refuse_unshardable(lora, replace(RECIPE.train, optimizer=optimizer))
+    refuse_unshardable(LoraSpec(8, 8, dropout=0.1), RECIPE.train)
+
+
+def test_pitfall_24_the_trainers_checkpointing_and_the_plans_at_once_are_refused(monkeypatch):
+    (flag,) = TRAINER_ARGUMENTS
+    both = SimpleNamespace(**{flag: True})
+    with pytest.raises(UserError, match="gathered once more"):
+        refuse_two_checkpointings(True, both)
+    refuse_two_checkpointings(False, both)
+    refuse_two_checkpointings(True, SimpleNamespace(**{flag: False}))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="ACCELERATE_USE_FSDP"):
+        refuse_two_checkpointings(False, SimpleNamespace(**{flag: False}))
+
+
+# What one card of several holds, counted.
+
+
+@pytest.fixture(scope="module")
+def eight() -> Forecast:
+    return Forecast(cut(8), layout=TWO)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(8), Policy(8, 8), Policy(8, 3), Policy(8, 7), Policy(8, 3, offload=True), Policy(8, 1, True)],
+    ids=str,
+)
+def test_a_few_layers_give_the_bytes_of_eight(eight, policy):
+    same(eight, policy)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "accumulates"), [(2, False), (3, True), (8, True)])
+def test_a_few_layers_give_the_bytes_of_eight_whatever_the_policy(processes, accumulates):
+    forecast = Forecast(cut(8), layout=Layout(processes, sharded=True))
+    for extra in EXTRAS:
+        for kept in (0, 2, 5, 8):
+            same(forecast, Policy(8, kept, **extra), accumulates)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_models_of_one_and_two_layers_count_when_cut(layers):
+    forecast = Forecast(cut(layers), layout=TWO)
+    for policy in (Policy(layers), Policy(layers, layers), Policy(layers, 1), Policy(layers, offload=True)):
+        same(forecast, policy)
+
+
+def test_a_card_holds_its_part_of_the_layers_and_all_that_is_outside(eight):
+    one, part = Forecast(cut(8)).step(2048, Policy(8)).base, eight.step(2048, Policy(8)).base
+    for kind in (ADAPTERS, GRADIENTS, OPTIMIZER):
+        assert part[kind] / one[kind] == pytest.approx(1 / 2, rel=1e-3), kind
+    # Of a 4-bit weight 4 bits are cut, and its scales, 8/64 + 32/(64 * 256) bits, are not.
+    scales = 8 / 64 + 32 / (64 * 256)
+    assert part[WEIGHTS] / one[WEIGHTS] == pytest.approx((4 / 2 + scales) / (4 + scales), rel=1e-3)
+    norms = 8 * 2 * 4096 * 2  # the layers' own, in bf16: cut too
+    assert one[EMBEDDINGS] - part[EMBEDDINGS] == norms / 2
+
+
+def test_a_layer_is_gathered_beside_what_others_are_gathered_into(eight):
+    """Forward: the layer whole, 218 million 4-bit values and its adapters; what it was gathered into; and for a moment
+    the same of the layer before, which FSDP2 lets go of when the copy is done. Backward: the next one instead."""
+    values = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    adapters = 16 * 81_920 * 4  # fp32; in + out over 7 projections
+    gathered = max(now[GATHERED] for _, now in eight.step(2048, Policy(8, 8)).timeline())
+    assert gathered == pytest.approx(3 * (values / 2 + adapters), rel=0.01)
+
+
+def test_parts_in_host_memory_leave_the_card_and_cross_the_link(eight):
+    step = eight.step(2048, Policy(8))
+    moved = eight.step(2048, Policy(8), on_host=3)
+    part = sum(step.cut.values())
+    assert part > 50 << 20
+    for kind in KINDS:
+        left = 3 * step.cut[kind]
+        assert step.base[kind] - moved.base[kind] == (left if kind != GATHERED else -part)
+    assert step.peak() - moved.peak() == 2 * part  # one of the three counts as on its way
+    assert moved.host_peak() - step.host_peak() == 3 * part
+    link, more = (sum(segment.work.link_bytes for segment in s.segments) for s in (step, moved))
+    assert more - link == pytest.approx(2 * 3 * part)  # forward and backward
+    assert moved.seconds(eight.speed) >= step.seconds(eight.speed)
+
+
+def test_gathering_crosses_the_link(eight):
+    """Twice a layer, what the others hold: packed weights and fp32 adapters; and the adapters' gradients once."""
+    step = eight.step(2048, Policy(8))
+    link = sum(segment.work.link_bytes for segment in step.segments)
+    part = sum(step.cut[kind] for kind in (WEIGHTS, EMBEDDINGS, ADAPTERS))
+    assert link == pytest.approx(8 * (2 * part + step.cut[ADAPTERS]), rel=0.01)
+
+
+def test_a_part_of_what_is_not_cut_is_all_of_it():
+    tensor = torch.ones(3)
+    assert part_of(tensor) is tensor

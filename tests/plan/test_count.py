@@ -1,0 +1,378 @@
+"""The count: against torch's allocator in a real step, against arithmetic, and of an encoder."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from transformers import BertConfig, BertModel
+
+from common.kernels import REFERENCES
+from common.machine.device import GIB
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.lean_layers import fuse_layers
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.model.optimizer import build_optimizer
+from common.plan import count as memory
+from common.plan.count import count_step, round_up
+from common.plan.forecast import Forecast, Setting, copies, full_batch
+from common.plan.step import (
+    ADAPTERS,
+    EMBEDDINGS,
+    GRADIENTS,
+    KINDS,
+    OPTIMIZER,
+    SAVED,
+    WEIGHTS,
+    WORKING,
+    Segment,
+    Speed,
+    Step,
+    Work,
+    splice,
+)
+from common.recipe import DataSpec, Kernels, LoraSpec, ModelSpec, Optimizer, Recipe, TrainSpec
+from tests.conftest import ARCHITECTURES, FP32
+
+LLAMA, QWEN3 = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
+RANK_16 = LoraSpec(16, 16)
+LLAMA_ADAPTER = 32 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
+TOKENS, LAYERS = 768, 6
+POLICIES = {
+    "every layer": Policy(LAYERS),
+    "some layers": Policy(LAYERS, 2),
+    "keep attention": Policy(LAYERS, keep_attention=True),
+    "none": Policy(LAYERS, LAYERS),
+    "offload": Policy(LAYERS, offload=True),
+    "all at once": Policy(LAYERS, 2, keep_attention=True, offload=True),
+}
+FEWER = ("every layer", "some layers", "keep attention")
+
+
+def recipe_for(
+    name: str,
+    *,
+    lora: LoraSpec = RANK_16,
+    layers: int | None = None,
+    bits: int = 4,
+    optimizer: Optimizer = "adamw_torch_fused",
+    kernels: Kernels = "lean",
+) -> Recipe:
+    model = ModelSpec(name, weights="pretrained" if layers is None else "random", layers=layers, bits=bits)
+    return Recipe(model, DataSpec("x"), lora, TrainSpec(2048, 16, 2e-4, optimizer=optimizer, kernels=kernels))
+
+
+@pytest.fixture(scope="module")
+def forecasts(small_model):
+    """Of models that are large enough for their activations to outweigh what torch allocates beside."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": LAYERS}
+    folders = {name: str(small_model(name, initializer_range=0.05, **sizes)) for name in ARCHITECTURES}
+    setting = Setting(torch.float32, "sdpa")
+    return {
+        (name, kernels): Forecast(recipe_for(folder, lora=LoraSpec(8, 16), kernels=kernels), setting)
+        for name, folder in folders.items()
+        for kernels in ("lean", "stock")
+    }
+
+
+def allocated_in_a_real_step(recipe: Recipe, policy: Policy) -> int:
+    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
+    model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
+    fuse_layers(model, recipe.train.kernels)
+    checkpoint_activations(model, policy)
+    model.train()
+    optimizer = build_optimizer(model, recipe.train)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
+    optimizer.step()  # makes its states
+    batch = full_batch(TOKENS, TOKENS, flat=False)
+    batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(**batch, num_items_in_batch=TOKENS).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def cases() -> Iterator[tuple[str, str, Kernels]]:
+    for name in ARCHITECTURES:
+        every_policy = name in ("llama", "qwen3")
+        yield from ((name, policy, "lean") for policy in (POLICIES if every_policy else FEWER))
+        yield from ((name, policy, "stock") for policy in (FEWER if every_policy else FEWER[:1]))
+
+
+@pytest.mark.parametrize(("architecture", "policy", "kernels"), list(cases()))
+def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
+    forecasts, architecture, policy, kernels, monkeypatch
+):
+    monkeypatch.setattr(memory, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    for operator, reference in REFERENCES.items():
+        # On a CPU it is its reference that runs, which allocates more than the Triton kernel that a plan counts.
+        monkeypatch.setitem(memory.IN_SIGHT, operator, reference)
+    forecast = forecasts[architecture, kernels]
+    step = forecast.step(TOKENS, POLICIES[policy])
+    counted = step.peak() - sum(step.base.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
+    print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def two_layers():
+    return Forecast(recipe_for(LLAMA, layers=2))
+
+
+def test_a_count_is_repeatable(two_layers):
+    first, second = (two_layers.count(256, Policy(2, 1), True) for _ in range(2))
+    assert (first.outside, first.of_layer) == (second.outside, second.of_layer)
+    assert (first.peak(), first.at_peak()) == (second.peak(), second.at_peak())
+    for one, other in zip(first.segments, second.segments, strict=True):
+        # Sorted: autocast drops its copies of the adapters in the order of their addresses.
+        assert (one.name, sorted(one.events)) == (other.name, sorted(other.events))
+        assert (one.host_bytes, one.work.operators) == (other.host_bytes, other.work.operators)
+
+
+def test_the_peak_is_made_up_of_its_kinds(two_layers):
+    step = two_layers.step(256, Policy(2, 1))
+    assert sum(step.at_peak().values()) == step.peak()
+    assert step.at_peak()[SAVED] > 0 and step.at_peak()[WORKING] > 0
+
+
+def test_after_a_step_there_is_what_was_there_before(two_layers):
+    for policy in (Policy(2, 2), Policy(2), Policy(2, offload=True)):
+        step = two_layers.count(256, policy, True)
+        # Only the batch is left, which enters the count when the step first looks at it: ids, labels and positions.
+        assert sum(segment.net for segment in step.segments) == 3 * 8 * 256
+        assert sum(segment.host_bytes for segment in step.segments) == 0
+
+
+def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_layers):
+    gradients = 4 * LLAMA_ADAPTER // 32 * 2
+    first, later = (two_layers.count(256, Policy(2), accumulates) for accumulates in (False, True))
+    assert (first.base[GRADIENTS], later.base[GRADIENTS]) == (0, gradients)
+    assert max(now[GRADIENTS] for _, now in first.timeline()) == gradients
+    after_step = next(reversed([now.copy() for _, now in first.timeline()]))
+    assert after_step[GRADIENTS] == 0
+    assert {now[GRADIENTS] for _, now in later.timeline()} == {gradients}
+
+
+def test_every_allocation_is_rounded_up_to_512_bytes(small_llama):
+    assert [round_up(size) for size in (1, 512, 513)] == [512, 512, 1024]
+    step = Forecast(recipe_for(str(small_llama), lora=LoraSpec(1, 1))).count(64, Policy(2), True)
+    # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step
+    assert (step.base[ADAPTERS], step.base[GRADIENTS]) == (28 * 512, 28 * 512)
+    assert step.base[OPTIMIZER] == 28 * 3 * 512
+
+
+def test_the_bytes_of_llama3_8b_before_a_step():
+    base = Forecast(recipe_for(LLAMA)).step(64, Policy(32)).base
+    # 32 layers * (2 * 4096^2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) = 6,979,321,856 weights: half a byte, a byte a block
+    # of 64 for its scale, and 4 a block of 256 scales (arXiv:2305.14314 section 3). Beside each of the 224 matrices
+    # the 16 and 256 numbers of two code books in fp32, and an offset: 512 + 1024 + 512 bytes.
+    assert base[WEIGHTS] == 6_979_321_856 * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 224 * 2048
+    # embedding and head, 2 * 128256 * 4096, and 65 norms of 4096, in bf16; RoPE keeps 64 frequencies in fp32 twice
+    assert base[EMBEDDINGS] == 2 * (2 * 128256 * 4096 + 65 * 4096) + 2 * 512
+    assert base[ADAPTERS] == base[GRADIENTS] == 4 * LLAMA_ADAPTER
+    # two moments in fp32, and of each of the 448 matrices its step
+    assert base[OPTIMIZER] == 8 * LLAMA_ADAPTER + 448 * 512
+    assert base[SAVED] == base[WORKING] == 0
+
+
+def test_the_bytes_of_llama3_8b_in_16_bits():
+    assert Forecast(recipe_for(LLAMA, bits=16)).step(64, Policy(32)).base[WEIGHTS] == 2 * 6_979_321_856
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_8_bit_optimizer_keeps_its_moments_in_a_byte_each_and_a_scale_a_block(optimizer):
+    base = Forecast(recipe_for(LLAMA, optimizer=optimizer)).step(64, Policy(32)).base
+    # 4 bytes a block of 256 (arXiv:2110.02861 section 2), for the moments of k's and v's B, 64 blocks, rounded up from
+    # 256 bytes to 512; and two tables of 256 numbers in fp32 that all of them share
+    assert base[OPTIMIZER] == 2 * LLAMA_ADAPTER * (1 + 4 / 256) + 32 * 2 * 2 * 256 + 2 * 1024
+
+
+def bytes_per_token(forecast: Forecast, policy: Policy, layer: int = 1) -> float:
+    """Bytes that an inner layer leaves standing for each token; what it leaves whatever the tokens cancels out."""
+    short, long = (forecast.count(tokens, policy, True).segment(f"forward {layer}").net for tokens in (1024, 2048))
+    return (long - short) / 1024
+
+
+# Of a layer: hidden size, that of the MLP, of queries and of keys; heads; whether queries and keys have norms.
+H, INTERMEDIATE, Q, K, HEADS, RANK = 4096, 14336, 4096, 1024, 32, 16
+SIZES = {
+    LLAMA: (H, INTERMEDIATE, Q, K, HEADS, False),
+    "mistralai/Mistral-7B-Instruct-v0.3": (H, INTERMEDIATE, Q, K, HEADS, False),
+    "Qwen/Qwen2.5-14B-Instruct": (5120, 13824, 5120, 1024, 40, False),
+    QWEN3: (5120, 17408, 5120, 1024, 40, True),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_stock_layer_saves_its_norms_in_fp32_and_every_step_of_its_mlp(name):
+    h, intermediate, q, k, heads, inner_norms = SIZES[name]
+    # The inputs of two norms in fp32, their outputs, and a number: 2 * (4h + 2h + 4). Query, key and value, attention's
+    # output and log-sum-exp. gate, its SiLU, up, their product. 7 LoRA bottlenecks.
+    saved = 12 * h + 8 + 4 * q + 4 * k + 4 * heads + 8 * intermediate + 14 * RANK
+    if inner_norms:  # their inputs in fp32, and a number for each head
+        saved += 4 * (q + k) + 4 * (heads + 8)
+    expected = {LLAMA: 184_680, QWEN3: 250_440}.get(name, saved)  # 180.35 and 244.57 KiB
+    assert bytes_per_token(Forecast(recipe_for(name, layers=3, kernels="stock")), Policy(3, 3)) == saved == expected
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_lean_layer_saves_half_of_that(name):
+    h, intermediate, q, k, heads, inner_norms = SIZES[name]
+    # The inputs of two norms. Query, key and value, attention's output and log-sum-exp. gate and up.
+    saved = 4 * h + 4 * q + 4 * k + 4 * heads + 4 * intermediate
+    if inner_norms:  # their inputs
+        saved += 2 * (q + k)
+    expected = {LLAMA: 94_336, QWEN3: 127_136}.get(name, saved)  # 92.1 and 124.2 KiB
+    assert bytes_per_token(Forecast(recipe_for(name, layers=3)), Policy(3, 3)) == saved == expected
+
+
+@pytest.mark.parametrize(("kernels", "frozen_matmuls"), [("lean", 6), ("stock", 7)])
+def test_a_lean_layer_recomputes_6_frozen_matmuls_and_a_stock_one_7(kernels, frozen_matmuls):
+    forecast = Forecast(recipe_for(LLAMA, layers=3, kernels=kernels))
+    kept, recomputed = (
+        forecast.count(2048, policy, True).segment("backward 1").work.flops for policy in (Policy(3, 3), Policy(3))
+    )
+    down = H * INTERMEDIATE
+    frozen = 218_103_808 if frozen_matmuls == 7 else 218_103_808 - down
+    # Of the adapters too, what nobody reads is left out: of down_proj's both matmuls, and in a stock layer its B.
+    low_rank = RANK * (81_920 - H - (INTERMEDIATE if kernels == "lean" else 0))
+    attention = 2048 * Q  # causal: half of the 2 * tokens * q of a token
+    assert recomputed - kept == 2 * 2048 * (frozen + low_rank + attention)
+
+
+def test_lora_dropout_saves_a_mask_and_a_copy_of_every_input():
+    forecast = Forecast(recipe_for(LLAMA, layers=3, lora=LoraSpec(16, 16, dropout=0.1)))
+    inputs = 5 * H + Q + INTERMEDIATE  # of q, k, v, gate and up; of o; of down
+    in_place_of = 2 * (2 * H + INTERMEDIATE)  # two norms' outputs and the product; attention saves its output itself
+    saved = bytes_per_token(forecast, Policy(3, 3))
+    assert saved - 184_680 == (1 + 2) * inputs - in_place_of == 70 * 1024
+
+
+def test_a_layer_that_recomputes_saves_its_input_alone():
+    forecast = Forecast(recipe_for(LLAMA, layers=4))
+    assert bytes_per_token(forecast, Policy(3)) == 2 * H
+    # attention's output and log-sum-exp
+    assert bytes_per_token(forecast, Policy(3, keep_attention=True)) == 2 * H + 2 * Q + 4 * HEADS
+    # The first layer's input stays: it is the output of the embedding.
+    assert bytes_per_token(forecast, Policy(4, offload=True), layer=2) == 0
+
+
+def test_with_offload_every_layer_input_waits_in_host_memory():
+    step = Forecast(recipe_for(LLAMA)).step(1024, Policy(32, offload=True))
+    assert step.host_peak() == 32 * 1024 * 2 * H
+    there_and_back = sum(segment.work.link_bytes for segment in step.segments)
+    assert there_and_back == 2 * 32 * 1024 * 2 * H
+
+
+# A step by hand: segments of one kind, bytes up and down.
+def segment(name: str, *deltas: tuple[int, str], seconds: float = 0.0, host: int = 0) -> Segment:
+    return Segment(name, tuple((WORKING, delta, origin) for delta, origin in deltas), Work([(seconds, 0.0)]), host)
+
+
+def by_hand(*segments: Segment) -> Step:
+    return Step(dict.fromkeys(KINDS, 0) | {WEIGHTS: 100}, dict.fromkeys(KINDS, 0) | {WEIGHTS: 10}, 1, segments)
+
+
+def test_the_peak_is_the_worst_moment_not_the_worst_end():
+    step = by_hand(
+        segment("embedding", (5, "embedding"), host=3),
+        segment("forward 0", (50, "forward 0"), (-50, "forward 0"), (7, "forward 0"), host=-1),
+        segment("head and loss", (20, "head and loss"), (-20, "head and loss"), (-5, "embedding"), host=2),
+    )
+    assert sum(step.base.values()) == 110
+    assert step.peak() == 110 + 5 + 50
+    assert step.at_peak() == step.base | {WORKING: 55}
+    assert step.host_peak() == 4
+    assert [part.net for part in step.segments] == [5, 7, -5]
+
+
+def test_an_operator_takes_as_long_as_its_slower_side_and_copies_and_launches_go_beside():
+    speed = Speed("a card", flops=100.0, bandwidth=10.0, host_link=2.0, launch=0.5)
+    assert speed.seconds(Work([(300.0, 10.0), (100.0, 50.0)])) == 3 + 5
+    assert speed.seconds(Work([(300.0, 10.0)], link_bytes=10.0)) == 5
+    assert speed.seconds(Work([(300.0, 10.0)], launches=8)) == 4
+    assert Work([(300.0, 10.0)], 4.0, 8).scaled(0.5).operators == [(150.0, 5.0)]
+    assert Work([(300.0, 10.0), (1.0, 1.0)]).flops == 301.0
+
+
+def test_a_spliced_step_repeats_what_a_layer_does_and_leaves_behind():
+    one = by_hand(
+        segment("embedding", (5, "embedding")),
+        segment("forward 0", (7, "forward 0"), (2, "forward 0")),
+        segment("head and loss", (-2, "forward 0")),
+        segment("loss"),
+        segment("backward 0", (-7, "forward 0")),
+        segment("optimizer", (-5, "embedding"), seconds=4.0),
+    )
+    three = splice([(one, [0, 0, 0])])
+    assert three.base[WEIGHTS] == 100 + 3 * 10
+    assert three.peak() == 130 + 5 + 3 * 9
+    assert sum(part.net for part in three.segments) == 0
+    assert three.segment("optimizer").work.flops == 3 * 4.0
+
+
+class GpuDropout(nn.Dropout):
+    """Saves a mask of one byte an entry, as on a GPU; on a CPU torch keeps the noise itself, in fp32."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(inputs, self.p, self.training)[0]
+
+
+def count_bert(layers: int, kept: int) -> Step:
+    """BERT-large, its size in `layers`, trained in full with AdamW in fp32 on 64 rows of 512 tokens."""
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=1024,
+        num_attention_heads=16,
+        intermediate_size=4096,
+        attn_implementation="sdpa",
+        # With its 0.1 a CPU has no fused attention. On a GPU it costs nothing: backward draws the mask again.
+        attention_probs_dropout_prob=0.0,
+    )
+    mode = FakeTensorMode()
+    with mode:
+        model = BertModel(config, add_pooling_layer=False).train()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Dropout):
+            model.set_submodule(name, GpuDropout(module.p))
+    checkpoint_activations(model, Policy(layers, kept))
+    with mode:
+        ids = torch.zeros((64, 512), dtype=torch.int64)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        return count_step(
+            model, lambda: model(input_ids=ids).last_hidden_state.square().mean(), optimizer, accumulates=False
+        )
+
+
+# Parameters of BERT-large's encoder: (30522 + 512 + 2) * 1024 of embeddings and 2 * 1024 of their norm; a layer has
+# 4 * 1024^2 + 2 * 1024 * 4096 in matrices, 9 * 1024 + 4096 in biases and norms.
+BERT = 31_782_912 + 24 * 12_596_224
+# Saved by a layer that keeps its activations, a token, in fp32: query, key, value, attention's output, and of each of
+# two norms input and output are 32 H; two masks of dropout 2 H; before and after the GELU 8 I; 16 log-sum-exps, and
+# mean and deviation of the norms, 4 numbers.
+BERT_SAVED = 34 * 1024 + 8 * 4096 + 4 * (16 + 4)
+
+
+@pytest.mark.parametrize(("kept", "gib"), [(1, 54.07), (0, 9.44)], ids=["none", "every layer"])
+def test_bert_large_without_checkpointing_takes_54_GiB_and_with_it_less_than_a_fifth(kept, gib):
+    full = count_bert(24, 24 * kept)
+    assert full.base[ADAPTERS] == pytest.approx(4 * BERT, rel=1e-3)  # all that is trained; rounded to 512 bytes each
+    assert full.peak() / GIB == pytest.approx(gib, rel=0.01)
+    saved = full.segment("forward 12").net / (64 * 512)
+    assert saved == (BERT_SAVED if kept else 4 * 1024)
+    three = count_bert(3, 3 * kept)
+    spliced = splice([(three, copies(24, 3, 1))])
+    assert (spliced.peak(), spliced.base) == (full.peak(), full.base)

@@ -1,0 +1,125 @@
+"""Losses and gradients that are no numbers: the step is skipped, its rows are named, and at last the run stops."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.data.packing import collate, examples_of
+from common.model.activation_checkpointing import Policy, decoder_layers
+from common.recipe import UserError
+from common.run.progress import read_metrics
+from common.run.trainer import MOST_SKIPPED_FP16
+from common.run.training import build_trainer, train
+from tests.run.test_training import adapter, prepare, split
+
+POISON = "Xylophone"  # in no shipped conversation
+
+
+def poisoned(recipe, lines: list[int], **train_values):
+    """The recipe with that word in these lines (from 1) of its data, and its model, prepared."""
+    path = Path(recipe.data.source)
+    content = path.read_text().splitlines()
+    for line in lines:
+        content[line - 1] = content[line - 1].replace('"content": "', f'"content": "{POISON} ', 1)
+    path.write_text("\n".join(content) + "\n")
+    values = {"max_steps": 40, "rows_per_step": 4} | train_values
+    recipe = replace(recipe, data=replace(recipe.data, eval_rows=0), train=replace(recipe.train, **values))
+    return prepare(recipe, split(recipe, 2, Policy(2, 2)))
+
+
+def spoil(model, tokenizer, how) -> None:
+    """`how` changes the embeddings of rows in which the word's first token occurs."""
+    word = tokenizer(POISON, add_special_tokens=False)["input_ids"]
+    embedding = model.get_input_embeddings()
+
+    def hook(_, inputs, output):
+        (ids,) = inputs
+        at = torch.zeros_like(ids, dtype=torch.bool)
+        for i in range(ids.shape[1] - len(word) + 1):
+            at[:, i] = (ids[:, i : i + len(word)] == torch.tensor(word)).all(1)
+        return how(output, at)
+
+    embedding.register_forward_hook(hook)
+
+
+def test_a_row_whose_loss_is_no_number_is_named_with_its_line_and_its_step_skipped(recipe, capsys):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, [17])
+    spoil(model, tokenizer, lambda output, at: output.masked_fill(at[..., None], float("nan")))
+    metrics = train(model, tokenizer, rows, recipe, plan)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: step")]
+    assert warnings
+    for line in warnings:
+        assert line.endswith(f": the loss is nan ({recipe.data.source}:17); the step is skipped")
+    skipped = [entry["step"] for entry in read_metrics(Path(recipe.out)) if "skipped" in entry]
+    assert [f"warning: step {step}:" for step in skipped] == [line[: line.index(":", 14) + 1] for line in warnings]
+    assert metrics["steps"] == 40
+    assert metrics["last_loss"] < metrics["first_loss"]
+    assert all(tensor.isfinite().all() for tensor in adapter(recipe.out).values())
+
+
+def test_a_skipped_step_leaves_the_adapter_and_its_moments_as_they_were(recipe):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, range(1, 201), max_steps=2)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    spoil(model, tokenizer, lambda output, at: output.masked_fill(at[..., None], float("inf")))
+    with pytest.raises(UserError, match="none of the 2 steps gave finite numbers; mend the rows named above"):
+        train(model, tokenizer, rows, recipe, plan)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def test_pitfall_33_three_such_steps_in_a_row_stop_the_run_with_advice(recipe):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, range(1, 201))
+    spoil(model, tokenizer, lambda output, at: output.masked_fill(at[..., None], float("nan")))
+    with pytest.raises(UserError) as error:
+        train(model, tokenizer, rows, recipe, plan)
+    message = str(error.value)
+    assert message.startswith("3 steps in a row gave no finite numbers, the last one 3: the loss is nan (")
+    assert f"{recipe.data.source}:" in message and " and more)" in message
+    assert message.endswith("Lower TrainSpec.learning_rate; the last good checkpoint is kept")
+    assert not (Path(recipe.out) / "adapter_model.safetensors").exists()
+
+
+def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(recipe, capsys):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, [17])
+    layer = decoder_layers(model)[0]
+    batches = []
+    layer.register_forward_hook(lambda *_: batches.append(1))
+
+    def explode(_, __, output):
+        if len(batches) == 9 and output.requires_grad:
+            output.register_hook(lambda grad: grad * float("inf"))
+
+    layer.register_forward_hook(explode)
+    train(model, tokenizer, rows, recipe, plan)
+    out = capsys.readouterr().out
+    assert out.count("the step is skipped") == 1
+    assert "the gradient norm is " in out
+    assert all(tensor.isfinite().all() for tensor in adapter(recipe.out).values())
+
+
+def test_fp16s_scaler_may_look_for_a_scale_that_fits_without_a_warning(recipe, capsys):
+    model, tokenizer, rows, recipe, plan = poisoned(recipe, [17])
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    trainer.accelerator.scaler = object()
+    overflow, finite = torch.tensor(float("inf")), torch.ones(0, dtype=torch.bool)
+    for _ in range(MOST_SKIPPED_FP16 - 1):
+        trainer._skip_step(overflow, finite)
+    assert "warning" not in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match="20 steps in a row gave no finite numbers, the last one 1: the gradient norm is"
+    ):
+        trainer._skip_step(overflow, finite)
+
+
+def test_the_examples_of_a_micro_batch_come_one_by_one():
+    rows = [
+        {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
+        {"input_ids": [6, 7], "labels": [-100, 7], "seq_lengths": [2]},
+    ]
+    for flat in (False, True):
+        examples = examples_of(collate(rows, 0, flat=flat))
+        assert [example["input_ids"].tolist() for example in examples] == [[[1, 2, 3]], [[4, 5]], [[6, 7]]]
+        assert [example["trained_positions"].tolist() for example in examples] == [[0, 1], [0], [0]]
+        assert ("cu_seq_lens_q" in examples[0]) == flat
+    assert examples[1]["cu_seq_lens_q"].tolist() == [0, 2] and examples[1]["max_length_q"] == 2

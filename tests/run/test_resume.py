@@ -1,0 +1,98 @@
+"""A run goes on from its own checkpoint only: PITFALLS row 27 and what may change all the same."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.recipe import LoraSpec, UserError
+from common.run.resume import identity, refuse_another_run
+from common.run.training import train
+from tests.run.test_training import prepare
+
+
+@pytest.fixture
+def stopped(recipe):
+    """A run that has three checkpoints behind it."""
+    recipe = replace(recipe, train=replace(recipe.train, save_every=1))
+    train(*prepare(recipe))
+    return replace(recipe, existing_run="resume")
+
+
+def edited(recipe, **train_values):
+    return replace(recipe, train=replace(recipe.train, **train_values))
+
+
+def other_data(recipe, tmp_path):
+    lines = Path(recipe.data.source).read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    return replace(recipe, data=replace(recipe.data, source=str(tmp_path / "other.jsonl")))
+
+
+CHANGES = {
+    "alpha": (lambda recipe, _: replace(recipe, lora=LoraSpec(4, 64)), "LoraSpec.alpha was 8 and is 64"),
+    "rank": (lambda recipe, _: replace(recipe, lora=LoraSpec(8, 8)), "LoraSpec.rank was 4 and is 8"),
+    "learning rate": (
+        lambda recipe, _: edited(recipe, learning_rate=1e-4),
+        "TrainSpec.learning_rate was 0.005 and is 0.0001",
+    ),
+    "seed": (lambda recipe, _: edited(recipe, seed=1), "TrainSpec.seed was 0 and is 1"),
+    "optimizer": (
+        lambda recipe, _: edited(recipe, optimizer="adamw_8bit"),
+        "TrainSpec.optimizer was 'adamw_torch_fused' and is 'adamw_8bit'",
+    ),
+    "data": (other_data, "DataSpec.source was "),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_pitfall_27_resuming_with_another_setting_is_refused_and_names_it(stopped, tmp_path, change):
+    alter, words = CHANGES[change]
+    with pytest.raises(UserError) as error:
+        train(*prepare(alter(stopped, tmp_path)))
+    lines = str(error.value).splitlines()
+    assert lines[0] == f"{stopped.out}/checkpoints/checkpoint-3 belongs to another run:"
+    assert any(line.startswith(f"  {words}") for line in lines[1:-1]), lines
+    assert lines[-1] == "Take that back to go on with it, or begin anew: ARGS=--overwrite"
+
+
+def test_pitfall_27_the_same_file_with_other_content_is_refused(stopped):
+    path = Path(stopped.data.source)
+    path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
+    with pytest.raises(UserError, match="the data is not what it was: other rows, another tokenizer or chat template"):
+        train(*prepare(stopped))
+
+
+def test_pitfall_27_another_version_of_a_library_is_said(stopped, capsys):
+    model, tokenizer, rows, recipe, plan = prepare(stopped)
+    old = identity(recipe, rows, plan="1 x 16 rows")
+    new = copy.deepcopy(old) | {"plan": "2 x 8 rows"}
+    old["versions"]["torch"] = "2.0"
+    refuse_another_run(old, new, "checkpoint-3")
+    out = capsys.readouterr().out
+    assert f"warning: torch was 2.0 and is {new['versions']['torch']}; the run goes on" in out
+    assert "warning: the plan was 1 x 16 rows and is 2 x 8 rows; the run goes on" in out
+
+
+@pytest.mark.parametrize(
+    "free", [{"checkpointing": "every layer"}, {"eval_every": 7}, {"save_every": 9}], ids=lambda free: next(iter(free))
+)
+def test_what_does_not_change_the_result_may_change(stopped, free, capsys):
+    train(*prepare(edited(stopped, **free)))
+    out = capsys.readouterr().out
+    assert "going on from" in out
+    assert "warning" not in out
+
+
+def test_more_steps_are_a_longer_run_and_said(stopped, capsys):
+    metrics = train(*prepare(edited(stopped, max_steps=5)))
+    assert metrics["steps"] == 5
+    assert "warning: TrainSpec.max_steps was 3 and is 5; the run goes on, and ends" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_resumed_to_the_same_end(stopped):
+    before = (Path(stopped.out) / "adapter_model.safetensors").read_bytes()
+    metrics = train(*prepare(stopped))
+    assert metrics["steps"] == 3
+    assert (Path(stopped.out) / "adapter_model.safetensors").read_bytes() == before

@@ -1,0 +1,161 @@
+"""Out of memory, provoked: the run steps down, loses no step, and learns what it would have learnt."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.model.activation_checkpointing import Policy, decoder_layers
+from common.recipe import UserError
+from common.run.training import build_trainer, train, worst_batch
+from tests.run.test_training import adapter, prepare, split
+
+
+class Memory:
+    """Raises OutOfMemoryError in a layer's forward pass when a limit is crossed."""
+
+    def __init__(self, model, *, kept: int = 99, tokens: int = 1 << 30, after: int = 0, times: int = 1 << 30) -> None:
+        self.model, self.kept, self.tokens, self.after, self.times = model, kept, tokens, after, times
+        self.largest: list[int] = []  # tokens of each forward pass that succeeded
+        self.failures = 0
+        decoder_layers(model)[1].register_forward_pre_hook(self.check)
+
+    def check(self, _, arguments) -> None:
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:  # evaluation, or a recompute
+            return
+        tokens = arguments[0].shape[0] * arguments[0].shape[1]
+        kept = sum(not layer.gradient_checkpointing for layer in decoder_layers(self.model))
+        self.after -= 1
+        if self.after < 0 and self.failures < self.times and (kept > self.kept or tokens > self.tokens):
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+        self.largest.append(tokens)
+
+
+def run(recipe, plan, **limits):
+    model, tokenizer, rows, recipe, plan = prepare(recipe, plan)
+    memory = Memory(model, **limits) if limits else None
+    metrics = train(model, tokenizer, rows, recipe, plan)
+    return adapter(Path(recipe.out)), metrics, memory
+
+
+def out(recipe, name):
+    return replace(recipe, out=f"{recipe.out}-{name}")
+
+
+def test_fewer_layers_are_kept_first_and_the_result_is_the_same_bit_for_bit(recipe, capsys):
+    plan = split(recipe, 2, Policy(2, 2))
+    expected, _, _ = run(out(recipe, "plenty"), plan)
+    capsys.readouterr()
+    # Fails in the first real step: a rehearsal has two micro-batches.
+    got, metrics, memory = run(out(recipe, "tight"), plan, kept=1, after=2)
+    assert memory.failures == 1
+    assert metrics["step_downs"] == ["step 1: the first 1 of 2 layers recompute"]
+    assert metrics["steps"] == 3
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert (
+        "out of memory in step 1; going on with the first 1 of 2 layers recompute; rows per step stay the same"
+        in capsys.readouterr().out
+    )
+
+
+def test_the_rehearsal_finds_what_does_not_fit_before_the_first_step(recipe):
+    _, metrics, memory = run(recipe, split(recipe, 2, Policy(2, 2)), kept=0)
+    assert memory.failures == 2  # 2 kept, then 1
+    assert metrics["step_downs"] == ["step 1: the first 1 of 2 layers recompute", "step 1: every layer recomputes"]
+    assert len(memory.largest) == 2 + 3 * 2  # the rehearsal again, then three steps of two micro-batches: none is lost
+
+
+def test_pitfall_32_then_micro_batches_are_cut_in_half_with_the_same_rows_per_step(recipe):
+    plan = split(recipe, 4, Policy(2, 0))
+    expected, plenty, _ = run(out(recipe, "plenty"), plan)
+    got, metrics, memory = run(out(recipe, "tight"), plan, tokens=2 * 128)
+    assert metrics["step_downs"] == ["step 1: each micro-batch in 2 parts"]
+    assert max(memory.largest) <= 2 * 128
+    assert len(memory.largest) == 2 + 3 * 2  # two halves in the rehearsal and in each of three steps
+    for name in ("first_loss", "last_loss", "eval_loss"):
+        assert metrics[name] == pytest.approx(plenty[name], rel=1e-5)
+    for name in expected:  # the same sums in another order
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("after", [3, 4, 5])
+def test_in_mid_step_the_step_begins_again_whatever_was_accumulated(recipe, after):
+    plan = split(recipe, 2, Policy(2, 1))
+    expected, _, _ = run(out(recipe, "plenty"), plan)
+    got, metrics, memory = run(out(recipe, "tight"), plan, kept=0, after=after)
+    # A rehearsal of two micro-batches, then steps of two: 3 is in the middle of the first step.
+    assert metrics["step_downs"] == [f"step {(after - 2) // 2 + 1}: every layer recomputes"]
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_in_backward_the_half_made_gradients_are_thrown_away(recipe, monkeypatch):
+    plan = split(recipe, 2, Policy(2, 1))
+    expected, _, _ = run(out(recipe, "plenty"), plan)
+    model, tokenizer, rows, tight, plan = prepare(out(recipe, "tight"), plan)
+    calls = []
+
+    def fail(_):
+        calls.append(1)
+        if len(calls) == 4:  # the rehearsal's two, one micro-batch, and the second one's backward at its first layer
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+
+    next(p for name, p in model.named_parameters() if "layers.0" in name and "q_proj.lora_A" in name).register_hook(
+        fail
+    )
+    metrics = train(model, tokenizer, rows, tight, plan)
+    assert metrics["step_downs"] == ["step 1: every layer recomputes"]
+    got = adapter(Path(tight.out))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_at_the_end_of_it_the_run_stops_with_one_line(recipe, capsys):
+    with pytest.raises(
+        UserError, match="out of GPU memory at step 1, even every layer recomputes, layer inputs in host"
+    ):
+        run(recipe, split(recipe, 4, Policy(2, 1)), tokens=10)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out of memory")]
+    less = [re.search("going on with (.*);", line)[1] for line in lines]
+    assert less == [
+        "every layer recomputes",
+        "each micro-batch in 2 parts",
+        "each micro-batch in 4 parts",
+        "every layer recomputes, layer inputs in host memory",
+    ]
+
+
+def test_evaluation_out_of_memory_is_cut_in_half_too(recipe):
+    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 4, Policy(2, 0)))
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    expected = trainer.evaluate()["eval_loss"]
+
+    def check(_, arguments):
+        if arguments[0].shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+
+    decoder_layers(model)[0].register_forward_pre_hook(check)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    assert trainer.step_downs == ["step 1: each micro-batch in 2 parts"]
+
+
+def test_the_rehearsal_takes_the_longest_rows_full_of_trained_tokens(recipe):
+    _, _, rows, _, plan = prepare(recipe, split(recipe, 2))
+    batch = worst_batch(rows, plan, flat=False)
+    lengths = [sum(n) for part in (rows.train, rows.evaluation) for n in part["seq_lengths"]]
+    assert batch["input_ids"].shape == (2, max(lengths))
+    examples = (batch["position_ids"] == 0).sum()
+    assert len(batch["trained_positions"]) == batch["labels"].numel() - examples
+
+
+def test_the_rehearsal_leaves_no_trace(recipe):
+    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 2))
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    trainer.rehearse()
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
