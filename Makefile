@@ -16,8 +16,8 @@ BASE ?=
 TO ?=
 TASKS ?=
 GPUS ?=
-MACHINES ?=
-MEET ?=
+NNODES ?=
+RDZV_ENDPOINT ?=
 ARGS ?=
 
 VENV := .venv
@@ -35,7 +35,7 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
-ON = $(if $(GPUS),--gpus "$(GPUS)") $(if $(MACHINES),--machines "$(MACHINES)" --meet "$(MEET)")
+ON = $(if $(GPUS),--gpus "$(GPUS)") $(if $(NNODES),--nnodes "$(NNODES)" --rdzv-endpoint "$(RDZV_ENDPOINT)")
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
 	@$(PY) -m recipes "$(MODEL)" $(ON) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)

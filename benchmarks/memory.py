@@ -26,8 +26,8 @@ from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
 from common.machine.device import GIB, Machine, this_machine
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.attention import PACKED
-from common.model.lean_layers import fuse_layers
+from common.model.attention import PACKED_ATTENTION
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
@@ -53,7 +53,7 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
     """An optimizer step of two micro-batches of random tokens, one row each; it returns the seconds of each."""
     train = forecast.recipe.train
     optimizer = build_optimizer(model, train)
-    batch = full_batch(tokens, tokens, flat=forecast.setting.attention == PACKED)
+    batch = full_batch(tokens, tokens, padding_free=forecast.setting.attention == PACKED_ATTENTION)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     batch["input_ids"] = torch.randint(vocabulary, (1, tokens))
     batch["labels"], batch["position_ids"] = batch["input_ids"].clone(), torch.arange(tokens)[None]
@@ -116,7 +116,7 @@ def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     results = []
     for tokens in lengths:
         for policy in policies(forecast.layers):

@@ -47,7 +47,7 @@ def run_plain(steps: int, out: Path, micro_batch_rows: int, accumulation: int) -
         "max-steps": steps,
         "seed": train.seed,
         "learning-rate": train.learning_rate,
-        "warmup-share": train.warmup_share,
+        "warmup-ratio": train.warmup_ratio,
     }
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(

@@ -25,7 +25,7 @@ from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path
 from common.machine.device import this_machine
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.plan.forecast import Forecast, speed_of
@@ -55,7 +55,7 @@ def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bo
         recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=layers))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, Policy(forecast.layers, 0 if recompute else forecast.layers))
     step = random_step(model, forecast, tokens, machine)
     for _ in range(3):

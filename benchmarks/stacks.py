@@ -41,7 +41,7 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
 
     from common.data.rows import Rows
     from common.model.activation_checkpointing import checkpoint_activations
-    from common.model.lean_layers import fuse_layers
+    from common.model.lean_layers import use_lean_layers
     from common.model.loading import load_4bit, load_tokenizer
     from common.model.lora import attach_lora
     from common.plan.planner import plan_for_card
@@ -52,8 +52,8 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
         job.tokens,
         job.accumulation,
         LEARNING_RATE,
-        schedule="constant",
-        warmup_share=0.0,
+        lr_schedule="constant",
+        warmup_ratio=0.0,
         max_steps=job.warmup + job.steps,
         save_every=1_000_000,
         **options,
@@ -62,7 +62,7 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
     plan = plan_for_card(recipe)
     tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, SEED)
-    fuse_layers(model, train.kernels)
+    use_lean_layers(model, train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     rows = [{"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]} for ids in read_rows(job)]
     return build_trainer(model, tokenizer, Rows(Dataset.from_list(rows), None, []), recipe, plan, Path(folder))

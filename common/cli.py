@@ -35,8 +35,8 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     parser.add_argument("--out", help=f"output folder (default: outputs/{name})")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
     parser.add_argument("--gpus", type=int, metavar="N", help="run on N GPUs of this machine, or plan for N")
-    parser.add_argument("--machines", type=int, default=1, metavar="N", help="on so many machines, with --gpus each")
-    parser.add_argument("--meet", metavar="HOST:PORT", help="where the machines find each other: one of them")
+    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="on so many machines, with --gpus each")
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines find each other: one of them")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
     existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
@@ -52,12 +52,12 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     def start() -> int | None:
         configured = _with_flags(recipe, flags, name)
         if flags.plan:
-            _plan(configured, flags, name)
-        elif (flags.gpus is not None or flags.machines > 1) and "WORLD_SIZE" not in os.environ:
+            _show_plan(configured, flags, name)
+        elif (flags.gpus is not None or flags.nnodes > 1) and "WORLD_SIZE" not in os.environ:
             train = dry(configured, flags.layers).train if flags.dry_run else configured.train
-            return launch(train, 1 if flags.gpus is None else flags.gpus, flags.machines, flags.meet)
+            return launch(train, 1 if flags.gpus is None else flags.gpus, flags.nnodes, flags.rdzv_endpoint)
         else:
-            _run(main, dry(configured, flags.layers) if flags.dry_run else configured)
+            _start_run(main, dry(configured, flags.layers) if flags.dry_run else configured)
         return None
 
     try:
@@ -116,19 +116,19 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
     return replace(recipe, out=flags.out or recipe.out or f"outputs/{name}", existing_run=existing)
 
 
-def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
+def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
     from common.machine import processes
-    from common.machine.device import require_gpu_each
+    from common.machine.device import require_gpu_per_process
 
     tracker = recipe.train.report_to
     require(
         tracker == "none" or importlib.util.find_spec(tracker) is not None,
         f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
     )
-    require_gpu_each()
-    processes.join()
-    processes.on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
+    require_gpu_per_process()
+    processes.init_distributed()
+    processes.run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
     require(
         Path(recipe.out).is_dir(),
         f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
@@ -140,7 +140,7 @@ def _run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
             Path(recipe.out).rmdir()  # if it is still empty: nothing was run
 
 
-def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
+def _show_plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
     """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
     quiet_libraries()
     from common.machine.device import this_machine
@@ -157,7 +157,7 @@ def _plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
         planner.plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
-    report = plan_report.report(*planner.choose(recipe, card, setting, (flags.gpus or 1) * flags.machines))
+    report = plan_report.build_report(*planner.choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
     if not flags.json:

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import exit_status, quiet_libraries
-from common.machine.disk import NOTE, in_words, refuse_existing, written_aside
+from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, written_aside
 from common.recipe import Recipe, UserError
+from common.run.folder import EVAL_JSON
 
 if TYPE_CHECKING:  # what takes seconds to import is imported where it is used
     from common.adapter.load import TrainedAdapter
 
 BASES = ("4bit", "original")
-FORMATS = ("gguf", "lora", "ollama")
+EXPORT_FORMATS = ("gguf", "lora", "ollama")
 QUANTS = ("f16", "bf16", "q8_0")
 MOST_CONTEXT = 8192  # tokens that an ollama model makes room for, where it has as many positions
 
@@ -92,7 +93,7 @@ def _eval(recipe: Recipe, flags: argparse.Namespace) -> None:
         **evaluate(load_trained(adapter), tokenizer, held_out, samples),
     }
     print_evaluation(result)
-    path = flags.json or adapter.folder / "eval.json"
+    path = flags.json or adapter.folder / EVAL_JSON
     write_evaluation(result, path)
     print(f"written to {path}")
     if not flags.json and not flags.data and adapter.run:
@@ -124,7 +125,7 @@ def _merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     weights = MergedWeights(find_adapter(recipe), original=original)
     size = sum(shard.size for shard in weights.shards)
     with written_aside(target, size, folder=True, overwrite=flags.overwrite) as folder:
-        print(f"merging into {weights.into()}, {in_words(size)}")
+        print(f"merging into {weights.into()}, {format_bytes(size)}")
         write_merged(weights, folder)
         print(f"self-check: {check_merged(weights.adapter, folder, bound=None if original else flags.kl_bound)}")
     print(f"the merged model is in {target}; {_peak()}")
@@ -132,12 +133,12 @@ def _merge(recipe: Recipe, flags: argparse.Namespace) -> None:
 
 def _export_flags(parser: argparse.ArgumentParser) -> None:
     _place_flags(parser)
-    parser.add_argument("--format", default="gguf", help=f"one of {', '.join(FORMATS)}")
+    parser.add_argument("--format", default="gguf", help=f"one of {', '.join(EXPORT_FORMATS)}")
     parser.add_argument("--quant", default="q8_0", help=f"one of {', '.join(QUANTS)}")
 
 
 def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
-    for value, choices, name in ((flags.format, FORMATS, "FORMAT"), (flags.quant, QUANTS, "QUANT")):
+    for value, choices, name in ((flags.format, EXPORT_FORMATS, "FORMAT"), (flags.quant, QUANTS, "QUANT")):
         _require_choice(value, choices, name)
     _require_choice(flags.base, BASES, "BASE")
     name = Path(recipe.out).name
@@ -166,11 +167,11 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
         context = min(MOST_CONTEXT, weights.config.max_position_embeddings)
         text = modelfile(file, tokenizer, weights.generation_config(), context)
     with written_aside(target, model.size, folder=is_folder, overwrite=flags.overwrite) as path:
-        print(f"merging into {weights.into()}, {in_words(model.size)}")
+        print(f"merging into {weights.into()}, {format_bytes(model.size)}")
         model.write(path / file if is_folder else path)
         if is_folder:
             (path / "Modelfile").write_text(text, encoding="utf-8")
-            weights.write_note(path / NOTE)
+            weights.write_note(path / MADE_FROM)
     print(f"the merged model is in {target}; {_peak()}")
     if is_folder:
         print(f"ollama create {name} -f {target}/Modelfile && ollama run {name}")
@@ -178,10 +179,10 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
 
 def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite: bool) -> None:
     from common.adapter.gguf import write_adapter
-    from common.adapter.load import WEIGHTS
     from common.model.files import load_config
+    from common.run.folder import ADAPTER_WEIGHTS
 
-    size = (adapter.folder / WEIGHTS).stat().st_size
+    size = (adapter.folder / ADAPTER_WEIGHTS).stat().st_size
     with written_aside(target, size, folder=False, overwrite=overwrite) as path:
         write_adapter(adapter, load_config(adapter.recipe.model), path, name)
     print(f"the adapter alone is in {target}, to be used with a GGUF of {adapter.recipe.model.name}")
@@ -199,9 +200,9 @@ def _require_choice(value: str, choices: Sequence[str], name: str) -> None:
 
 
 def _peak() -> str:
-    from common.machine.device import GIB, peak_of_ram
+    from common.machine.device import GIB, peak_ram
 
-    return f"peak of host memory {peak_of_ram() / GIB:.2f} GiB"
+    return f"peak of host memory {peak_ram() / GIB:.2f} GiB"
 
 
 Flags = Callable[[argparse.ArgumentParser], None]

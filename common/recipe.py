@@ -114,8 +114,8 @@ class TrainSpec:
     _: KW_ONLY
     epochs: float = 1.0
     max_steps: int | None = None  # optimizer steps; None trains for `epochs`
-    schedule: Schedule = "cosine"
-    warmup_share: float = 0.03  # of all steps
+    lr_schedule: Schedule = "cosine"
+    warmup_ratio: float = 0.03  # of all steps
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     optimizer: Optimizer = "adamw_torch_fused"
@@ -148,11 +148,11 @@ class TrainSpec:
             value = getattr(self, name)
             require(value > 0, f"TrainSpec.{name} is {value}; it must be above 0")
         require(self.max_steps is None or self.max_steps > 0, f"TrainSpec.max_steps is {self.max_steps}; at least 1")
-        require(0 <= self.warmup_share < 1, f"TrainSpec.warmup_share is {self.warmup_share}; a share, 0 to below 1")
+        require(0 <= self.warmup_ratio < 1, f"TrainSpec.warmup_ratio is {self.warmup_ratio}; a share, 0 to below 1")
         require(self.weight_decay >= 0, f"TrainSpec.weight_decay is {self.weight_decay}; 0 or more")
         require(self.sample_answers >= 0, f"TrainSpec.sample_answers is {self.sample_answers}; 0 skips them")
         require_one_of(self.report_to, ReportTo, "TrainSpec.report_to")
-        require_one_of(self.schedule, Schedule, "TrainSpec.schedule")
+        require_one_of(self.lr_schedule, Schedule, "TrainSpec.lr_schedule")
         require_one_of(self.optimizer, Optimizer, "TrainSpec.optimizer")
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")
         require_one_of(self.kernels, Kernels, "TrainSpec.kernels")

@@ -6,19 +6,11 @@ Run it:   make finetune
 Own it:   cp recipes/tiny.py recipes/my_bot.py, edit RECIPE, make finetune MODEL=my-bot
 """
 
-import sys
-
-from common.cli import run
-from common.data.rows import load_rows
-from common.model.activation_checkpointing import checkpoint_activations
-from common.model.lean_layers import fuse_layers
-from common.model.loading import load_4bit, load_tokenizer
-from common.model.lora import attach_lora
-from common.model.sharding import shard_layers
-from common.plan.planner import plan_for_card
+from common.data import load_rows
+from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer, shard_layers, use_lean_layers
+from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run.evaluation import answer, load_questions, print_before_after
-from common.run.training import train
+from common.run import answer, load_questions, print_before_after, train
 
 RECIPE = Recipe(
     model=ModelSpec("models/tiny"),
@@ -41,7 +33,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)
     model = load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     shard_layers(model, plan.layout)  # on several GPUs that are too small for it
     questions = load_questions(recipe.data.eval_source)
@@ -49,7 +41,3 @@ def main(recipe: Recipe = RECIPE) -> None:
     train(model, tokenizer, rows, recipe, plan)
     after = answer(model, tokenizer, questions)
     print_before_after(questions, before, after)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main, RECIPE))

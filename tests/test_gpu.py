@@ -20,7 +20,7 @@ from common.machine.device import GIB, this_machine
 from common.machine.processes import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
 from common.model.attention import packed_attention
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.loss import head_loss
@@ -83,7 +83,7 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
     model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
 
@@ -173,7 +173,7 @@ def test_lean_layers_in_bf16_are_as_close_to_fp32_as_stock_ones(name):
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 parameter.data.normal_(std=0.02, generator=generator)
-        fuse_layers(model, kernels)
+        use_lean_layers(model, kernels)
         checkpoint_activations(model, Policy(2, 1))
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             loss = model(input_ids=ids, labels=ids).loss
@@ -219,7 +219,7 @@ def test_every_policy_gives_the_same_gradients_on_a_gpu():
     """Offload's copies run on a stream of their own: a missing wait shows here, as a wrong gradient."""
     spec = replace(RECIPE.model, weights="random", layers=6)
     model = attach_lora(load_4bit(spec), RECIPE.lora).train()
-    fuse_layers(model, "lean")
+    use_lean_layers(model, "lean")
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -257,7 +257,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     machine = this_machine()
     forecast = Forecast(recipe, setting_of(machine))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     for tokens in (2048, 8192):
         for policy in policies(6):
             result = measure(model, forecast, tokens, policy, machine, repeats=1)

@@ -12,7 +12,7 @@ from bitsandbytes.nn import Linear4bit
 from common.data.rows import load_rows
 from common.machine.processes import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora, trainable_params
 from common.plan.planner import Plan
@@ -28,7 +28,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
         RECIPE,
         model=replace(RECIPE.model, weights="random", layers=2),
         data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=2),
-        train=replace(RECIPE.train, seq_len=128, rows_per_step=2, max_steps=3, warmup_share=0.0),
+        train=replace(RECIPE.train, seq_len=128, rows_per_step=2, max_steps=3, warmup_ratio=0.0),
         out=str(tmp_path),
     )
     tokenizer = load_tokenizer(recipe.model)
@@ -50,7 +50,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
 
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     assert trainable_params(model) == 2 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     plan = Plan(1, 2, Layout(), Policy(2), "a test")
     checkpoint_activations(model, plan.checkpointing)
     metrics = train(model, tokenizer, rows, recipe, plan)

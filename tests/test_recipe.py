@@ -30,8 +30,8 @@ def test_a_mistyped_field_is_refused():
         (lambda: LoraSpec(rank=8, alpha=8, target_modules=()), "nothing would be trained"),
         (lambda: TrainSpec(seq_len=0, rows_per_step=1, learning_rate=1e-4), "seq_len is 0"),
         (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, max_steps=0), "max_steps is 0"),
-        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, warmup_share=1), "warmup_share is 1"),
-        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, schedule="cos"), "'cosine', 'linear'"),
+        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, warmup_ratio=1), "warmup_ratio is 1"),
+        (lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, lr_schedule="cos"), "'cosine', 'linear'"),
         (
             lambda: TrainSpec(seq_len=8, rows_per_step=1, learning_rate=1e-4, checkpointing="some"),
             "'auto', 'none', 'every layer', 'keep attention', 'offload'",
@@ -58,4 +58,4 @@ def test_each_shipped_recipe_is_a_recipe_with_a_story(name):
 def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
-    assert (recipe.train.seq_len, recipe.train.learning_rate, recipe.train.schedule) == (2048, 2e-4, "cosine")
+    assert (recipe.train.seq_len, recipe.train.learning_rate, recipe.train.lr_schedule) == (2048, 2e-4, "cosine")

@@ -1,99 +1,124 @@
-"""The architecture that a reader can rely on."""
+"""The house that a reader can rely on: a package is a floor, and imports only go down."""
 
 import ast
+import importlib
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-# A module imports from floors below its own only.
-FLOORS = {
-    "answers": 1,
-    "charts": 1,
-    "checkpoints": 1,
-    "host_memory": 1,
-    "hub_errors": 1,
-    "kernels": 1,
-    "loss": 1,
-    "provenance": 1,
-    "recipe": 1,
-    "step": 1,
-    "adapters": 2,
-    "data_files": 2,
-    "kernels.rms_norm": 2,
-    "kernels.rope": 2,
-    "kernels.swiglu": 2,
-    "launch": 2,
-    "optimizer": 2,
-    "output": 2,
-    "processes": 2,
-    "run_folder": 2,
-    "weights": 2,
-    "conversations": 3,
-    "kernels.lora_linear": 3,
-    "machine": 3,
-    "row_cache": 3,
-    "shards": 3,
-    "stopping": 3,
-    "attention": 4,
-    "base_weights": 4,
-    "chat_format": 4,
-    "modules": 4,
-    "progress": 4,
-    "activation_checkpointing": 5,
-    "chat": 5,
-    "fake_model": 5,
-    "gguf_tokenizer": 5,
-    "packing": 5,
-    "report": 5,
-    "data": 6,
-    "loading": 6,
-    "memory": 6,
-    "ollama": 6,
-    "sharding": 6,
-    "evaluation": 7,
-    "forecast": 7,
-    "resume": 7,
-    "trained_adapter": 7,
-    "merge": 8,
-    "planner": 8,
-    "trainer": 8,
-    "cli": 9,
-    "gguf_export": 9,
-    "merge_check": 9,
-    "plan_report": 9,
-    "training": 9,
-    "commands": 10,
-    "plan_picture": 10,
+from tests.conftest import ROOT
+
+# From the ground up. A module imports from its own package and from floors below; in a package nothing goes in circles.
+FLOORS = (
+    "common",
+    "common.lazy",
+    "common.recipe",
+    "common.kernels",
+    "common.machine",
+    "common.data",
+    "common.model",
+    "common.plan",
+    "common.run",
+    "common.adapter",
+    "common.cli",
+    "common.commands",
+    "recipes",
+    "benchmarks",
+)
+PACKAGES = [path.parent.name for path in sorted((ROOT / "common").glob("*/__init__.py"))]
+FACES = [name for name in PACKAGES if name != "kernels"]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("common", "recipes", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 }
-MODULES = sorted(path for path in (ROOT / "common").rglob("*.py") if path != ROOT / "common" / "__init__.py")
 
 
-def imports(path: Path) -> set[str]:
-    nodes = ast.walk(ast.parse(path.read_text()))
-    return {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+def imports(path: Path, *, at_run_time: bool = False) -> set[str]:
+    """Names of the modules of this repository that a file imports. at_run_time: not those for type checkers alone."""
+    tree, found = ast.parse(path.read_text()), set()
+    for node in ast.walk(tree):
+        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & MODULES.keys() or {node.module}
+    return found
 
 
-def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT / "common").with_suffix("").parts).removesuffix(".__init__")
+def floor_of(module: str) -> int:
+    return max(number for number, floor in enumerate(FLOORS) if module == floor or module.startswith(f"{floor}."))
 
 
-def test_every_module_stands_on_a_floor():
-    assert {name_of(path) for path in MODULES} == set(FLOORS)
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_from_its_own_package_and_from_floors_below(module):
+    for name in imports(MODULES[module]) & MODULES.keys():
+        in_package = floor_of(name) == floor_of(module)  # the next test looks for circles there
+        assert in_package or floor_of(name) < floor_of(module), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_imports_from_lower_floors_only(path: Path):
-    for name in imports(path):
-        assert not name.startswith("recipes"), f"{path.name} imports {name}"
-        if name.startswith("common."):
-            below = name.removeprefix("common.")
-            assert FLOORS[below] < FLOORS[name_of(path)], f"{path} (floor {FLOORS[name_of(path)]}) imports {below}"
+def test_nothing_is_imported_in_circles():
+    graph = {module: imports(path, at_run_time=True) & MODULES.keys() for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # a CycleError names the modules
+
+
+def test_every_package_and_module_of_common_stands_on_a_floor():
+    there = {".".join(module.split(".")[:2]) for module in MODULES if module.startswith("common")}
+    assert there == {floor for floor in FLOORS if floor.startswith("common")}
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_a_face_says_what_lives_there_and_gives_what_it_names(package):
+    face = importlib.import_module(f"common.{package}")
+    assert "Not here: " in face.__doc__
+    for name in face.__all__:
+        module = importlib.import_module(f"common.{package}.{face._MODULE_OF[name]}")
+        given, defined = getattr(face, name), getattr(module, name)
+        assert given is defined or (given.__name__, given.__module__) == (name, module.__name__)
+    declared = ast.parse(MODULES[f"common.{package}"].read_text())
+    checked = [node for node in ast.walk(declared) if isinstance(node, ast.If)][0].body
+    assert {alias.name: node.module for node in checked for alias in node.names} == {
+        name: f"common.{package}.{module}" for name, module in face._MODULE_OF.items()
+    }
+
+
+@pytest.mark.parametrize("package", FACES)
+def test_a_face_has_no_other_name(package):
+    with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+        importlib.import_module(f"common.{package}").no_such_name  # noqa: B018
+
+
+def top_level_names(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        names |= {part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)}
+    return names
+
+
+def test_no_name_is_defined_in_two_modules():
+    """A search for a name finds one place."""
+    places: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        if module.startswith("common") and module.removeprefix("common.") not in FACES:
+            for name in top_level_names(path):
+                places.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("[a-z]*.py")), ids=lambda path: path.stem)
-def test_a_recipe_has_at_most_60_lines(path: Path):
+def test_a_recipe_has_at_most_60_lines_and_imports_from_faces(path):
     assert len(path.read_text().splitlines()) <= 60
+    allowed = {f"common.{name}" for name in FACES} | {"common.recipe"}
+    assert {name for name in imports(path) if name.startswith("common")} <= allowed
 
 
 def test_recipe_values_need_the_standard_library_alone():

@@ -21,23 +21,23 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
 from common.adapter.load import TrainedAdapter
-from common.adapter.merge import PREFIX, MergedWeights
+from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
 Quant = Literal["f16", "bf16", "q8_0"]
-KINDS = {
+QUANT_KINDS = {
     "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-ARCHITECTURES = {
+GGUF_ARCHITECTURES = {
     "llama": "llama",
     "mistral": "llama",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }  # by config.json's model_type
-CHUNK_ROWS = 1 << 13  # of a tensor, converted at a time
+CONVERTED_ROWS = 1 << 13  # of a tensor, converted at a time
 
 
 class _Tensors:
@@ -61,7 +61,7 @@ class _Tensors:
         self.writer.write_ti_data_to_file()
         for kind, source in self.sources:
             tensor = source()
-            parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CHUNK_ROWS)]
+            parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
             self.writer.write_tensor_data(np.concatenate(parts))
         self.writer.close()
 
@@ -79,8 +79,8 @@ class GgufModel:
 
     def write(self, path: Path) -> None:
         config, weights = self.weights.config, self.weights
-        arch = ARCHITECTURES[config.model_type]
-        kind, file_type = KINDS[self.quant]
+        arch = GGUF_ARCHITECTURES[config.model_type]
+        kind, file_type = QUANT_KINDS[self.quant]
         writer = GGUFWriter(path, arch)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(self.name)
@@ -112,7 +112,7 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
         raise UserError("an adapter with ranks of its own for some layers cannot be exported alone; take FORMAT=gguf")
     rank, alpha = adapter.config.r, adapter.config.lora_alpha
-    writer = GGUFWriter(path, ARCHITECTURES[config.model_type])
+    writer = GGUFWriter(path, GGUF_ARCHITECTURES[config.model_type])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -121,7 +121,7 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
     tensors = _Tensors(writer)
     names = gguf_names(config)
     for saved, tensor in load_file(adapter.folder / ADAPTER_WEIGHTS).items():
-        linear, _, part = saved.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+        linear, _, part = saved.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if part == "B":
             tensor = permuted(tensor, f"{linear}.weight", config)
         place = names.get_name(f"{linear}.weight", try_suffixes=(".weight",))
@@ -131,7 +131,7 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
 
 def gguf_names(config: PretrainedConfig) -> gguf.TensorNameMap:
     """transformers' names of a model's tensors in GGUF's words."""
-    arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == ARCHITECTURES[config.model_type])
+    arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == GGUF_ARCHITECTURES[config.model_type])
     return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
 
@@ -142,7 +142,7 @@ def permuted(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor:
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2] if "." in name else ""
-    if part not in heads or ARCHITECTURES[config.model_type] != "llama":
+    if part not in heads or GGUF_ARCHITECTURES[config.model_type] != "llama":
         return tensor
     return tensor.view(heads[part], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 

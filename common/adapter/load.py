@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 from common.machine.disk import sha256_of
 from common.model.files import check_complete
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
@@ -40,9 +40,9 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     missing = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()), None)
     if missing:
         raise UserError(f"{folder} has no adapter ({missing} is missing); a run leaves it when it ends")
-    config = _config(folder / ADAPTER_CONFIG)
+    config = _read_config(folder / ADAPTER_CONFIG)
     check_complete(folder / ADAPTER_WEIGHTS)
-    run = _run(folder / RUN_JSON)
+    run = _read_run(folder / RUN_JSON)
     ran = recipe_of(run["recipe"], recipe) if run else recipe
     for trained_on in (config.base_model_name_or_path, ran.model.name):
         if trained_on and trained_on != recipe.model.name:
@@ -52,8 +52,8 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     expected = run.get("adapter_sha256")
     if expected and expected != sha256_of(folder / ADAPTER_WEIGHTS):
         raise UserError(
-            f"{folder / ADAPTER_WEIGHTS} is damaged: it is not what the run wrote. Copy it again, or go back to a checkpoint: "
-            f"make finetune ARGS=--resume (if you replaced it on purpose, remove {folder / RUN_JSON})"
+            f"{folder / ADAPTER_WEIGHTS} is damaged: it is not what the run wrote. Copy it again, or go back to a "
+            f"checkpoint: make finetune ARGS=--resume (if you replaced it on purpose, remove {folder / RUN_JSON})"
         )
     return TrainedAdapter(folder, replace(ran, out=str(folder)), config, run, _dtype(run.get("compute_dtype")))
 
@@ -76,7 +76,7 @@ def recipe_of(values: dict[str, Any], default: Recipe) -> Recipe:
     )
 
 
-def _config(path: Path) -> LoraConfig:
+def _read_config(path: Path) -> LoraConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         kind = values["peft_type"]
@@ -93,7 +93,7 @@ def _config(path: Path) -> LoraConfig:
         raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
 
 
-def _run(path: Path) -> dict[str, Any]:
+def _read_run(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
@@ -123,15 +123,15 @@ def load_trained(adapter: TrainedAdapter) -> PeftModel:
     Raises UserError as load_4bit, and when adapter and base do not fit together.
     """
     model = load_4bit(adapter.recipe.model)
-    peft_model = put_on(model, adapter, model.device)
+    peft_model = attach_adapter(model, adapter, model.device)
     saved = adapter.folder / "generation_config.json"
     if saved.exists():
         model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
-    fuse_layers(peft_model, adapter.recipe.train.kernels)
+    use_lean_layers(peft_model, adapter.recipe.train.kernels)
     return peft_model.eval()
 
 
-def put_on(base: PreTrainedModel, adapter: TrainedAdapter, device: torch.device) -> PeftModel:
+def attach_adapter(base: PreTrainedModel, adapter: TrainedAdapter, device: torch.device) -> PeftModel:
     """The base, which may be on meta, with the adapter on it: fp32, on `device`, frozen.
 
     Raises UserError unless each of the adapter's weights has its place, and each place its weight.

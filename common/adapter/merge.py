@@ -18,17 +18,17 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from common.adapter.load import TrainedAdapter, put_on
+from common.adapter.load import TrainedAdapter, attach_adapter
 from common.machine.device import this_machine
-from common.machine.disk import NOTE, sha256_of
+from common.machine.disk import MADE_FROM, sha256_of
 from common.model.base_weights import NF4_STATE, stored_4bit
 from common.model.files import load_config, model_folder
 from common.model.safetensors_files import Entry, Shard, Shards, in_16_bits, split, write_shards
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
-PREFIX = "base_model.model."  # of a module's name in a PeftModel
-CHUNK_ROWS = 1 << 13  # of a tensor, looked at together
+PEFT_PREFIX = "base_model.model."  # of a module's name in a PeftModel
+FINITE_CHECK_ROWS = 1 << 13  # of a tensor, looked at together
 
 
 class MergedWeights:
@@ -64,14 +64,14 @@ class MergedWeights:
         """The model on meta, with the adapter's own weights."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
-        return put_on(model, self.adapter, self.device).eval()
+        return attach_adapter(model, self.adapter, self.device).eval()
 
     def _linears(self) -> list[str]:
         """Names of the layers that are 4-bit when the base is loaded in 4 bits: all linear ones but the head."""
         head = self.skeleton.get_output_embeddings()
         names = [name for name, module in self.skeleton.named_modules() if isinstance(module, nn.Linear)]
-        names = [name.removeprefix(PREFIX).removesuffix(".base_layer") for name in names if ".lora_" not in name]
-        return [name for name in names if self.skeleton.get_submodule(PREFIX + name) is not head]
+        names = [name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer") for name in names if ".lora_" not in name]
+        return [name for name in names if self.skeleton.get_submodule(PEFT_PREFIX + name) is not head]
 
     def _layout(self) -> list[Shard]:
         """The files of the merged model: as in the base, where that holds whole weights of at most 16 bits."""
@@ -110,7 +110,7 @@ class MergedWeights:
             tensor = module.base_layer.weight.data
             module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)
             module.merged_adapters = []
-        if not all(part.isfinite().all() for part in tensor.split(CHUNK_ROWS)):
+        if not all(part.isfinite().all() for part in tensor.split(FINITE_CHECK_ROWS)):
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
 
@@ -131,7 +131,7 @@ class MergedWeights:
         """The module whose weight has this name, if the adapter changes it."""
         owner, _, kind = name.rpartition(".")
         with contextlib.suppress(AttributeError):  # a tensor that no module has, such as rotary frequencies
-            module = self.skeleton.get_submodule(PREFIX + owner)
+            module = self.skeleton.get_submodule(PEFT_PREFIX + owner)
             if kind == "weight" and isinstance(module, LoraLayer):
                 return module
         return None
@@ -165,7 +165,7 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(weights, folder)
-    weights.write_note(folder / NOTE)
+    weights.write_note(folder / MADE_FROM)
 
 
 def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:

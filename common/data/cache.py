@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 from common.data.files import is_file
 from common.recipe import DataSpec
 
-FOLDER = Path(".cache") / "rows"
+CACHE = Path(".cache") / "rows"
 FROM_BYTES = 8 << 20  # smaller files are tokenised within seconds
-KEPT = 4
-CODE = ("cache", "chat_format", "conversations", "files", "labels", "packing", "rows")
+ENTRIES_KEPT = 4
+CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "rows")
 
 
-def place(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
+def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
     """The folder of these rows in the cache, there or not; None for small files and for data sets of the hub."""
     sources = [Path(source) for source in (spec.source, spec.eval_source) if source is not None]
     if not all(is_file(str(path)) and path.is_file() for path in sources):
@@ -36,15 +36,15 @@ def place(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed
     settings |= {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in CODE:
+    for name in CODE_MODULES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
     for path in sources:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return FOLDER / digest.hexdigest()[:32]
+    return CACHE / digest.hexdigest()[:32]
 
 
-def load(folder: Path) -> tuple[Dataset, Dataset | None, dict[str, Any]] | None:
+def load_cached(folder: Path) -> tuple[Dataset, Dataset | None, dict[str, Any]] | None:
     """Rows to train on, held-out rows, and what is told of them; None where they are not there, or not whole."""
     try:
         told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def load(folder: Path) -> tuple[Dataset, Dataset | None, dict[str, Any]] | None:
     return train, evaluation, told
 
 
-def save(folder: Path, train: Dataset, evaluation: Dataset | None, told: dict[str, Any]) -> None:
+def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, told: dict[str, Any]) -> None:
     """Whole or not there: written aside, then renamed. A cache that cannot be written is no reason to stop."""
     aside = folder.parent / f".{os.getpid()}"
     try:
@@ -71,5 +71,5 @@ def save(folder: Path, train: Dataset, evaluation: Dataset | None, told: dict[st
         shutil.rmtree(aside, ignore_errors=True)
         print(f"warning: the rows are not kept for the next start: {error.strerror or error}")
         return
-    for old in entries[:-KEPT]:
+    for old in entries[:-ENTRIES_KEPT]:
         shutil.rmtree(old, ignore_errors=True)

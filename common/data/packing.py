@@ -50,16 +50,16 @@ def pack(examples: pa.Table | Sequence[Tokens], seq_len: int) -> Dataset:
     return pack_dataset(Dataset(table), seq_len, strategy="bfd")
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, flat: bool = False) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_free: bool = False) -> dict[str, Any]:
     """A micro-batch: input_ids, labels and position_ids, int64, and trained_positions as common.model.loss gives them.
 
     Positions restart at 0 with each example. As a rectangle (rows, longest row), transformers builds the
-    block-diagonal attention mask from them, and a padding token is an example of its own. `flat` lays the rows behind
-    one another, (1, tokens), without padding, and says in cu_seq_lens_q, int32 (examples + 1,), where each example
+    block-diagonal attention mask from them, and a padding token is an example of its own. `padding_free` lays
+    the rows behind one another, (1, tokens), and says in cu_seq_lens_q, int32 (examples + 1,), where each example
     begins, and in max_length_q how long the longest is: common.model.attention.
     """
     lengths = [n for row in rows for n in row["seq_lengths"]]
-    if flat:
+    if padding_free:
         longest, shape = sum(lengths), (1, sum(lengths))
         rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
     else:
@@ -75,13 +75,13 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, flat: bo
         position_ids[i, :length] = torch.cat([torch.arange(n) for n in row["seq_lengths"]])
     batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     batch["trained_positions"] = trained_positions(labels)
-    if not flat:
+    if not padding_free:
         return batch
     ends = torch.tensor(lengths).cumsum(0)
     return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
 
 
-def examples_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def split_into_examples(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The micro-batch as one for each of its examples, without padding."""
     parts = []
     for row, positions in enumerate(batch["position_ids"].tolist()):
@@ -101,7 +101,7 @@ def examples_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
 def halve(batch: dict[str, Any]) -> list[dict[str, Any]]:
     """The micro-batch as two, with the same examples whole; as it is where it holds a single row or example.
 
-    A rectangle is cut between rows, a flat one at the end of the example that is nearest to its middle.
+    A rectangle is cut between rows, a padding-free one at the end of the example that is nearest to its middle.
     """
     columns = ("input_ids", "labels", "position_ids")
     rows, tokens = batch["input_ids"].shape

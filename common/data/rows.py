@@ -20,7 +20,7 @@ from common.data.labels import IGNORED
 from common.data.packing import Examples, pack
 from common.recipe import DataSpec, UserError
 
-NAMED_PLACES = 5  # of each kind of fault
+PLACES_PER_FAULT = 5  # of each kind of fault
 SAY_EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -45,7 +45,7 @@ class DataReport:
 
     def add_fault(self, kind: str, place: str) -> None:
         self.fault_counts[kind] += 1
-        if len(self.faults[kind]) < NAMED_PLACES:
+        if len(self.faults[kind]) < PLACES_PER_FAULT:
             self.faults[kind].append(place)
 
     def add_tokens(self, tokens: Tokens) -> None:
@@ -57,7 +57,7 @@ class DataReport:
             f"{self.source}: {self.read:,} rows read ({self.format_name}), {self.kept:,} kept, {self.dropped:,} dropped"
         ]
         for kind, count in self.fault_counts.most_common():
-            more = f" and {count - NAMED_PLACES:,} more" if count > NAMED_PLACES else ""
+            more = f" and {count - PLACES_PER_FAULT:,} more" if count > PLACES_PER_FAULT else ""
             lines.append(f"  dropped {count:,}: {kind} ({'; '.join(self.faults[kind])}{more})")
         if self.tokens:
             share = self.trained_tokens / self.tokens
@@ -99,8 +99,8 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
 
     Raises UserError when the source cannot be read, or too many of its rows cannot be used.
     """
-    cached = row_cache.place(spec, tokenizer, seq_len, seed)
-    if cached is not None and (found := row_cache.load(cached)) is not None:
+    cached = row_cache.cache_folder(spec, tokenizer, seq_len, seed)
+    if cached is not None and (found := row_cache.load_cached(cached)) is not None:
         train, evaluation, told = found
         reports = [DataReport(**r | {"fault_counts": Counter(r["fault_counts"])}) for r in told["reports"]]
         print("\n".join([*(line for r in reports for line in r.lines()), *told["lines"]]))
@@ -125,11 +125,11 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
     held = f", {len(held_out):,} held out" if held_out else ""
     lines = [
         f"  {len(training):,} examples packed into {len(train):,} rows of {seq_len:,} tokens, {full:.0%} full{held}",
-        f"  for example: {marked(examples[0], tokenizer)}",
+        f"  for example: {mark_trained(examples[0], tokenizer)}",
     ]
     print("\n".join(lines))
     if cached is not None:
-        row_cache.save(cached, train, rows.evaluation, {"lines": lines, "reports": [vars(r) for r in reports]})
+        row_cache.save_cached(cached, train, rows.evaluation, {"lines": lines, "reports": [vars(r) for r in reports]})
     return rows
 
 
@@ -161,7 +161,7 @@ def tokenise_source(
             said_at = time.monotonic()
         try:
             tokens = chat_format.encode(example, spec.train_on)
-            pieces = fit(tokens, seq_len, is_text=isinstance(example, str))
+            pieces = fit_to_row(tokens, seq_len, is_text=isinstance(example, str))
         except BadRow as fault:
             report.add_fault(str(fault), where)
             continue
@@ -183,7 +183,7 @@ def find_examples(
     chat_format, left, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, []
     for where, example in read_examples(spec.source, DataReport(spec.source), split=spec.split, revision=spec.revision):
         try:
-            pieces = fit(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
+            pieces = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
         except BadRow:
             continue
         found = left & {tuple(piece.input_ids) for piece in pieces}
@@ -194,7 +194,7 @@ def find_examples(
     return places
 
 
-def fit(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
+def fit_to_row(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
     """The example in pieces of at most seq_len tokens, without cutting an answer.
 
     A conversation keeps the turns that fit whole; a plain text is cut into as many pieces as it takes.
@@ -212,7 +212,7 @@ def fit(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
     return [Tokens(tokens.input_ids[: whole[-1]], tokens.labels[: whole[-1]], whole)]
 
 
-def marked(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> str:
+def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> str:
     """The example as text, trained tokens marked: underlined on a terminal, else between ⟦ and ⟧."""
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     first = next((i for i, label in enumerate(tokens.labels) if label != IGNORED), 0)

@@ -70,7 +70,7 @@ def _split(bottleneck: Tensor | None, linears: Sequence[LoraLinear], dim: int) -
     return [None if linear.a is None else next(parts) for linear in linears]
 
 
-def _forward(x: Tensor, linears: Sequence[LoraLinear], onto: Tensor | None = None) -> list[Tensor]:
+def _lora_forward(x: Tensor, linears: Sequence[LoraLinear], onto: Tensor | None = None) -> list[Tensor]:
     """What the layers give for their common input x (tokens, in): each (tokens, out), plus `onto`."""
     a = _stacked_a(linears, x.dtype)
     outputs = []
@@ -124,14 +124,14 @@ def _adapters(linears: Sequence[LoraLinear]) -> list[Tensor | None]:
     return [adapter for linear in linears for adapter in (linear.a, linear.b)]
 
 
-class _NormedLinears(torch.autograd.Function):
+class _RmsNormLoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear], *_: Tensor | None
     ) -> tuple[Tensor, ...]:
         ctx.weight, ctx.eps, ctx.linears = weight, eps, linears
         ctx.save_for_backward(hidden)
-        return *_forward(rms_norm_forward(hidden, weight, eps), linears), hidden
+        return *_lora_forward(rms_norm_forward(hidden, weight, eps), linears), hidden
 
     @staticmethod
     @once_differentiable
@@ -146,19 +146,21 @@ class _NormedLinears(torch.autograd.Function):
         return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual), None, None, None, *adapters
 
 
-def normed_linears(hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear]) -> tuple[Tensor, ...]:
+def rms_norm_lora_linears(
+    hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear]
+) -> tuple[Tensor, ...]:
     """Each layer's output for the RMS norm of hidden (tokens, size), and hidden itself, for the residual: its gradient
     then joins that of the norm without a pass of its own. Saves hidden."""
-    outputs: tuple[Tensor, ...] = _NormedLinears.apply(hidden, weight, eps, linears, *_adapters(linears))
+    outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, *_adapters(linears))
     return outputs
 
 
-class _LinearOnto(torch.autograd.Function):
+class _LoraLinearAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, linear: LoraLinear, *_: Tensor | None) -> Tensor:
         ctx.linear = linear
         ctx.save_for_backward(x)
-        return _forward(x, [linear], residual)[0]
+        return _lora_forward(x, [linear], residual)[0]
 
     @staticmethod
     @once_differentiable
@@ -169,9 +171,9 @@ class _LinearOnto(torch.autograd.Function):
         return grad_x, grad, None, *_adapter_gradients(x, [grad], bottlenecks, [ctx.linear], a)
 
 
-def linear_onto(x: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
+def lora_linear_add(x: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
     """residual (tokens, out) plus the layer's output for x (tokens, in). Saves x."""
-    output: Tensor = _LinearOnto.apply(x, residual, linear, *_adapters([linear]))
+    output: Tensor = _LoraLinearAdd.apply(x, residual, linear, *_adapters([linear]))
     return output
 
 
@@ -195,14 +197,14 @@ class _KeepGateUp(torch.autograd.Function):
         return grad_gate, grad_up, None, None, *adapters
 
 
-class _DownOnto(torch.autograd.Function):
+class _DownAdd(torch.autograd.Function):
     """The forward pass alone: saves nothing, and hands its gradient on to _KeepGateUp."""
 
     @staticmethod
     def forward(
         ctx: Any, placeholder: Tensor, residual: Tensor, gate: Tensor, up: Tensor, linear: LoraLinear
     ) -> Tensor:
-        return _forward(swiglu(gate, up), [linear], residual)[0]
+        return _lora_forward(swiglu(gate, up), [linear], residual)[0]
 
     @staticmethod
     @once_differentiable
@@ -210,12 +212,12 @@ class _DownOnto(torch.autograd.Function):
         return grad, grad, None, None, None
 
 
-def swiglu_linear_onto(gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
+def swiglu_lora_linear_add(gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
     """residual (tokens, out) plus the layer's output for silu(gate) * up, both (tokens, in). Saves gate and up.
 
     It saves them first and computes then: PyTorch's non-reentrant checkpoint stops a recompute when everything is
     there that was saved, so a layer that recomputes never runs this matmul a second time, whose result nobody reads.
     """
     placeholder = _KeepGateUp.apply(gate, up, linear, residual.shape, *_adapters([linear]))
-    output: Tensor = _DownOnto.apply(placeholder, residual, gate.detach(), up.detach(), linear)
+    output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear)
     return output

@@ -13,13 +13,13 @@ from torch.autograd.function import once_differentiable
 from common.kernels import constexpr, jit, next_power_of_2, register, tl
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
     return (x32 * rstd).to(x.dtype) * weight
 
 
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     x32 = x.float()
     rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True).add_(eps))
     normed, scaled = x32 * rstd, grad.float() * weight.float()
@@ -28,7 +28,7 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Ten
 
 
 @jit
-def _forward_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: constexpr):  # type: ignore[no-untyped-def]
     start = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
@@ -40,7 +40,7 @@ def _forward_kernel(x_ptr, weight_ptr, y_ptr, size, eps, BLOCK: constexpr):  # t
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, x_ptr, weight_ptr, residual_ptr, out_ptr, size, eps, BLOCK: constexpr, HAS_RESIDUAL: constexpr
 ):
     start = tl.program_id(0).to(tl.int64) * size
@@ -65,34 +65,36 @@ def _launch(kernel: Any, x: Tensor, *tensors: Tensor, eps: float, **constants: b
     kernel[(x.numel() // size,)](*tensors, size, eps, BLOCK=block, num_warps=warps, **constants)
 
 
-def forward_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    _launch(_forward_kernel, x, x, weight, y, eps=eps)
+    _launch(_rms_norm_kernel, x, x, weight, y, eps=eps)
     return y
 
 
-def backward_triton(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+def rms_norm_backward_triton(
+    grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
     more = x if residual is None else residual.contiguous()
-    _launch(_backward_kernel, x, grad, x, weight, more, out, eps=eps, HAS_RESIDUAL=residual is not None)
+    _launch(_rms_norm_backward_kernel, x, grad, x, weight, more, out, eps=eps, HAS_RESIDUAL=residual is not None)
     return out
 
 
 # y (rows, size) of x (rows, size) and weight (size,); contiguous, in x's dtype.
 rms_norm_forward = register(
     "rms_norm_forward(Tensor x, Tensor weight, float eps) -> Tensor",
-    _forward,
+    _rms_norm,
     lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
-    forward_triton,
+    rms_norm_triton,
 )
 # The gradient of x from that of y; plus `residual`, the gradient that x has from elsewhere.
 rms_norm_backward = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? residual=None) -> Tensor",
-    _backward,
+    _rms_norm_backward,
     lambda grad, x, weight, eps, residual=None: torch.empty_like(x, memory_format=torch.contiguous_format),
-    backward_triton,
+    rms_norm_backward_triton,
 )
 
 

@@ -8,12 +8,12 @@ from common.kernels import constexpr, jit, register, tl, triton
 BLOCK = 1024  # entries a program
 
 
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate32 = gate.float()
     return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype)
 
 
-def _backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     gate32, up32, grad32 = gate.float(), up.float(), grad.float()
     sigmoid = torch.sigmoid(gate32)
     silu = gate32 * sigmoid
@@ -25,7 +25,7 @@ def _backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def _forward_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr):  # type: ignore[no-untyped-def]
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < size
     gate = tl.load(gate_ptr + entries, inside, other=0.0).to(tl.float32)
@@ -34,7 +34,7 @@ def _forward_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr):  # type:
 
 
 @jit
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     grad_ptr, gate_ptr, up_ptr, product_ptr, grad_gate_ptr, size, BLOCK: constexpr
 ):
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -50,30 +50,30 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_ptr + entries, (grad * silu).to(dtype), inside)
 
 
-def forward_triton(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _forward_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK)
+    _swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK)
     return out
 
 
-def backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     product, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
     grid = (triton.cdiv(grad.numel(), BLOCK),)
-    _backward_kernel[grid](grad, gate, up, product, grad_gate, grad.numel(), BLOCK=BLOCK)
+    _swiglu_backward_kernel[grid](grad, gate, up, product, grad_gate, grad.numel(), BLOCK=BLOCK)
     return product, grad_gate
 
 
 # silu(gate) * up, of equal shapes, in fp32, rounded once; contiguous. Its gradient: swiglu_backward_.
 swiglu = register(
-    "swiglu(Tensor gate, Tensor up) -> Tensor", _forward, lambda gate, up: torch.empty_like(gate), forward_triton
+    "swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate), swiglu_triton
 )
 # The product again, and the gradient of gate, from `grad`, the product's gradient, which becomes that of up. All of one
 # shape; grad is contiguous.
 swiglu_backward_ = register(
     "swiglu_backward_(Tensor(a!) grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
-    _backward_,
+    _swiglu_backward_,
     lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(gate)),
-    backward_triton_,
+    swiglu_backward_triton_,
 )

@@ -32,7 +32,7 @@ class Machine:
 
     def peak_bytes(self) -> int:
         """Highest memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""
-        return torch.cuda.max_memory_reserved(self.device) if self.is_gpu else peak_of_ram()
+        return torch.cuda.max_memory_reserved(self.device) if self.is_gpu else peak_ram()
 
     def allocated_bytes(self) -> int | None:
         """Highest sum of tensors on the GPU so far in bytes; None on a CPU, where nobody counts them."""
@@ -42,7 +42,7 @@ class Machine:
         return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
 
-def peak_of_ram() -> int:
+def peak_ram() -> int:
     """Highest resident memory of this process so far in bytes; 0 where that is not told (not Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
@@ -98,7 +98,7 @@ def _driver_version() -> str:
     return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
 
 
-def require_gpu_each() -> None:
+def require_gpu_per_process() -> None:
     """Raises UserError when this machine has fewer GPUs than processes of the run; a CPU may have any number."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         raise UserError(f"GPUS is more than {local_rank()}, and this machine has {torch.cuda.device_count()}")

@@ -9,10 +9,10 @@ from pathlib import Path
 from common.recipe import UserError
 
 SPARE_BYTES = 64 << 20  # for the small files beside the large ones
-NOTE = "made_from.json"  # in every folder that is written here; what has none is not written over
+MADE_FROM = "made_from.json"  # in every folder that is written here; what has none is not written over
 
 
-def in_words(size: int) -> str:
+def format_bytes(size: int) -> str:
     """A number of bytes."""
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
@@ -21,7 +21,7 @@ def refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
     """Raises UserError when `path` exists, unless it may be overwritten and came from here."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists. Replace it: ARGS=--overwrite; or choose another place: TO=...")
-    if path.exists() and (path.is_dir() != folder or (folder and not (path / NOTE).exists())):
+    if path.exists() and (path.is_dir() != folder or (folder and not (path / MADE_FROM).exists())):
         raise UserError(f"{path} was not made by this command and is not replaced; choose another place: TO=...")
 
 
@@ -40,8 +40,8 @@ def written_aside(path: Path, data_bytes: int, *, folder: bool, overwrite: bool)
         free = shutil.disk_usage(path.parent).free
         if data_bytes + SPARE_BYTES > free:
             raise UserError(
-                f"{path} would take {in_words(data_bytes)}, and {in_words(free)} are free there; make room, or choose "
-                "another place: TO=..."
+                f"{path} would take {format_bytes(data_bytes)}, and {format_bytes(free)} are free there; make room, "
+                "or choose another place: TO=..."
             )
         if folder:
             aside.mkdir()

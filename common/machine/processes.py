@@ -64,22 +64,22 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """Processes of the run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def is_main() -> bool:
+def is_main_process() -> bool:
     return rank() == 0
 
 
-def join() -> None:
+def init_distributed() -> None:
     """The processes know each other; all but the first are silent on standard output. Nothing for a single one."""
     if world_size() == 1 or distributed.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
-    if not is_main():
+    if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # for as long as the process lives
     try:
         distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
@@ -88,24 +88,24 @@ def join() -> None:
         raise UserError(f"the first process cannot be reached at {where}: {str(error).splitlines()[0]}") from error
 
 
-def leave() -> None:
+def shut_down_distributed() -> None:
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     if distributed.is_initialized():
         distributed.barrier()
 
 
-def on_main(do: Callable[[], T]) -> T | None:
+def run_on_main(do: Callable[[], T]) -> T | None:
     """What the first process gets from it; the others wait, and get None."""
-    result = do() if is_main() else None
-    wait_for_all()
+    result = do() if is_main_process() else None
+    barrier()
     return result
 
 
-def said_by_main(value: T) -> T:
+def broadcast_from_main(value: T) -> T:
     """The first process's value, in all of them."""
     if not distributed.is_initialized():
         return value
@@ -114,7 +114,7 @@ def said_by_main(value: T) -> T:
     return box[0]
 
 
-def said_by_each(value: T) -> list[T]:
+def all_gather(value: T) -> list[T]:
     """Every process's value, in the order of their ranks."""
     if not distributed.is_initialized():
         return [value]
@@ -123,12 +123,12 @@ def said_by_each(value: T) -> list[T]:
     return values
 
 
-def read_once(device: torch.device, read: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
+def read_once_per_machine(device: torch.device, read: Callable[..., list[Tensor]], *arguments: Any) -> list[Tensor]:
     """The tensors that `read` gives in the first process of this machine: in all of its processes, on `device`.
 
     On a CPU they are the same memory, which must not be written to.
     """
-    if processes_here() == 1:
+    if local_world_size() == 1:
         return [tensor.to(device) for tensor in read(*arguments)]
     first, group = rank() - local_rank(), _group_here()
     tensors = [tensor.to(device).contiguous() for tensor in read(*arguments)] if local_rank() == 0 else []
@@ -167,22 +167,22 @@ def _place(tensor: Tensor) -> str | None:
 @cache
 def _group_here() -> Any:
     """The processes of this machine; each machine has as many."""
-    firsts = range(0, world_size(), processes_here())
-    groups = [distributed.new_group(list(range(first, first + processes_here()))) for first in firsts]
-    return groups[rank() // processes_here()]
+    firsts = range(0, world_size(), local_world_size())
+    groups = [distributed.new_group(list(range(first, first + local_world_size()))) for first in firsts]
+    return groups[rank() // local_world_size()]
 
 
-def mesh_of_all(device_type: str) -> DeviceMesh:
+def world_mesh(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (world_size(),))
 
 
 @contextmanager
-def imagined(processes: int) -> Iterator[DeviceMesh]:
+def fake_process_group(processes: int) -> Iterator[DeviceMesh]:
     """A mesh of so many processes, this one among them, in which nothing is sent: what is received is not computed."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # the backend "fake" is registered with it
 
     if distributed.is_initialized():
-        yield DeviceMesh.from_group(_imagined_group(), "cpu")
+        yield DeviceMesh.from_group(_fake_group(), "cpu")
         return
     hook = sys.excepthook
     distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
@@ -194,21 +194,21 @@ def imagined(processes: int) -> Iterator[DeviceMesh]:
 
 
 @cache
-def _imagined_group() -> Any:
+def _fake_group() -> Any:
     return distributed.new_group(backend="fake")
 
 
-def part_of(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """What this process has of a tensor that is cut over the processes; the tensor itself where it is not cut."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor with all of its parts. All processes must ask, in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def summed(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Each value summed over all processes, in float64."""
     if not distributed.is_initialized():
         return list(values)
@@ -217,7 +217,7 @@ def summed(values: Sequence[float]) -> list[float]:
     return [float(value) for value in total]
 
 
-def highest(value: int) -> int:
+def all_reduce_max(value: int) -> int:
     """The largest of all processes' values: the same in all of them."""
     if not distributed.is_initialized():
         return value

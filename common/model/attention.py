@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 
 from common.machine.device import Machine
 
-PACKED = "packed"
+PACKED_ATTENTION = "packed"
 FLASH_CAPABILITY = (8, 0)  # compute capability that torch's flash attention needs (ATen/native/transformers/cuda)
 _ARGUMENTS = inspect.signature(varlen_attn).parameters
 # torch 2.10 has is_causal and lets key and value have fewer heads; later versions ask for both in other words.
@@ -35,7 +35,7 @@ ATTENTION_OPERATORS = (
 def attention_implementation(machine: Machine) -> str:
     """What transformers shall use on this machine: "packed", or "sdpa" where torch has no flash attention."""
     if machine.is_gpu and torch.cuda.get_device_capability(machine.device) >= FLASH_CAPABILITY:
-        return PACKED
+        return PACKED_ATTENTION
     return "sdpa"
 
 
@@ -76,9 +76,9 @@ def packed_attention(
     return output.unsqueeze(0), None
 
 
-def is_flat(model: Any) -> bool:
-    """Whether its attention wants micro-batches laid flat, common.data.packing.collate."""
-    return bool(model.config._attn_implementation == PACKED)
+def uses_packed_attention(model: Any) -> bool:
+    """Whether its attention wants micro-batches laid padding_free, common.data.packing.collate."""
+    return bool(model.config._attn_implementation == PACKED_ATTENTION)
 
 
-AttentionInterface.register(PACKED, packed_attention)
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

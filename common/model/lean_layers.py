@@ -18,7 +18,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Decode
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from common.kernels import HAS_TRITON
-from common.kernels.lora_linear import LoraLinear, linear_onto, normed_linears, swiglu_linear_onto
+from common.kernels.lora_linear import LoraLinear, lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from common.kernels.rms_norm import rms_norm
 from common.kernels.rope import rope
 from common.recipe import Kernels
@@ -33,7 +33,7 @@ class _LeanLayer(nn.Module):
     """Attention and MLP, each with the norm before it and the residual after it."""
 
     def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        if past_key_values is not None or any(_not_plain(self.get_submodule(name)) for name in PROJECTIONS):
+        if past_key_values is not None or any(_unsupported_linear(self.get_submodule(name)) for name in PROJECTIONS):
             output: Tensor = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
             return output
         hidden = self.self_attn(hidden_states, norm=self.input_layernorm, **kwargs)
@@ -50,7 +50,7 @@ class _LeanAttention(nn.Module):
             return super().forward(hidden_states, **kwargs)
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
         linears = [lora_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
-        query, key, value, hidden = normed_linears(
+        query, key, value, hidden = rms_norm_lora_linears(
             hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
         )
         if hasattr(self, "q_norm"):
@@ -67,7 +67,7 @@ class _LeanAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        return linear_onto(output.reshape(len(hidden), -1), lora_linear(self.o_proj), hidden).view_as(hidden_states)
+        return lora_linear_add(output.reshape(len(hidden), -1), lora_linear(self.o_proj), hidden).view_as(hidden_states)
 
 
 class _LeanMLP(nn.Module):
@@ -79,8 +79,10 @@ class _LeanMLP(nn.Module):
             output: Tensor = super().forward(hidden_states)
             return output
         linears = [lora_linear(module) for module in (self.gate_proj, self.up_proj)]
-        gate, up, hidden = normed_linears(hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears)
-        return swiglu_linear_onto(gate, up, lora_linear(self.down_proj), hidden).view_as(hidden_states)
+        gate, up, hidden = rms_norm_lora_linears(
+            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
+        )
+        return swiglu_lora_linear_add(gate, up, lora_linear(self.down_proj), hidden).view_as(hidden_states)
 
 
 def _norm_heads(states: Tensor, norm: Any) -> Tensor:
@@ -93,39 +95,39 @@ _STOCK = {
     _LeanAttention: (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention),
     _LeanMLP: (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP),
 }
-LEAN = {
+LEAN_CLASSES = {
     stock: type(f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__})
     for lean, classes in _STOCK.items()
     for stock in classes
 }
 
 
-def fuse_layers(model: PeftModel, kernels: Kernels) -> None:
+def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
     """With "lean" the model's decoder layers compute as common.kernels does, with "stock" as the libraries do.
 
     Says in a line where "lean" is not to be had: for other architectures, and with LoRA dropout or DoRA.
     """
     if kernels == "stock":
         return
-    if reason := obstacle(model):
+    if reason := unsupported_reason(model):
         print(f"layers: stock, slower and with more memory, because {reason}")
         return
-    make_lean(model)
+    swap_in_lean_classes(model)
     if model.device.type == "cuda" and not HAS_TRITON:
         print("layers: lean, but in plain PyTorch operators, slower: Triton is not installed (pip install triton)")
 
 
-def make_lean(model: nn.Module) -> None:
+def swap_in_lean_classes(model: nn.Module) -> None:
     """Every module that has a lean class takes it; `obstacle` must be None."""
     for module in model.modules():
-        module.__class__ = LEAN.get(type(module), type(module))
+        module.__class__ = LEAN_CLASSES.get(type(module), type(module))
 
 
 def is_lean(model: nn.Module) -> bool:
     return any(isinstance(module, _LeanLayer) for module in model.modules())
 
 
-def obstacle(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Why the model's layers cannot be lean, in words; None if they can."""
     known = _STOCK[_LeanLayer]
     layers = [module for module in model.modules() if type(module) in known or isinstance(module, _LeanLayer)]
@@ -134,11 +136,17 @@ def obstacle(model: Any) -> str | None:
     if model.config.hidden_act != "silu":
         return f"the lean layers know SiLU, not {model.config.hidden_act}"
     return next(
-        (reason for layer in layers for name in PROJECTIONS if (reason := _not_plain(layer.get_submodule(name)))), None
+        (
+            reason
+            for layer in layers
+            for name in PROJECTIONS
+            if (reason := _unsupported_linear(layer.get_submodule(name)))
+        ),
+        None,
     )
 
 
-def _not_plain(module: Any) -> str | None:
+def _unsupported_linear(module: Any) -> str | None:
     """Why a LoraLinear cannot express the module, in words; None if it can."""
     base = module.base_layer if isinstance(module, LoraLayer) else module
     if not isinstance(base, Linear4bit) and type(base) is not nn.Linear:

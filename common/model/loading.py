@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from common import REPOSITORY
 from common.machine.device import Machine, this_machine
-from common.machine.processes import ONE_PROCESS, Layout, read_once
+from common.machine.processes import ONE_PROCESS, Layout, read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.attention import attention_implementation
 from common.model.base_weights import BaseWeights, make_linears_4bit, random_state
@@ -152,7 +152,7 @@ def _hollow_model(spec: ModelSpec, config: PretrainedConfig, folder: Path | None
             # PEFT asks a 4-bit weight how it was quantised.
             made = Params4bit(hollow, quant_type="nf4") if isinstance(parameter, Params4bit) else nn.Parameter(hollow)
         else:
-            (value,) = read_once(machine.device, weights.in_16_bit, name, parameter.shape)
+            (value,) = read_once_per_machine(machine.device, weights.in_16_bit, name, parameter.shape)
             made = nn.Parameter(value)
         setattr(model.get_submodule(owner), key, made.requires_grad_(False))
     model.tie_weights()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.machine.disk import in_words
+from common.machine.disk import format_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -144,7 +144,7 @@ def write_shards(
                 if tuple(tensor.shape) != entry.shape:
                     raise RuntimeError(f"{entry.name} is {tuple(tensor.shape)}, not {entry.shape}")
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
-        say(f"  {shard.file}: {in_words(shard.size)} ({number} of {len(shards)})")
+        say(f"  {shard.file}: {format_bytes(shard.size)} ({number} of {len(shards)})")
     if len(shards) > 1:
         total = sum(entry.size for shard in shards for entry in shard.entries)
         places = {entry.name: shard.file for shard in shards for entry in shard.entries}

@@ -1,7 +1,7 @@
 """The bytes of one optimizer step, counted by running the step on fake tensors.
 
-`count_step` runs the recipe's own step on a model of a few layers and writes down every allocation and release, cut
-into segments: one a layer and direction, and what comes before, between and after. `common.plan.step.splice` repeats those
+`count_step` runs the recipe's own step on a model of a few layers and writes down every allocation and release, in
+segments: one a layer and direction, and what comes before, between and after. `common.plan.step.splice` repeats those
 of the layers, which gives the step of the full model to the byte (tests/plan/test_forecast.py counts both).
 """
 
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from common.machine.processes import part_of
+from common.machine.processes import local_tensor
 from common.model.activation_checkpointing import decoder_layers
 from common.plan.step import (
     ADAPTERS,
@@ -70,7 +70,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     ),
 }
 # Operators that read and write nothing.
-FREE = {
+NO_TRAFFIC = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_like.default,
     torch.ops.aten.new_empty.default,
@@ -104,7 +104,7 @@ def _gemm_4bit(
 
 
 # Operators that allocate inside, and what stands for them in a count, where it sees what they do.
-IN_SIGHT: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
 
 
 class _Ledger(TorchDispatchMode):
@@ -134,12 +134,12 @@ class _Ledger(TorchDispatchMode):
 
     def tag(self, tensor: Tensor, kind: str) -> None:
         """What the tensor's storage is there for, if it was allocated in this step."""
-        birth = self.alive.get(part_of(tensor).untyped_storage()._cdata)
+        birth = self.alive.get(local_tensor(tensor).untyped_storage()._cdata)
         if birth is not None:
             self.kinds[birth] = kind
 
     def allocate(self, tensor: Tensor) -> None:
-        storage = part_of(tensor).untyped_storage()
+        storage = local_tensor(tensor).untyped_storage()
         key = storage._cdata
         if key in self.alive or key in self.known or key in self.host:
             return
@@ -179,9 +179,9 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if operator in IN_SIGHT:
+        if operator in DECOMPOSITIONS:
             with self:
-                return IN_SIGHT[operator](*args, **kwargs)
+                return DECOMPOSITIONS[operator](*args, **kwargs)
         outputs = operator(*args, **kwargs)
         if operator.namespace == "prim":  # questions about a tensor
             return outputs
@@ -199,7 +199,7 @@ class _Ledger(TorchDispatchMode):
             return outputs
         if operator in SCRATCH:
             self._scratch(round_up(SCRATCH[operator](*args, **kwargs)))
-        if operator not in FREE and not operator.is_view:
+        if operator not in NO_TRAFFIC and not operator.is_view:
             consumed = _tensors_in((args, kwargs))
             flops = 0.0
             if operator in FLOPS:
@@ -313,7 +313,7 @@ def count_step(
         del value
         ledger.begin("optimizer")
         if any(cut.values()):
-            torch.nn.utils.get_total_norm([part_of(p.grad) for p in trained if p.grad is not None])
+            torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in trained if p.grad is not None])
         elif max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(trained, max_grad_norm)
         if not isinstance(optimizer, Optimizer8bit):  # which reads numbers, updates in place and allocates nothing
@@ -343,11 +343,11 @@ def _standing(
     layers = decoder_layers(model)
     everything, in_first = list(_tensors_of(model, optimizer)), list(_tensors_of(layers[0], optimizer))
     if len(layers) > 1:  # what layers share is outside them: the tables of an 8-bit optimizer
-        in_last = {part_of(tensor).untyped_storage()._cdata for tensor, _ in _tensors_of(layers[-1], optimizer)}
-        in_first = [part for part in in_first if part_of(part[0]).untyped_storage()._cdata not in in_last]
+        in_last = {local_tensor(tensor).untyped_storage()._cdata for tensor, _ in _tensors_of(layers[-1], optimizer)}
+        in_first = [part for part in in_first if local_tensor(part[0]).untyped_storage()._cdata not in in_last]
     total, of_layer = _sum_by_kind(everything), _sum_by_kind(in_first)
     outside = {kind: total[kind] - len(layers) * of_layer[kind] for kind in KINDS}
-    return outside, of_layer, [part_of(tensor) for tensor, _ in everything]
+    return outside, of_layer, [local_tensor(tensor) for tensor, _ in everything]
 
 
 def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str]]:
@@ -384,7 +384,7 @@ def _sum_by_kind(tensors: Iterable[tuple[Tensor, str]]) -> dict[str, int]:
     """Bytes of the storages behind the tensors, each once, rounded as the allocator does."""
     total, seen = dict.fromkeys(KINDS, 0), set()
     for tensor, kind in tensors:
-        storage = part_of(tensor).untyped_storage()
+        storage = local_tensor(tensor).untyped_storage()
         if storage._cdata not in seen:
             seen.add(storage._cdata)
             total[kind] += round_up(storage.nbytes())

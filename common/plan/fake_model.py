@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from common.model.base_weights import make_linears_4bit
 from common.model.files import load_config
-from common.model.lean_layers import make_lean, obstacle
+from common.model.lean_layers import swap_in_lean_classes, unsupported_reason
 from common.model.lora import attach_lora
 from common.model.loss import fuse_head_and_loss
 from common.recipe import Kernels, LoraSpec, ModelSpec
@@ -53,8 +53,8 @@ def fake_lora_model(
     with mode:
         _materialise(adapted, dtype)
     _keep_masks_as_on_a_gpu(adapted)
-    if kernels == "lean" and not obstacle(adapted):
-        make_lean(adapted)
+    if kernels == "lean" and not unsupported_reason(adapted):
+        swap_in_lean_classes(adapted)
     return adapted.train()
 
 

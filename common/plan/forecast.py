@@ -10,12 +10,12 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.machine.processes import ONE_PROCESS, Layout, imagined
+from common.machine.processes import ONE_PROCESS, Layout, fake_process_group
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
-from common.model.attention import PACKED
+from common.model.attention import PACKED_ATTENTION
 from common.model.files import load_config
 from common.model.optimizer import build_optimizer
-from common.model.sharding import cut, join_layers
+from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.step import Speed, Step, splice
@@ -42,7 +42,7 @@ class Setting:
     """What a step's memory depends on beside the recipe."""
 
     dtype: torch.dtype = torch.bfloat16
-    attention: str = PACKED
+    attention: str = PACKED_ATTENTION
 
 
 class Forecast:
@@ -102,11 +102,11 @@ class Forecast:
         checkpoint_activations(model, policy)
         if not self.layout.sharded:
             return self._count_with(model, mode, tokens, accumulates)
-        with imagined(self.layout.processes) as mesh:
+        with fake_process_group(self.layout.processes) as mesh:
             with mode:
                 for layer in decoder_layers(model):
-                    cut(layer, mesh)
-                join_layers(model, mesh)
+                    shard_layer(layer, mesh)
+                shard_root(model, mesh)
             return self._count_with(model, mode, tokens, accumulates)
 
     def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool) -> Step:
@@ -115,7 +115,9 @@ class Forecast:
             recipe = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
         optimizer = build_optimizer(model, recipe.train)  # not under the mode: bitsandbytes makes tables of values
         with mode, patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
-            batch = full_batch(tokens, min(tokens, recipe.train.seq_len), flat=self.setting.attention == PACKED)
+            batch = full_batch(
+                tokens, min(tokens, recipe.train.seq_len), padding_free=self.setting.attention == PACKED_ATTENTION
+            )
 
             def loss() -> torch.Tensor:
                 with torch.autocast("cpu", self.setting.dtype, enabled=self.setting.dtype != torch.float32):
@@ -140,14 +142,14 @@ def copies(layers: int, counted: int, edge: int) -> list[int]:
     return [*range(edge), *[edge] * (layers - counted), *range(edge, counted)]
 
 
-def full_batch(tokens: int, longest: int, *, flat: bool) -> dict[str, Any]:
+def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
     """A micro-batch in the form of common.data.packing.collate, every token trained; as a rectangle it is one row.
 
-    Laid flat it has the scratch memory of many short examples, and the attention of examples of `longest` tokens.
+    Without padding it has the scratch memory of many short examples, and the attention of examples of `longest` tokens.
     """
     names = ("input_ids", "labels", "position_ids")
     batch: dict[str, Any] = {name: torch.zeros((1, tokens), dtype=torch.int64) for name in names}
     batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)
-    if flat:
+    if padding_free:
         batch |= {"cu_seq_lens_q": torch.zeros(tokens // SHORT_EXAMPLE + 2, dtype=torch.int32), "max_length_q": longest}
     return batch

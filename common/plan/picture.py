@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.machine.device import GIB
-from common.plan.report import CHOICE, EVERY_LAYER, NONE, UNSEEN, Report, Row, label_of, room_on, writing
+from common.plan.report import CHOICE, EVERY_LAYER, NONE, UNSEEN, PlanReport, PolicyRow, label_of, room_on, writing
 from common.plan.step import KINDS, Speed, Step
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ POINTS = 2000  # of a curve; more than the picture has pixels
 COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#000000", "#D55E00")
 
 
-def draw_plan(report: Report, path: Path) -> None:
+def draw_plan(report: PlanReport, path: Path) -> None:
     """A PNG of the memory in an optimizer step's last micro-batch, without checkpointing and as chosen, over time.
 
     Where no checkpointing is the choice, it stands beside recomputing every layer. Raises UserError where the picture
@@ -55,7 +55,7 @@ def draw_plan(report: Report, path: Path) -> None:
         figure.savefig(path, format="png", dpi=130)
 
 
-def _draw_panel(axes: "Axes", row: Row, report: Report) -> None:
+def _draw_panel(axes: "Axes", row: PolicyRow, report: PlanReport) -> None:
     card = report.card
     times, kinds = curve(row.step, report.speed)
     labels = [label_of(kind, report.recipe) for kind in KINDS]

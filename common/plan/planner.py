@@ -14,7 +14,7 @@ from itertools import product
 import torch
 
 from common.machine.device import GIB, Machine, available_ram, require_gpu, this_machine, unusable_gpu
-from common.machine.processes import ONE_PROCESS, Layout, processes_here, said_by_each, said_by_main, world_size
+from common.machine.processes import ONE_PROCESS, Layout, all_gather, broadcast_from_main, local_world_size, world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
 from common.model.files import load_config
@@ -74,7 +74,7 @@ class Card:
     def of_machine(cls, machine: Machine) -> "Card":
         free = machine.free_bytes()
         host = available_ram()
-        here = None if host is None else int(HOST_SHARE * host) // processes_here()
+        here = None if host is None else int(HOST_SHARE * host) // local_world_size()
         name = f"{free / GIB:.1f} GiB free on {machine.name}"
         return cls(name, free, context_is_there=True, gpu=machine.name, host=here)
 
@@ -309,14 +309,12 @@ def plan_for_card(recipe: Recipe) -> Plan:
         require_gpu(recipe.model.name)
     print(f"machine: {machine}")
     if machine.is_gpu:
-        plan = plan_on(
-            recipe, smallest_of(said_by_each((Card.of_machine(machine), machine.dtype))), setting_of(machine)
-        )
+        plan = plan_on(recipe, smallest_of(all_gather((Card.of_machine(machine), machine.dtype))), setting_of(machine))
     else:
         if reason := unusable_gpu():
             print(f"warning: training on the CPU: {reason}")
         plan = _cpu_plan(recipe, machine)
-    plan = said_by_main(plan)  # what a process counts as its part may be a few bytes less than the first's
+    plan = broadcast_from_main(plan)  # what a process counts as its part may be a few bytes less than the first's
     print(plan.text)
     return plan
 
@@ -338,10 +336,10 @@ def setting_of(machine: Machine) -> Setting:
 
 def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
     """The plan for a card, which need not be there, in each process of this run. Raises UserError as plan_for_card."""
-    return planned(*choose(recipe, card, setting, world_size()))
+    return make_plan(*choose_option(recipe, card, setting, world_size()))
 
 
-def choose(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
+def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
     """The fastest option that fits: each card with the whole model, or else with a part of every layer.
 
     Raises UserError when one row does not fit, and where sharding is needed and the recipe asks for what cannot be.
@@ -368,7 +366,7 @@ def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
     return True
 
 
-def planned(planner: Planner, option: Option) -> Plan:
+def make_plan(planner: Planner, option: Option) -> Plan:
     """The option as a plan, in words."""
     train, card, policy = planner.recipe.train, planner.card, option.policy
     layout = replace(planner.layout, on_host=option.on_host)
@@ -386,7 +384,7 @@ def planned(planner: Planner, option: Option) -> Plan:
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.option(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
-    return _plan(train, layout, option.rows, policy, why, option.peak + WORKSPACE_BYTES, step.base[OPTIMIZER])
+    return _worded_plan(train, layout, option.rows, policy, why, option.peak + WORKSPACE_BYTES, step.base[OPTIMIZER])
 
 
 def shares(step: Step, layout: Layout) -> str:
@@ -413,10 +411,10 @@ def _cpu_plan(recipe: Recipe, machine: Machine) -> Plan:
     here = rows_per_process(train, processes)
     rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
     why = f"on a CPU at most {TOKENS_PER_MICRO_BATCH_CPU:,} tokens at a time ({machine.name})"
-    return _plan(train, layout, rows, policy, why)
+    return _worded_plan(train, layout, rows, policy, why)
 
 
-def _plan(
+def _worded_plan(
     train: TrainSpec,
     layout: Layout,
     rows: int,

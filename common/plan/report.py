@@ -13,7 +13,7 @@ from typing import Any
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.model.files import load_config
-from common.plan.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, planned
+from common.plan.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, make_plan
 from common.plan.step import GATHERED, KINDS, WEIGHTS, Speed, Step
 from common.recipe import Recipe, UserError
 
@@ -24,12 +24,12 @@ NONE, EVERY_LAYER, OFFLOAD, CHOICE = (
     "every layer + boundaries on the host",
     "our choice",
 )
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+PLANNING_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
 
 
 @dataclass(frozen=True)
-class Row:
+class PolicyRow:
     """One way to run the step: what it takes, and how long."""
 
     name: str
@@ -46,16 +46,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class PlanReport:
     recipe: Recipe
     card: Card
     speed: Speed
     plan: Plan
-    rows: tuple[Row, ...]  # NONE, EVERY_LAYER, OFFLOAD, CHOICE
+    rows: tuple[PolicyRow, ...]  # NONE, EVERY_LAYER, OFFLOAD, CHOICE
     longest: dict[str, int]  # tokens of the longest single row that fits, by name of the row
     positions: int | None  # of the model
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> PolicyRow:
         return next(row for row in self.rows if row.name == name)
 
     def text(self) -> str:
@@ -118,7 +118,7 @@ class Report:
             yield f"  {name:<{LABEL_WIDTH}}{amount}{longer}"
 
 
-def report(planner: Planner, option: Option) -> Report:
+def build_report(planner: Planner, option: Option) -> PlanReport:
     """The option beside the three plain ways to run micro-batches of as many rows."""
     layers, card = planner.layers, planner.card
     policies = {
@@ -130,7 +130,7 @@ def report(planner: Planner, option: Option) -> Report:
     counted = {name: planner.exact(option.rows, policy, option.on_host) for name, policy in policies.items()}
     plain = counted[NONE][0].seconds_per_token
     rows = tuple(
-        Row(
+        PolicyRow(
             name,
             policies[name],
             step,
@@ -143,8 +143,8 @@ def report(planner: Planner, option: Option) -> Report:
     )
     longest = {name: planner.longest_row(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
     positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
-    return Report(
-        planner.recipe, planner.card, planner.forecast.speed, planned(planner, option), rows, longest, positions
+    return PlanReport(
+        planner.recipe, planner.card, planner.forecast.speed, make_plan(planner, option), rows, longest, positions
     )
 
 
@@ -154,13 +154,13 @@ def unseen_parts(card: Card) -> dict[str, int]:
     return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": card.nccl, "reserve": card.reserve}
 
 
-def write_json(report: Report, path: Path) -> None:
+def write_json(report: PlanReport, path: Path) -> None:
     """The report for machines. Raises UserError where it cannot be written."""
     with writing(path):
         path.write_text(json.dumps(_values(report), indent=2) + "\n", encoding="utf-8")
 
 
-def _values(report: Report) -> dict[str, Any]:
+def _values(report: PlanReport) -> dict[str, Any]:
     card, plan, speed = report.card, report.plan, report.speed
     return {
         "recipe": asdict(report.recipe),
@@ -201,7 +201,7 @@ def _values(report: Report) -> dict[str, Any]:
             "host_link_bytes_per_second": speed.host_link,
             "launch_seconds": speed.launch,
         },
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in PLANNING_LIBRARIES},
     }
 
 
@@ -226,7 +226,7 @@ def label_of(kind: str, recipe: Recipe) -> str:
     return f"{'4-bit' if recipe.model.bits == 4 else '16-bit'} weights" if kind == WEIGHTS else kind
 
 
-def room_on(card: Card, row: Row) -> str:
+def room_on(card: Card, row: PolicyRow) -> str:
     room = (card.size - row.peak) / GIB
     return f"{room:.1f} GiB free" if row.fits else f"{-room:.1f} GiB over"
 

@@ -13,8 +13,8 @@ from typing import Any
 from common.machine.disk import sha256_of
 
 MANIFEST = "manifest.json"
-PREFIX = "checkpoint-"
-KEPT = 2  # newest ones
+CHECKPOINT_PREFIX = "checkpoint-"
+CHECKPOINTS_KEPT = 2  # newest ones
 _WRITING, _REMOVING = ".writing", ".removing"
 
 
@@ -23,7 +23,7 @@ def staging_folder(folder: Path) -> Path:
     return folder / _WRITING
 
 
-def seal(written: Path, target: Path, run: dict[str, Any]) -> None:
+def commit_checkpoint(written: Path, target: Path, run: dict[str, Any]) -> None:
     """The checkpoint at `written` becomes `target`, with a manifest that holds `run` and every file's size and hash.
 
     When this returns it is on the disk, not only in the system's memory; a crash before leaves `target` as it was.
@@ -33,7 +33,7 @@ def seal(written: Path, target: Path, run: dict[str, Any]) -> None:
     manifest.write_text(json.dumps({"run": run, "files": files}, indent=1) + "\n", encoding="utf-8")
     for path in [*written.iterdir(), written]:
         _sync(path)
-    remove(target)
+    remove_checkpoint(target)
     written.rename(target)
     _sync(target.parent)
 
@@ -46,7 +46,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """The checkpoint is gone, at once: a kill in the middle leaves no half of it under its name."""
     if checkpoint.exists():
         going = checkpoint.parent / f"{_REMOVING}-{checkpoint.name}"
@@ -55,33 +55,35 @@ def remove(checkpoint: Path) -> None:
         shutil.rmtree(going)
 
 
-def clean(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Nothing is left of checkpoints that were being written or removed."""
     for path in folder.glob(".*"):
         if path.name.startswith((_WRITING, _REMOVING)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, newest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit()]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(PREFIX)))
+    found = [
+        path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
+    ]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix(CHECKPOINT_PREFIX)))
 
 
-def keep_newest(folder: Path, kept: int = KEPT) -> None:
-    for old in checkpoints(folder)[kept:]:
-        remove(old)
+def keep_newest(folder: Path, kept: int = CHECKPOINTS_KEPT) -> None:
+    for old in list_checkpoints(folder)[kept:]:
+        remove_checkpoint(old)
 
 
 def go_back_to(checkpoint: Path) -> None:
     """The checkpoint is the newest of its folder: later ones, which are damaged, are gone, and so are all but two."""
-    later = checkpoints(checkpoint.parent)
+    later = list_checkpoints(checkpoint.parent)
     for damaged in later[: later.index(checkpoint)]:
-        remove(damaged)
+        remove_checkpoint(damaged)
     keep_newest(checkpoint.parent)
 
 
-def damage(checkpoint: Path) -> str | None:
+def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with the checkpoint, in words; None if every file is as it was written, and there is no other."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -107,14 +109,14 @@ def damage(checkpoint: Path) -> str | None:
 
 def newest_intact(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; None where there is none. Prints a line for each damaged one."""
-    for checkpoint in checkpoints(folder):
-        if not (wrong := damage(checkpoint)):
+    for checkpoint in list_checkpoints(folder):
+        if not (wrong := find_damage(checkpoint)):
             return checkpoint
         print(f"{checkpoint} is damaged ({wrong}): skipped")
     return None
 
 
-def run_of(checkpoint: Path) -> dict[str, Any]:
+def read_run_identity(checkpoint: Path) -> dict[str, Any]:
     """What `seal` was told of the run."""
     run: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["run"]
     return run

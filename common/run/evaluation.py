@@ -19,7 +19,7 @@ from common.data.labels import IGNORED
 from common.data.packing import collate
 from common.data.rows import DataReport, read_examples
 from common.machine.device import this_machine
-from common.model.attention import is_flat
+from common.model.attention import uses_packed_attention
 from common.recipe import UserError
 from common.run.answers import BATCH, generate_answers
 
@@ -140,7 +140,7 @@ def mean_loss(model: PeftModel, rows: Dataset, pad_token_id: int) -> tuple[float
     """Negative log-likelihood in nats, mean over the trained tokens of all packed rows, and how many they are."""
     total, count, machine = 0.0, 0, this_machine()
     for row in rows:
-        batch = collate([row], pad_token_id, flat=is_flat(model))
+        batch = collate([row], pad_token_id, padding_free=uses_packed_attention(model))
         batch = {name: v.to(model.device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
         with torch.autocast(machine.device.type, machine.dtype, enabled=machine.is_gpu):  # as in the run
             total += model(**batch, num_items_in_batch=1).loss.item()

@@ -10,9 +10,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common.machine.device import GIB, this_machine
-from common.machine.processes import is_main, wait_for_all
-
-METRICS = "metrics.jsonl"
+from common.machine.processes import barrier, is_main_process
+from common.run.folder import LOSS_PICTURE, METRICS
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -27,7 +26,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-class Report(TrainerCallback):
+class ProgressReport(TrainerCallback):
     """Writes metrics.jsonl, and shows one line: rewritten in place on a terminal, elsewhere each `every` seconds."""
 
     def __init__(self, folder: Path, every: float = 10.0) -> None:
@@ -45,8 +44,8 @@ class Report(TrainerCallback):
         # A resumed run goes through the steps after its checkpoint again.
         self.history = [entry for entry in read_metrics(self.folder) if entry["step"] <= state.global_step]
         lines = [json.dumps(entry) + "\n" for entry in self.history]
-        wait_for_all()  # the others have read it
-        if is_main():
+        barrier()  # the others have read it
+        if is_main_process():
             (self.folder / METRICS).write_text("".join(lines), encoding="utf-8")
 
     def on_log(
@@ -82,7 +81,7 @@ class Report(TrainerCallback):
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
-        if not is_main():
+        if not is_main_process():
             return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -119,5 +118,5 @@ def draw_loss(folder: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=folder.name, ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    figure.savefig(folder / LOSS_PICTURE, dpi=120)
     pyplot.close(figure)

@@ -10,9 +10,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from common.machine.device import GIB
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
+from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.progress import duration, read_metrics
 
-REPORT = "report.html"
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
 
@@ -21,11 +21,11 @@ def write_report(folder: Path) -> Path:
 
     Raises UserError when the folder holds no run that has ended.
     """
-    if not (folder / "run.json").exists():
+    if not (folder / RUN_JSON).exists():
         raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
-    run, evaluation = _read(folder / "run.json"), {}
-    if (folder / "eval.json").exists():
-        evaluation = _read(folder / "eval.json")
+    run, evaluation = _read_json(folder / RUN_JSON), {}
+    if (folder / EVAL_JSON).exists():
+        evaluation = _read_json(folder / EVAL_JSON)
     environment = Environment(  # autoescape: an answer may hold HTML
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

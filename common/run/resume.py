@@ -12,7 +12,7 @@ from common.recipe import Recipe, UserError
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
 # Of a recipe: what may change between two parts of a run, because the result does not depend on it ...
-FREE = {
+MAY_CHANGE = {
     "Recipe.card_gib",
     "Recipe.out",
     "Recipe.existing_run",
@@ -24,7 +24,7 @@ FREE = {
     "TrainSpec.report_to",
 }
 # ... and what changes it a little, and is only said: where the schedule ends, and the order of sums.
-SAID = {
+WARNED_ABOUT = {
     "TrainSpec.max_steps",
     "TrainSpec.epochs",
     "TrainSpec.kernels",
@@ -44,14 +44,14 @@ def identity(recipe: Recipe, rows: Rows, **more: Any) -> dict[str, Any]:
     }
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return {
-        "recipe": {name: value for name, value in fields.items() if name not in FREE},
-        "rows": hash_of(rows.train),
+        "recipe": {name: value for name, value in fields.items() if name not in MAY_CHANGE},
+        "rows": hash_rows(rows.train),
         "versions": {name: version(name) for name in LIBRARIES},
         **more,
     }
 
 
-def hash_of(rows: Dataset) -> str:
+def hash_rows(rows: Dataset) -> str:
     """sha256 of the token ids and labels, in order."""
     digest = hashlib.sha256()
     for name in ("input_ids", "labels"):
@@ -72,7 +72,7 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
     for name in old["recipe"] | new["recipe"]:
         before, now = old["recipe"].get(name), new["recipe"].get(name)
         if before != now:
-            (said if name in SAID else refused).append(f"{name} was {before!r} and is {now!r}")
+            (said if name in WARNED_ABOUT else refused).append(f"{name} was {before!r} and is {now!r}")
     if old["rows"] != new["rows"] and not any(line.startswith("DataSpec.") for line in refused):
         refused.append("the data is not what it was: other rows, another tokenizer or chat template")
     for name in old["versions"] | new["versions"]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from common.machine.processes import highest
+from common.machine.processes import all_reduce_max
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -37,7 +37,7 @@ class StopSignals(TrainerCallback):
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """All processes stop after the same step, whichever of them the signal reached."""
-        number = highest(self.received or 0)
+        number = all_reduce_max(self.received or 0)
         self.received = signal.Signals(number) if number else None
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True

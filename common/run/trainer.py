@@ -17,8 +17,8 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from common.data.packing import examples_of, halve
-from common.machine.processes import highest, is_main, on_main, rank, summed, world_size
+from common.data.packing import halve, split_into_examples
+from common.machine.processes import all_reduce_max, all_reduce_sum, is_main_process, rank, run_on_main, world_size
 from common.model.activation_checkpointing import (
     TRAINER_ARGUMENTS,
     Policy,
@@ -26,16 +26,29 @@ from common.model.activation_checkpointing import (
     checkpoint_activations,
     watch_recompute,
 )
-from common.model.sharding import clip_gradients, is_sharded, read_adapter, save_whole_states, whole_adapter
+from common.model.sharding import (
+    clip_grad_norm,
+    gather_adapter,
+    gather_states_when_saved,
+    is_sharded,
+    load_adapter_shards,
+)
 from common.recipe import UserError
-from common.run.checkpoints import PREFIX, checkpoints, clean, keep_newest, seal, staging_folder
+from common.run.checkpoints import (
+    CHECKPOINT_PREFIX,
+    commit_checkpoint,
+    keep_newest,
+    list_checkpoints,
+    remove_unfinished,
+    staging_folder,
+)
 from common.run.folder import ADAPTER_WEIGHTS, SAVING
 
 Batch = dict[str, Any]
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch's and safetensors' own for a failed write
-MOST_SKIPPED = 3  # optimizer steps in a row without finite numbers
-MOST_SKIPPED_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales
-NAMED_PLACES = 5
+MAX_SKIPPED_STEPS = 3  # optimizer steps in a row without finite numbers
+MAX_SKIPPED_STEPS_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales
+MAX_NAMED_ROWS = 5
 
 
 class Trainer(SFTTrainer):
@@ -77,7 +90,7 @@ class Trainer(SFTTrainer):
         self.stock_clip = self.accelerator.clip_grad_norm_
         if self.is_sharded:
             self.stock_clip = self._clip_shards
-            save_whole_states(self.optimizer)
+            gather_states_when_saved(self.optimizer)
             self.stock_prepare = self.accelerator.prepare_model
             self.accelerator.prepare_model = self._prepare_shards
         self.accelerator.clip_grad_norm_ = self._clip_finite
@@ -113,13 +126,13 @@ class Trainer(SFTTrainer):
 
     def _clip_shards(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
         self.accelerator.unscale_gradients()
-        return clip_gradients(parameters, max_norm)
+        return clip_grad_norm(parameters, max_norm)
 
     def _clip_finite(self, *arguments: Any, **named: Any) -> Tensor:
         """The gradients' norm before they are clipped; where it or a loss is not finite, there is no step to take."""
         norm: Tensor = self.stock_clip(*arguments, **named)
         finite = torch.stack([loss.detach() for loss in self.losses]).isfinite()
-        if not highest(not bool(finite.all() & norm.isfinite())):  # all take the step, or none
+        if not all_reduce_max(not bool(finite.all() & norm.isfinite())):  # all take the step, or none
             self.skipped_in_a_row = 0
         else:
             self._skip_step(norm, finite)
@@ -128,7 +141,7 @@ class Trainer(SFTTrainer):
     def _skip_step(self, norm: Tensor, finite: Tensor) -> None:
         """Leaves the adapter as it is, and names the rows. Raises UserError when that does not help."""
         scaler, self.skipped_in_a_row = self.accelerator.scaler, self.skipped_in_a_row + 1
-        limit = MOST_SKIPPED if scaler is None else MOST_SKIPPED_FP16
+        limit = MAX_SKIPPED_STEPS if scaler is None else MAX_SKIPPED_STEPS_FP16
         if scaler is not None and finite.all() and self.skipped_in_a_row < limit:
             return  # fp16's scaler skips the step itself, and tries a smaller scale: it begins with too large a one
         step, what = self.state.global_step + 1, f"the gradient norm is {norm.item()}"
@@ -143,7 +156,7 @@ class Trainer(SFTTrainer):
         suspects = [batch for batch, good in zip(self.micro_batches, finite.tolist(), strict=True) if not good]
         examples = [example for batch in suspects or self.micro_batches for example in self._not_finite(batch)]
         self.first_step.begin_again()  # looking for them ran the layers too
-        places = self.find_places(examples[:NAMED_PLACES])
+        places = self.find_places(examples[:MAX_NAMED_ROWS])
         rows = f" ({'; '.join(places)}{' and more' if len(examples) > len(places) else ''})" if places else ""
         print(f"\nwarning: step {step}: {what}{rows}; the step is skipped", flush=True)
         if self.skipped_in_a_row >= limit:
@@ -153,7 +166,7 @@ class Trainer(SFTTrainer):
 
     def _not_finite(self, batch: Batch) -> list[list[int]]:
         """Token ids of the examples whose own loss is not finite; of all where only their gradients are not."""
-        examples = examples_of(batch)
+        examples = split_into_examples(batch)
         losses = [self.nll(example) for example in self._together(examples)]
         bad = [example for example, loss in zip(examples, losses, strict=False) if not math.isfinite(loss)]
         return [example["input_ids"][0].tolist() for example in bad or examples]
@@ -251,7 +264,7 @@ class Trainer(SFTTrainer):
             if number < len(own):
                 nll += loss
                 tokens += len(batch["trained_positions"])
-        nll, tokens = summed([nll, tokens])
+        nll, tokens = all_reduce_sum([nll, tokens])
         metrics = {"eval_loss": nll / max(tokens, 1)}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -267,7 +280,7 @@ class Trainer(SFTTrainer):
     def _together(self, batches: list[Batch]) -> Iterator[Batch]:
         """The batches, and the longest row again until every process has gone through as many: sharded layers are
         gathered from all."""
-        missing = highest(len(batches)) - len(batches) if self.is_sharded else 0
+        missing = all_reduce_max(len(batches)) - len(batches) if self.is_sharded else 0
         yield from batches
         for _ in range(missing):
             yield self.worst
@@ -281,23 +294,23 @@ class Trainer(SFTTrainer):
 
         Where it cannot be written, for a full disk, the run says so and goes on: it still has the one before.
         """
-        folder, name, failure = Path(self.args.output_dir), f"{PREFIX}{self.state.global_step}", ""
-        on_main(lambda: clean(folder))
+        folder, name, failure = Path(self.args.output_dir), f"{CHECKPOINT_PREFIX}{self.state.global_step}", ""
+        run_on_main(lambda: remove_unfinished(folder))
         try:
             super()._save_checkpoint(*arguments, **named)  # each process its random numbers, the first all else
         except WRITE_ERRORS as error:
             failure = str(error).splitlines()[0]
-        if not highest(bool(failure)) and is_main():
+        if not all_reduce_max(bool(failure)) and is_main_process():
             try:
-                seal(staging_folder(folder) / name, folder / name, self.run)
+                commit_checkpoint(staging_folder(folder) / name, folder / name, self.run)
                 keep_newest(folder)
             except WRITE_ERRORS as error:
                 failure = str(error).splitlines()[0]
-        if highest(bool(failure)):
-            kept = next((path.name for path in checkpoints(folder)), "none yet")
+        if all_reduce_max(bool(failure)):
+            kept = next((path.name for path in list_checkpoints(folder)), "none yet")
             reason = failure or "another process says why"
             print(f"warning: {name} cannot be written ({reason}); training goes on, the last checkpoint is {kept}")
-        on_main(lambda: clean(folder))
+        run_on_main(lambda: remove_unfinished(folder))
 
     def take_over_finished(self, checkpoint: Path) -> bool:
         """Whether the checkpoint is that of the last step; then its adapter is loaded, and nothing is left to train.
@@ -314,12 +327,12 @@ class Trainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
-        adapter = whole_adapter(self.model)
-        if is_main():
+        adapter = gather_adapter(self.model)
+        if is_main_process():
             save_adapter(self.model, output_dir or self.args.output_dir, adapter)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.is_sharded and not is_main():
+        if self.is_sharded and not is_main_process():
             self.optimizer.state_dict()  # which the first process writes, and each has a part of
         super()._save_optimizer_and_scheduler(output_dir)
 
@@ -327,7 +340,7 @@ class Trainer(SFTTrainer):
         if not self.is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            read_adapter(self.model, Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
+            load_adapter_shards(self.model, Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None: it would be written into every checkpoint."""

@@ -24,19 +24,19 @@ from common.data.packing import collate
 from common.data.rows import Rows, find_examples
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of
-from common.machine.processes import on_main, wait_for_all, world_size
+from common.machine.processes import barrier, run_on_main, world_size
 from common.model.activation_checkpointing import TRAINER_ARGUMENTS
-from common.model.attention import is_flat
-from common.model.lean_layers import is_lean, obstacle
+from common.model.attention import uses_packed_attention
+from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.lora import trainable_params
 from common.model.optimizer import build_optimizer
-from common.model.sharding import is_sharded, whole_adapter
+from common.model.sharding import gather_adapter, is_sharded
 from common.plan.planner import Plan
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
-from common.run.checkpoints import clean, go_back_to, newest_intact, run_of
+from common.run.checkpoints import go_back_to, newest_intact, read_run_identity, remove_unfinished
 from common.run.evaluation import held_out_samples, sample_answers
-from common.run.folder import ADAPTER_WEIGHTS, CHECKPOINTS, TENSORBOARD
-from common.run.progress import Report, draw_loss
+from common.run.folder import ADAPTER_WEIGHTS, CHECKPOINTS, RUN_JSON, TENSORBOARD
+from common.run.progress import ProgressReport, draw_loss
 from common.run.provenance import code_version, command_line
 from common.run.report import write_report
 from common.run.resume import LIBRARIES, identity, refuse_another_run
@@ -55,8 +55,8 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         learning_rate=train.learning_rate,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
-        lr_scheduler_type=train.schedule if train.schedule != "constant" else "constant_with_warmup",
-        warmup_steps=train.warmup_share,  # below 1: a share of all steps
+        lr_scheduler_type=train.lr_schedule if train.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=train.warmup_ratio,  # below 1: a share of all steps
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=machine.dtype == torch.bfloat16,
@@ -88,15 +88,15 @@ def build_trainer(
 ) -> Trainer:
     if plan.rows_per_step != recipe.train.rows_per_step:
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
-    if is_lean(model) != (recipe.train.kernels == "lean" and obstacle(model) is None):
+    if is_lean(model) != (recipe.train.kernels == "lean" and unsupported_reason(model) is None):
         raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls fuse_layers")
     if is_sharded(model) != plan.layout.sharded:
         raise RuntimeError(f"the plan says {plan.layout}; a recipe calls shard_layers")
-    flat = is_flat(model)
+    padding_free = uses_packed_attention(model)
     trainer = Trainer(
         model,
         plan.checkpointing,
-        worst_batch(rows, plan, flat=flat),
+        worst_batch(rows, plan, padding_free=padding_free),
         plan.optimizer_bytes,
         run_identity(recipe, rows, plan),
         partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
@@ -105,7 +105,7 @@ def build_trainer(
         train_dataset=rows.train,
         eval_dataset=rows.evaluation,
         processing_class=tokenizer,
-        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, flat=flat),
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=padding_free),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -132,7 +132,7 @@ def train(
             f"warning: there are {len(rows.train)} packed rows and rows_per_step is {recipe.train.rows_per_step}: an "
             "epoch is a single, smaller step. Lower rows_per_step, or raise epochs"
         )
-    report = Report(folder)
+    report = ProgressReport(folder)
     trainer.add_callback(report)
     checkpoint = _checkpoint_to_resume(folder, trainer.run) if recipe.existing_run == "resume" else None
     try:
@@ -181,7 +181,7 @@ def train(
     }
     print(memory_line(plan, trainer))
 
-    adapter = whole_adapter(model)
+    adapter = gather_adapter(model)
 
     def leave_files() -> None:
         save(model, tokenizer, folder, adapter)
@@ -191,7 +191,7 @@ def train(
         print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
         print(f"the run on a page: {write_report(folder)}")
 
-    on_main(leave_files)
+    run_on_main(leave_files)
     return metrics
 
 
@@ -210,12 +210,12 @@ def _samples(model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, r
         return []
 
 
-def worst_batch(rows: Rows, plan: Plan, *, flat: bool) -> dict[str, Any]:
+def worst_batch(rows: Rows, plan: Plan, *, padding_free: bool) -> dict[str, Any]:
     """A micro-batch of the longest rows there are, held out or not; every token but an example's first is trained."""
     packed = [part for part in (rows.train, rows.evaluation) if part is not None]
     lengths = ((sum(n), which, row) for which, part in enumerate(packed) for row, n in enumerate(part["seq_lengths"]))
     longest = [packed[which][row] for _, which, row in heapq.nlargest(plan.micro_batch_rows, lengths)]
-    batch = collate(longest, pad_token_id=0, flat=flat)
+    batch = collate(longest, pad_token_id=0, padding_free=padding_free)
     batch["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, IGNORED)
     batch["trained_positions"] = trained_positions(batch["labels"])
     return batch
@@ -242,14 +242,14 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
 
 def _checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
     """The newest intact checkpoint of this very run; says which. Raises UserError when it belongs to another one."""
-    on_main(lambda: clean(folder / CHECKPOINTS))
+    run_on_main(lambda: remove_unfinished(folder / CHECKPOINTS))
     newest = newest_intact(folder / CHECKPOINTS)
     if newest is None:
         print(f"{folder / CHECKPOINTS} holds no checkpoint to go on from: starting from the beginning")
         return None
-    refuse_another_run(run_of(newest), run, str(newest))
-    wait_for_all()  # each has looked at them
-    on_main(lambda: go_back_to(newest))
+    refuse_another_run(read_run_identity(newest), run, str(newest))
+    barrier()  # each has looked at them
+    run_on_main(lambda: go_back_to(newest))
     print(f"going on from {newest}")
     return newest
 
@@ -289,4 +289,4 @@ def write_run(folder: Path, recipe: Recipe, plan: Plan, rows: Rows, model: PeftM
         "adapter_sha256": sha256_of(folder / ADAPTER_WEIGHTS),
         **result,
     }
-    (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    (folder / RUN_JSON).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

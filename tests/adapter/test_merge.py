@@ -119,7 +119,7 @@ def test_tokenizer_template_and_generation_config_come_along(adapted, tmp_path):
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
-    note = json.loads((folder / output.NOTE).read_text())
+    note = json.loads((folder / output.MADE_FROM).read_text())
     assert note["base"] == recipe.model.name and note["merged_into"] == "the 4-bit base, dequantised"
 
 
@@ -214,7 +214,7 @@ def test_merging_takes_the_place_that_it_is_given_and_says_its_peak(adapted, tmp
     assert run_command("merge", "x", recipe, ["--to", str(target)]) == 2
     assert "merged exists. Replace it: ARGS=--overwrite" in capsys.readouterr().err
     assert run_command("merge", "x", recipe, ["--to", str(target), "--overwrite", "--base", "original"]) == 0
-    assert json.loads((target / output.NOTE).read_text())["merged_into"] == "the original weights"
+    assert json.loads((target / output.MADE_FROM).read_text())["merged_into"] == "the original weights"
     assert sorted(path.name for path in target.parent.iterdir()) == ["merged"]
 
 

@@ -15,7 +15,7 @@ from common.data import rows as data
 from common.data.rows import load_rows
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec
-from common.run.resume import hash_of
+from common.run.resume import hash_rows
 from tests.conftest import ROOT, TINY, TRAIN
 
 
@@ -46,8 +46,8 @@ def test_the_second_start_takes_the_same_rows_and_says_the_same(source, small_ll
     assert last.startswith("  taken from .cache/rows/") and last.endswith(
         ": nothing has changed since they were tokenised"
     )
-    assert hash_of(again.train) == hash_of(first.train)
-    assert hash_of(again.evaluation) == hash_of(first.evaluation)
+    assert hash_rows(again.train) == hash_rows(first.train)
+    assert hash_rows(again.evaluation) == hash_rows(first.evaluation)
     assert [r.lines() for r in again.reports] == [r.lines() for r in first.reports]
     assert again.reports[0].dropped == 1
 
@@ -68,7 +68,7 @@ def test_anything_that_changes_makes_them_anew(source, small_llama, change, caps
         changed = CHANGES[change](spec)
         spec = changed if isinstance(changed, DataSpec) else spec
     elif change == "code":
-        monkeypatch.setattr(row_cache, "CODE", (*row_cache.CODE, "__init__"))
+        monkeypatch.setattr(row_cache, "CODE_MODULES", (*row_cache.CODE_MODULES, "__init__"))
     else:
         values = {"seq_len": {"seq_len": 100}, "seed": {"seed": 1}, "template": {"template": lambda t: t + " "}}[change]
     capsys.readouterr()
@@ -84,21 +84,21 @@ def test_half_an_entry_is_made_anew(source, small_llama, capsys):
     capsys.readouterr()
     again = load(spec, small_llama)
     assert "taken from" not in capsys.readouterr().out
-    assert hash_of(again.train) == hash_of(first.train)
+    assert hash_rows(again.train) == hash_rows(first.train)
     assert json.loads((entry / "told.json").read_text())["lines"]
 
 
 def test_the_newest_entries_stay(source, small_llama):
-    for seed in range(row_cache.KEPT + 2):
+    for seed in range(row_cache.ENTRIES_KEPT + 2):
         load(DataSpec(source, eval_rows=5), small_llama, seed=seed)
-    assert len(list(Path(".cache/rows").iterdir())) == row_cache.KEPT
+    assert len(list(Path(".cache/rows").iterdir())) == row_cache.ENTRIES_KEPT
 
 
 def test_small_files_and_data_sets_of_the_hub_are_not_kept(source, small_llama, monkeypatch):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
-    assert row_cache.place(DataSpec("owner/chats"), tokenizer, 128, 0) is None
+    assert row_cache.cache_folder(DataSpec("owner/chats"), tokenizer, 128, 0) is None
     monkeypatch.setattr(row_cache, "FROM_BYTES", 1 << 30)
-    assert row_cache.place(DataSpec(source), tokenizer, 128, 0) is None
+    assert row_cache.cache_folder(DataSpec(source), tokenizer, 128, 0) is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(source, small_llama, capsys):
@@ -115,8 +115,10 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
     others |= {"train_on": "everything", "max_bad_share": 0.3}
     assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
-    names = {row_cache.place(replace(spec, **{name: value}), tokenizer, 128, 0) for name, value in others.items()}
-    assert len(names | {row_cache.place(spec, tokenizer, 128, 0)}) == len(others) + 1
+    names = {
+        row_cache.cache_folder(replace(spec, **{name: value}), tokenizer, 128, 0) for name, value in others.items()
+    }
+    assert len(names | {row_cache.cache_folder(spec, tokenizer, 128, 0)}) == len(others) + 1
 
 
 LOAD = """

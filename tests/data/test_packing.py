@@ -6,7 +6,7 @@ from common.data.chat_format import ChatFormat
 from common.data.labels import IGNORED
 from common.data.packing import collate, halve, pack
 from common.model import attention
-from common.model.attention import PACKED
+from common.model.attention import PACKED_ATTENTION
 from tests.conftest import ARCHITECTURES
 from tests.data.test_rows import tokens
 
@@ -84,43 +84,43 @@ def test_flat_rows_and_rectangles_give_the_same_loss(small_model, architecture, 
     model.config.use_cache = False
     rows = [*pack([tokens(20), tokens(15, 200), tokens(9, 400)], 64), *pack([tokens(30, 500)], 64)]
     losses = {}
-    for name in ("sdpa", PACKED):
+    for name in ("sdpa", PACKED_ATTENTION):
         model.set_attn_implementation(name)
-        batch = collate(rows, 0, flat=name == PACKED)
+        batch = collate(rows, 0, padding_free=name == PACKED_ATTENTION)
         lengths = {key: batch[key] for key in ("cu_seq_lens_q", "max_length_q") if key in batch}
         logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **lengths).logits
         targets = batch["labels"].flatten()[batch["trained_positions"] + 1]
         losses[name] = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch["trained_positions"]], targets)
-    torch.testing.assert_close(losses[PACKED], losses["sdpa"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(losses[PACKED_ATTENTION], losses["sdpa"], rtol=1e-5, atol=0)
 
 
 def test_packed_attention_without_lengths_is_refused(small_llama):
-    model = AutoModelForCausalLM.from_pretrained(small_llama, attn_implementation=PACKED)
+    model = AutoModelForCausalLM.from_pretrained(small_llama, attn_implementation=PACKED_ATTENTION)
     with pytest.raises(ValueError, match="packed attention needs cu_seq_lens_q"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
 
 
 def test_flat_rows_hold_no_padding_and_say_where_examples_begin():
-    batch = collate([*pack([tokens(8)], 8), *pack([tokens(3), tokens(2)], 5)], 0, flat=True)
+    batch = collate([*pack([tokens(8)], 8), *pack([tokens(3), tokens(2)], 5)], 0, padding_free=True)
     assert batch["input_ids"].shape == (1, 13)
     assert batch["cu_seq_lens_q"].tolist() == [0, 8, 11, 13]
     assert batch["max_length_q"] == 8
     assert batch["position_ids"][0].tolist() == [*range(8), 0, 1, 2, 0, 1]
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_halves_hold_the_same_examples(flat):
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_halves_hold_the_same_examples(padding_free):
     lengths = [8, 3, 2, 6, 7]
     rows = [row for n, length in enumerate(lengths) for row in pack([tokens(length, 100 * n)], length)]
-    batch = collate(rows, 0, flat=flat)
+    batch = collate(rows, 0, padding_free=padding_free)
     halves = halve(batch)
     assert len(halves) == 2
     for name in ("input_ids", "position_ids", "labels"):
         assert sum((half[name].flatten().tolist() for half in halves), []) == batch[name].flatten().tolist()
     targets = [half["labels"].flatten()[half["trained_positions"] + 1] for half in halves]
     assert torch.equal(torch.cat(targets), batch["labels"].flatten()[batch["trained_positions"] + 1])
-    if flat:  # 26 tokens end at 8, 11, 13, ...: in the very middle
+    if padding_free:  # 26 tokens end at 8, 11, 13, ...: in the very middle
         assert [half["cu_seq_lens_q"].tolist() for half in halves] == [[0, 8, 11, 13], [0, 6, 13]]
         assert [half["max_length_q"] for half in halves] == [8, 7]
-    (single,) = halve(collate(rows[:1], 0, flat=flat))
+    (single,) = halve(collate(rows[:1], 0, padding_free=padding_free))
     assert single["input_ids"].numel() == 8

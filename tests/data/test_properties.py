@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from common.data.chat_format import IGNORED, ChatFormat
 from common.data.conversations import Message, to_example
-from common.data.packing import collate, examples_of, pack
+from common.data.packing import collate, pack, split_into_examples
 from tests.data.test_chat_format import TOKENIZERS
 
 FORMATS = {name: ChatFormat(make()) for name, make in TOKENIZERS.items()}
@@ -70,13 +70,17 @@ def controls(chat_format: ChatFormat, ids: list[int]) -> Counter[int]:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(TURNS, min_size=1, max_size=12), st.integers(0, 200), st.integers(1, 4), st.booleans())
-def test_packed_rows_hold_every_token_of_every_conversation_once(chats, spare, rows, flat):
+def test_packed_rows_hold_every_token_of_every_conversation_once(chats, spare, rows, padding_free):
     examples = [FORMATS["llama3"].encode(conversation(None, turns)) for turns in chats]
     seq_len = max(len(example.input_ids) for example in examples) + spare
     packed = pack(examples, seq_len)
     assert all(len(row["input_ids"]) <= seq_len for row in packed)
     found = []
     for start in range(0, len(packed), rows):
-        batch = collate([packed[i] for i in range(start, min(start + rows, len(packed)))], pad_token_id=0, flat=flat)
-        found += [(tuple(e["input_ids"][0].tolist()), tuple(e["labels"][0].tolist())) for e in examples_of(batch)]
+        batch = collate(
+            [packed[i] for i in range(start, min(start + rows, len(packed)))], pad_token_id=0, padding_free=padding_free
+        )
+        found += [
+            (tuple(e["input_ids"][0].tolist()), tuple(e["labels"][0].tolist())) for e in split_into_examples(batch)
+        ]
     assert Counter(found) == Counter((tuple(e.input_ids), tuple(e.labels)) for e in examples)

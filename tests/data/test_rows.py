@@ -7,7 +7,7 @@ import pytest
 from common.data.chat_format import IGNORED, ChatFormat, Tokens
 from common.data.conversations import Message
 from common.data.files import BadRow
-from common.data.rows import fit, load_rows, marked
+from common.data.rows import fit_to_row, load_rows, mark_trained
 from common.recipe import DataSpec, UserError
 
 
@@ -98,15 +98,15 @@ def test_pitfall_7_a_long_conversation_keeps_whole_turns(tokenizer):
         Message(role, f"{role} says a few words in turn {turn}") for turn in range(6) for role in ("user", "assistant")
     )
     whole = ChatFormat(tokenizer).encode(chat)
-    (cut,) = fit(whole, whole.turn_ends[2] + 5, is_text=False)
+    (cut,) = fit_to_row(whole, whole.turn_ends[2] + 5, is_text=False)
     assert len(cut.input_ids) == whole.turn_ends[2]
     assert cut.input_ids[-1] == cut.labels[-1] == tokenizer.eos_token_id
     with pytest.raises(BadRow, match="its first answer ends after 12 tokens"):
-        fit(whole, 12, is_text=False)
+        fit_to_row(whole, 12, is_text=False)
 
 
 def test_a_long_text_is_cut_without_losing_a_token():
-    pieces = fit(tokens(150), 64, is_text=True)
+    pieces = fit_to_row(tokens(150), 64, is_text=True)
     assert [len(piece.input_ids) for piece in pieces] == [64, 64, 22]
     assert sum((piece.input_ids for piece in pieces), []) == tokens(150).input_ids
     assert all(piece.labels[0] == IGNORED for piece in pieces)
@@ -120,7 +120,7 @@ def test_pitfall_34_rows_whose_answers_do_not_fit_are_refused(tmp_path, tokenize
 
 def test_marked_shows_what_is_trained(tokenizer):
     example = ChatFormat(tokenizer).encode((Message("user", "Hello"), Message("assistant", "Hi\nyou")))
-    assert marked(example, tokenizer) == "<s><|user|>Hello<|end|><|assistant|>⟦Hi⏎you<|end|>⟧"
+    assert mark_trained(example, tokenizer) == "<s><|user|>Hello<|end|><|assistant|>⟦Hi⏎you<|end|>⟧"
 
 
 def test_train_on_everything(tmp_path, tokenizer):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from common.kernels import HAS_TRITON, REFERENCES, lora_linear, rms_norm, rope, swiglu
-from common.kernels.lora_linear import LoraLinear, linear_onto, normed_linears, swiglu_linear_onto
+from common.kernels.lora_linear import LoraLinear, lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from tests.conftest import ROOT
 
 EPS = 1e-5
@@ -62,7 +62,7 @@ def rope_in_float64(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def test_rms_norm(shape, dtype, implementation):
     forward, backward = {
         "reference": (rms_norm.rms_norm_forward, rms_norm.rms_norm_backward),
-        "triton": (rms_norm.forward_triton, rms_norm.backward_triton),
+        "triton": (rms_norm.rms_norm_triton, rms_norm.rms_norm_backward_triton),
     }[implementation]
     x, grad, residual = (random(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
     weight = random(shape[1], seed=3, dtype=dtype)
@@ -97,7 +97,7 @@ def test_rope(tokens, heads, key_heads, dim, dtype, implementation):
 def test_swiglu(shape, dtype, implementation):
     forward, backward_ = {
         "reference": (swiglu.swiglu, swiglu.swiglu_backward_),
-        "triton": (swiglu.forward_triton, swiglu.backward_triton_),
+        "triton": (swiglu.swiglu_triton, swiglu.swiglu_backward_triton_),
     }[implementation]
     gate, up, grad = (random(*shape, seed=seed, dtype=dtype) for seed in (0, 1, 2))
     exact_gate, exact_up = exact(gate, up)
@@ -154,8 +154,8 @@ from common.kernels import rms_norm, rope, swiglu
 
 sizes = {"size": "i32", "eps": "fp32", "query_heads": "i32", "key_heads": "i32", "half": "i32"}
 constants = {"HAS_RESIDUAL": True, "INVERSE": True, "BLOCK": 8192, "QUERY_BLOCK": 64, "KEY_BLOCK": 8, "HALF_BLOCK": 64}
-for kernel in (rms_norm._forward_kernel, rms_norm._backward_kernel, rope._kernel,
-               swiglu._forward_kernel, swiglu._backward_kernel):
+for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, rope._kernel,
+               swiglu._swiglu_kernel, swiglu._swiglu_backward_kernel):
     names = kernel.arg_names
     known = {name: constants[name] for name in names if name in constants}
     for capability in (75, 80, 86, 89, 90, 120):
@@ -236,7 +236,7 @@ def test_linears_after_a_norm(case, tokens):
     layers = [linear(64, outputs, seed=10 * outputs, **CASES[case]) for outputs in (96, 33, 64)]
     layers[1] = linear(64, 33, rank=3, seed=5)  # another rank beside them
     hidden, weight = random(tokens, 64).requires_grad_(), random(64, seed=9)
-    outputs = normed_linears(hidden, weight, EPS, layers)
+    outputs = rms_norm_lora_linears(hidden, weight, EPS, layers)
     (exact_hidden,) = exact(hidden)
     normed = norm_in_float64(exact_hidden, weight.double())
     pairs, adapters = exact_adapters_of(layers)
@@ -252,7 +252,9 @@ def test_a_linear_onto_the_residual(case, tokens):
     exact_x, exact_residual = exact(x, residual)
     pairs, adapters = exact_adapters_of([layer])
     expected = exact_residual + linear_in_float64(exact_x, layer, *pairs[0])
-    compare([linear_onto(x, layer, residual)], [expected], [x, residual], [exact_x, exact_residual], [layer], adapters)
+    compare(
+        [lora_linear_add(x, layer, residual)], [expected], [x, residual], [exact_x, exact_residual], [layer], adapters
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -265,7 +267,7 @@ def test_a_linear_after_swiglu_onto_the_residual(case, tokens):
     pairs, adapters = exact_adapters_of([layer])
     product = silu(exact_inputs[0]) * exact_inputs[1]
     expected = exact_inputs[2] + linear_in_float64(product, layer, *pairs[0])
-    got = swiglu_linear_onto(gate, up, layer, residual)
+    got = swiglu_lora_linear_add(gate, up, layer, residual)
     compare([got], [expected], [gate, up, residual], exact_inputs, [layer], adapters)
 
 
@@ -281,9 +283,9 @@ def test_nothing_is_saved_but_the_inputs():
     down = linear(96, 64)
     hidden, gate, up = random(7, 64).requires_grad_(), random(7, 96).requires_grad_(), random(7, 96).requires_grad_()
     for run, inputs in (
-        (lambda: normed_linears(hidden, random(64), EPS, layers), [hidden]),
-        (lambda: linear_onto(gate, down, hidden), [gate]),
-        (lambda: swiglu_linear_onto(gate, up, down, hidden), [gate, up]),
+        (lambda: rms_norm_lora_linears(hidden, random(64), EPS, layers), [hidden]),
+        (lambda: lora_linear_add(gate, down, hidden), [gate]),
+        (lambda: swiglu_lora_linear_add(gate, up, down, hidden), [gate, up]),
     ):
         assert [tensor.data_ptr() for tensor in saved_for_backward(run)] == [tensor.data_ptr() for tensor in inputs]
 
@@ -297,8 +299,8 @@ class Dequantisations(TorchDispatchMode):
 
 
 def mlp(hidden: Tensor, layers: list[LoraLinear]) -> Tensor:
-    gate, up, hidden = normed_linears(hidden, torch.ones(64), EPS, layers[:2])
-    return swiglu_linear_onto(gate, up, layers[2], hidden)
+    gate, up, hidden = rms_norm_lora_linears(hidden, torch.ones(64), EPS, layers[:2])
+    return swiglu_lora_linear_add(gate, up, layers[2], hidden)
 
 
 @pytest.mark.parametrize("early_stop", [True, False])

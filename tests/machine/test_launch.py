@@ -11,7 +11,7 @@ import torch
 
 from common.cli import OTHERS_GONE, exit_status
 from common.machine import launch as module
-from common.machine.launch import ERROR_STATUS, _without_launch_flags, find_meeting_place, launch, verdict
+from common.machine.launch import ERROR_STATUS, _without_launch_flags, check_rendezvous, launch, verdict
 from common.recipe import TrainSpec, UserError
 from tests.conftest import ROOT
 
@@ -21,13 +21,13 @@ TRAIN = TrainSpec(256, 16, 2e-4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), "GPUS=0 MACHINES=1: both are at least 1"),
-        ((1, 0), "GPUS=1 MACHINES=0: both are at least 1"),
-        ((1, 2), "MACHINES needs MEET=host:port"),
-        ((1, 2, ""), "MACHINES needs MEET=host:port"),
+        ((0,), "GPUS=0 NNODES=1: both are at least 1"),
+        ((1, 0), "GPUS=1 NNODES=0: both are at least 1"),
+        ((1, 2), "NNODES needs RDZV_ENDPOINT=host:port"),
+        ((1, 2, ""), "NNODES needs RDZV_ENDPOINT=host:port"),
         ((3,), "rows_per_step is 16, which 3 processes cannot share evenly: take 1, 2, 4, 8 or 16 GPUs, or a multiple"),
         ((3, 2, "localhost:1"), "which 6 processes cannot share evenly"),
-        ((1, 2, "somewhere"), "MEET=somewhere: it is host:port"),
+        ((1, 2, "somewhere"), "RDZV_ENDPOINT=somewhere: it is host:port"),
         ((1, 2, "no-such-host.invalid:29500"), "this machine does not know no-such-host.invalid"),
     ],
 )
@@ -46,23 +46,23 @@ def test_a_port_that_is_free_will_do_and_one_of_another_program_will_not(monkeyp
     monkeypatch.setattr(module, "ANSWER_SECONDS", 8)
     with socket.create_server(("", 0)) as place:
         port = place.getsockname()[1]
-        with pytest.raises(UserError, match=f"MEET=localhost:{port}: another program has this port"):
-            find_meeting_place(f"localhost:{port}")
-    find_meeting_place(f"localhost:{port}")
+        with pytest.raises(UserError, match=f"RDZV_ENDPOINT=localhost:{port}: another program has this port"):
+            check_rendezvous(f"localhost:{port}")
+    check_rendezvous(f"localhost:{port}")
 
 
 def test_a_machine_that_cannot_be_reached_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(module, "MEETING_SECONDS", 0)
+    monkeypatch.setattr(module, "RENDEZVOUS_SECONDS", 0)
     monkeypatch.setattr(module, "_is_of_this_machine", lambda *_: False)
     with socket.create_server(("", 0)) as place:
         port = place.getsockname()[1]
-    with pytest.raises(UserError, match=f"MEET=localhost:{port} cannot be reached: Connection refused"):
-        find_meeting_place(f"localhost:{port}")
+    with pytest.raises(UserError, match=f"RDZV_ENDPOINT=localhost:{port} cannot be reached: Connection refused"):
+        check_rendezvous(f"localhost:{port}")
     assert "waiting for localhost" in capsys.readouterr().out
 
 
 def test_the_processes_get_the_command_without_what_started_them():
-    given = ["-m", "recipes", "tiny", "--gpus", "2", "--out", "x", "--machines=2", "--meet", "a:1", "--resume"]
+    given = ["-m", "recipes", "tiny", "--gpus", "2", "--out", "x", "--nnodes=2", "--rdzv-endpoint", "a:1", "--resume"]
     assert _without_launch_flags(given) == ["-m", "recipes", "tiny", "--out", "x", "--resume"]
 
 

@@ -180,7 +180,7 @@ def test_two_machines_meet_and_train_as_one(runs, tmp_path):
     """Both are this one; each starts a process of its own."""
     with socket.create_server(("", 0)) as place:
         meet = f"localhost:{place.getsockname()[1]}"
-    flags = ("--machines", "2", "--meet", meet, "--out", str(tmp_path / "run"))
+    flags = ("--nnodes", "2", "--rdzv-endpoint", meet, "--out", str(tmp_path / "run"))
     processes = [start(tmp_path, 1, *flags, steps=6) for _ in range(2)]
     texts = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts

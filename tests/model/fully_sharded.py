@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from common.machine import processes
 from common.machine.device import Machine
-from common.machine.processes import Layout, summed, world_size
+from common.machine.processes import Layout, all_reduce_sum, world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.model.sharding import clip_gradients, shard_layers
+from common.model.sharding import clip_grad_norm, shard_layers
 from common.plan.forecast import full_batch
 from common.recipe import Kernels, LoraSpec, ModelSpec, TrainSpec
 
@@ -43,13 +43,13 @@ LORA = LoraSpec(8, 16)
 
 def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
-    processes.join()
+    processes.init_distributed()
     count = world_size()
     layout = Layout(count, sharded=count > 1)
     machine = Machine(torch.device("cpu"), dtype, "a test", "a CPU")
     for name, policy in list(POLICIES.items())[:policies]:
         model = attach_lora(load_4bit(ModelSpec(folder), machine, layout=layout), LORA)
-        fuse_layers(model, kernels)
+        use_lean_layers(model, kernels)
         checkpoint_activations(model, policy)
         shard_layers(model, layout)
         optimizer = build_optimizer(model.train(), TrainSpec(TOKENS, 2, 4e-3))
@@ -67,16 +67,16 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
                 else nullcontext() as profiler
             ):
                 total += backward(model, batches[-1], scale, dtype)
-                clip_gradients(trained, 1.0)
+                clip_grad_norm(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses += summed([total])
+            losses += all_reduce_sum([total])
         report(name, losses, profiler)
-    processes.leave()
+    processes.shut_down_distributed()
 
 
 def batch_of(row: Tensor) -> dict[str, Any]:
-    batch = full_batch(TOKENS, TOKENS, flat=False) | {"input_ids": row[None], "labels": row[None]}
+    batch = full_batch(TOKENS, TOKENS, padding_free=False) | {"input_ids": row[None], "labels": row[None]}
     batch["trained_positions"] = torch.arange(TOKENS - 1)
     batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
     return batch

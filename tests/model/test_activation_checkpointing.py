@@ -8,7 +8,7 @@ from common.model.activation_checkpointing import (
     decoder_layers,
     watch_recompute,
 )
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.recipe import LoraSpec, ModelSpec
@@ -36,7 +36,7 @@ def adapted(folder, policy=EVERY, dropout=0.0, kernels="lean"):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at first: without this no gradient reaches lora_A
             torch.nn.init.normal_(parameter, std=0.05)
-    fuse_layers(model, kernels)
+    use_lean_layers(model, kernels)
     checkpoint_activations(model, policy)
     return model.train()
 

@@ -16,7 +16,7 @@ from common.data.rows import load_rows
 from common.model import attention
 from common.model import lean_layers as modules
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
-from common.model.lean_layers import fuse_layers, is_lean, obstacle
+from common.model.lean_layers import is_lean, unsupported_reason, use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
@@ -54,7 +54,7 @@ def adapted(folder, kernels="lean", lora=LORA, bits=4):
             parameter.data = torch.rand_like(parameter) + 0.5
         elif name.endswith("bias"):  # zero in a new model
             torch.nn.init.normal_(parameter, std=0.5)
-    fuse_layers(model, kernels)
+    use_lean_layers(model, kernels)
     return model
 
 
@@ -108,7 +108,7 @@ def tiny_losses(kernels: str, steps: int) -> list[float]:
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(replace(recipe.data, eval_source=None, eval_rows=0), tokenizer, recipe.train.seq_len).train
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
-    fuse_layers(model, kernels)
+    use_lean_layers(model, kernels)
     checkpoint_activations(model.train(), Policy(4, 2))
     optimizer = build_optimizer(model, replace(recipe.train, learning_rate=1e-3))
     losses = []
@@ -161,10 +161,10 @@ def test_packed_rows_laid_flat_give_the_loss_and_gradients_of_a_rectangle(folder
     row = {"input_ids": list(range(10, 42)), "labels": labels, "seq_lengths": [20, 12]}
     rows = [row, {name: values[:9] for name, values in row.items()} | {"seq_lengths": [9]}]
     found = []
-    for name in ("sdpa", attention.PACKED):
+    for name in ("sdpa", attention.PACKED_ATTENTION):
         model = adapted(folders[architecture]).train()
         model.set_attn_implementation(name)
-        model(**collate(rows, 0, flat=name == attention.PACKED)).loss.backward()
+        model(**collate(rows, 0, padding_free=name == attention.PACKED_ATTENTION)).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item(), msg=name)
@@ -195,7 +195,7 @@ def test_names_are_those_of_the_stock_model_and_the_adapter_loads_in_plain_peft(
 
 def test_generation_goes_through_the_stock_pass_with_the_same_tokens(folders, monkeypatch):
     lean, stock = (adapted(folders["llama"], kernels).eval() for kernels in ("lean", "stock"))
-    monkeypatch.setattr(modules, "normed_linears", lambda *_: pytest.fail("a pass with a cache is a stock pass"))
+    monkeypatch.setattr(modules, "rms_norm_lora_linears", lambda *_: pytest.fail("a pass with a cache is a stock pass"))
     arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "use_cache": True}
     mask = torch.ones_like(IDS)
     got, expected = (model.generate(IDS, attention_mask=mask, **arguments) for model in (lean, stock))
@@ -228,19 +228,19 @@ def test_what_the_lean_layers_cannot_do_stays_stock_and_says_why(folders, lora, 
 def test_another_architecture_stays_stock():
     config = LlamaConfig(**SMALL | {"hidden_act": "gelu"})
     model = LlamaForCausalLM(config)
-    assert obstacle(model) == "the lean layers know SiLU, not gelu"
+    assert unsupported_reason(model) == "the lean layers know SiLU, not gelu"
     for layer in decoder_layers(model):
         layer.__class__ = type("OtherLayer", (type(layer),), {})
-    assert obstacle(model) == "there are no lean layers for llama"
+    assert unsupported_reason(model) == "there are no lean layers for llama"
 
 
 def test_without_triton_a_gpu_run_says_so_in_a_line(folders, monkeypatch, capsys):
     model = adapted(folders["llama"], "stock")
     monkeypatch.setattr(modules, "HAS_TRITON", False)
-    fuse_layers(model, "lean")
+    use_lean_layers(model, "lean")
     assert capsys.readouterr().out == ""  # a CPU needs none
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    fuse_layers(model, "lean")
+    use_lean_layers(model, "lean")
     assert "in plain PyTorch operators, slower: Triton is not installed" in capsys.readouterr().out
 
 

@@ -13,20 +13,20 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from common.machine.processes import Layout, part_of
+from common.machine.processes import Layout, local_tensor
 from common.model.activation_checkpointing import TRAINER_ARGUMENTS, Policy, decoder_layers
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
-from common.model.sharding import fill, refuse_unshardable, shard_layers
+from common.model.sharding import fill_layer, refuse_unshardable, shard_layers
 from common.plan import count as memory
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
 from common.run.trainer import refuse_two_checkpointings
-from tests import fully_sharded
 from tests.conftest import ROOT, TINY
 from tests.machine.test_processes import CPU, launcher
+from tests.model import fully_sharded
 from tests.plan.test_count import REFERENCES, recipe_for
 from tests.plan.test_forecast import EXTRAS, RECIPE, cut, same
 
@@ -64,7 +64,7 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
     monkeypatch.setattr(memory, "TO_HOST", None)  # as in test_memory
     for operator, reference in REFERENCES.items():
-        monkeypatch.setitem(memory.IN_SIGHT, operator, reference)
+        monkeypatch.setitem(memory.DECOMPOSITIONS, operator, reference)
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
     forecast = Forecast(recipe, Setting(torch.float32, "sdpa"), layout=TWO)
     lines = steps(2, kernels, policies)
@@ -111,7 +111,7 @@ def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(steps):
     """What FSDP cuts must be of one floating dtype; bytes are what bitsandbytes stores by default."""
     model = attach_lora(load_4bit(ModelSpec(steps.folder), layout=TWO), LoraSpec(4, 4))
     layer = decoder_layers(model)[0]
-    fill(layer, "model.layers.0", model.get_base_model().base_weights)
+    fill_layer(layer, "model.layers.0", model.get_base_model().base_weights)
     linears = [module for module in layer.modules() if isinstance(module, Linear4bit)]
     assert len(linears) == 7
     assert {module.weight.dtype for module in linears} == {torch.float32}  # of the compute on a CPU
@@ -137,10 +137,10 @@ def spec(request, steps, small_model, tmp_path) -> ModelSpec:
 def test_a_filled_layer_is_what_load_4bit_loads(spec):
     ordinary = attach_lora(load_4bit(spec), LoraSpec(4, 4), seed=3)
     hollow = attach_lora(load_4bit(spec, layout=TWO), LoraSpec(4, 4), seed=3)
-    fuse_layers(ordinary, "lean")
-    fuse_layers(hollow, "lean")
+    use_lean_layers(ordinary, "lean")
+    use_lean_layers(hollow, "lean")
     for index, layer in enumerate(decoder_layers(hollow)):
-        fill(layer, f"model.layers.{index}", hollow.get_base_model().base_weights)
+        fill_layer(layer, f"model.layers.{index}", hollow.get_base_model().base_weights)
     ids = torch.arange(10, 40)[None]
     with torch.no_grad():
         expected, given = (model.eval()(input_ids=ids, labels=ids).loss for model in (ordinary, hollow))
@@ -174,7 +174,7 @@ def test_weights_that_are_not_those_of_the_config_are_refused(small_model, value
     with pytest.raises(UserError, match=message):
         model = load_4bit(ModelSpec(str(folder)), layout=TWO)
         for index, layer in enumerate(decoder_layers(model)):
-            fill(layer, f"model.layers.{index}", model.base_weights)
+            fill_layer(layer, f"model.layers.{index}", model.base_weights)
 
 
 @pytest.mark.slow
@@ -304,4 +304,4 @@ def test_gathering_crosses_the_link(eight):
 
 def test_a_part_of_what_is_not_cut_is_all_of_it():
     tensor = torch.ones(3)
-    assert part_of(tensor) is tensor
+    assert local_tensor(tensor) is tensor

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from common.kernels import REFERENCES
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
@@ -81,7 +81,7 @@ def forecasts(small_model):
 def allocated_in_a_real_step(recipe: Recipe, policy: Policy) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, policy)
     model.train()
     optimizer = build_optimizer(model, recipe.train)
@@ -89,7 +89,7 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy) -> int:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
-    batch = full_batch(TOKENS, TOKENS, flat=False)
+    batch = full_batch(TOKENS, TOKENS, padding_free=False)
     batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**batch, num_items_in_batch=TOKENS).loss.backward()
@@ -118,7 +118,7 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     monkeypatch.setattr(memory, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
     for operator, reference in REFERENCES.items():
         # On a CPU it is its reference that runs, which allocates more than the Triton kernel that a plan counts.
-        monkeypatch.setitem(memory.IN_SIGHT, operator, reference)
+        monkeypatch.setitem(memory.DECOMPOSITIONS, operator, reference)
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
     counted = step.peak() - sum(step.base.values())

@@ -10,7 +10,17 @@ from common.machine.device import GIB, this_machine
 from common.machine.processes import Layout
 from common.model.activation_checkpointing import Policy
 from common.plan import planner as module
-from common.plan.planner import Card, Plan, Planner, choose, fits_whole, plan_for_card, plan_on, planned, smallest_of
+from common.plan.planner import (
+    Card,
+    Plan,
+    Planner,
+    choose_option,
+    fits_whole,
+    make_plan,
+    plan_for_card,
+    plan_on,
+    smallest_of,
+)
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 
 LLAMA, MISTRAL, QWEN = "meta-llama/Meta-Llama-3-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3", "Qwen/Qwen3-14B"
@@ -35,7 +45,7 @@ def planner(recipe: Recipe, gib: float) -> Planner:
 
 def plan(recipe: Recipe, gib: float) -> Plan:
     shared = planner(recipe, gib)
-    return planned(shared, shared.choose())
+    return make_plan(shared, shared.choose())
 
 
 @pytest.mark.parametrize("name", [LLAMA, MISTRAL, QWEN])
@@ -44,7 +54,7 @@ def test_rows_per_step_are_kept_whatever_the_card_and_a_larger_one_is_no_slower(
     for gib in (16, 20, 24, 48, 80):
         shared = planner(recipe, gib)
         option = shared.choose()
-        chosen = planned(shared, option)
+        chosen = make_plan(shared, option)
         assert chosen.micro_batch_rows * chosen.accumulation * chosen.layout.processes == 16
         assert option.peak + shared.card.unseen <= gib * GIB
         speeds.append(1 / option.seconds_per_token)
@@ -206,12 +216,12 @@ CARD_24 = Card.of_size(24)
 
 
 def test_a_model_that_fits_a_card_is_whole_on_each():
-    shared, option = choose(RECIPE, CARD_24, None, 2)
+    shared, option = choose_option(RECIPE, CARD_24, None, 2)
     assert (shared.layout, option.on_host) == (Layout(2), 0)
-    text = planned(shared, option).text
+    text = make_plan(shared, option).text
     assert "on each of 2 processes" in text and "data parallel: each of 2 cards has the whole model" in text
     alone = plan(RECIPE, 24)
-    assert planned(shared, option).peak_bytes > alone.peak_bytes * 0.99  # type: ignore[operator]
+    assert make_plan(shared, option).peak_bytes > alone.peak_bytes * 0.99  # type: ignore[operator]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +242,7 @@ def test_smaller_cards_hold_fewer_parts_and_keep_the_contract(cut_planner):
     for gib in (24, 8, 6):
         shared = on_cards(cut_planner, gib)
         option = shared.choose()
-        chosen = planned(shared, option)
+        chosen = make_plan(shared, option)
         assert chosen.rows_per_step == 16
         assert chosen.layout == Layout(2, sharded=True, on_host=option.on_host)
         assert option.peak + shared.card.unseen <= gib * GIB
@@ -252,7 +262,7 @@ def test_the_text_says_what_a_card_holds(cut_planner):
     shared = on_cards(cut_planner, 8)
     option = shared.choose()
     _, step = shared.exact(option.rows, option.policy, option.on_host)
-    text = planned(shared, option).text
+    text = make_plan(shared, option).text
     parts, whole, gathered = (float(n) for n in re.findall(r"(\d+\.\d) GiB (?:of parts|whole|of layers)", text))
     assert parts == pytest.approx((32 - option.on_host) * sum(step.cut.values()) / GIB, abs=0.05)
     assert whole > 1.9  # embedding and head, 2 * 128,256 * 4,096 * 2 bytes
@@ -275,13 +285,13 @@ def test_what_fits_no_card_of_several_says_what_would(cut_planner):
     with pytest.raises(UserError, match="or let several share it"):
         plan(RECIPE, 5)
     with pytest.raises(UserError, match="let the cards share it"):
-        choose(edited(sharding="never"), Card.of_size(6), None, 2)
+        choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
     with pytest.raises(UserError, match="LoraSpec.dora"):
-        choose(replace(RECIPE, lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
+        choose_option(replace(RECIPE, lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
 
 
 def test_a_recipe_may_ask_for_sharding(cut_planner):
-    shared, option = choose(edited(sharding="always"), CARD_24, None, 2)
+    shared, option = choose_option(edited(sharding="always"), CARD_24, None, 2)
     assert shared.layout.sharded and option.on_host == 0
     assert fits_whole(RECIPE, CARD_24, 2) and not fits_whole(RECIPE, Card.of_size(6), 2)
 
@@ -299,8 +309,8 @@ def test_the_smallest_card_is_planned_for():
 @pytest.mark.slow
 def test_llama_3_70b_fits_two_cards_of_24_gib():
     recipe = importlib.import_module("recipes.llama3_70b").RECIPE
-    shared, option = choose(recipe, CARD_24, None, 2)
+    shared, option = choose_option(recipe, CARD_24, None, 2)
     assert shared.layout.sharded and 0 < option.on_host < 80
     assert option.peak + shared.card.unseen <= 24 * GIB
     with pytest.raises(UserError, match="let several share it"):
-        choose(recipe, CARD_24, None, 1)
+        choose_option(recipe, CARD_24, None, 1)

@@ -15,7 +15,7 @@ from common.plan.report import (
     OFFLOAD,
     TEXT_WIDTH,
     UNSEEN,
-    report,
+    build_report,
     unseen_parts,
     write_json,
 )
@@ -35,7 +35,7 @@ def planner():
 def mixture(planner):
     """A mixture as the planner chooses it for this card; to search for it would take longer than these tests."""
     option, _ = planner.exact(1, Policy(40, kept=7, offload=True))
-    return report(planner, option)
+    return build_report(planner, option)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_the_curve_keeps_the_peak_and_the_whole_time(mixture):
 @pytest.mark.parametrize("kept", (7, 40))
 def test_the_picture_is_a_png(planner, mixture, kept, tmp_path):
     # Where no layer recomputes, every layer that does stands beside it.
-    chosen = mixture if kept == 7 else report(planner, planner.exact(1, Policy(40, 40))[0])
+    chosen = mixture if kept == 7 else build_report(planner, planner.exact(1, Policy(40, 40))[0])
     draw_plan(chosen, tmp_path / "plan.png")
     content = (tmp_path / "plan.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 20_000

@@ -8,14 +8,14 @@ import pytest
 from common.run import checkpoints
 from common.run.checkpoints import (
     MANIFEST,
-    clean,
-    damage,
+    commit_checkpoint,
+    find_damage,
     go_back_to,
     keep_newest,
     newest_intact,
-    remove,
-    run_of,
-    seal,
+    read_run_identity,
+    remove_checkpoint,
+    remove_unfinished,
     staging_folder,
 )
 
@@ -28,14 +28,14 @@ def write(folder, step=10, run=None):
     for name, content in FILES.items():
         (written / name).write_bytes(content)
     target = folder / f"checkpoint-{step}"
-    seal(written, target, run or {"rows": "abc"})
+    commit_checkpoint(written, target, run or {"rows": "abc"})
     return target
 
 
 def test_a_sealed_checkpoint_is_intact_and_knows_its_run(tmp_path):
     checkpoint = write(tmp_path, run={"rows": "hash"})
-    assert damage(checkpoint) is None
-    assert run_of(checkpoint) == {"rows": "hash"}
+    assert find_damage(checkpoint) is None
+    assert read_run_identity(checkpoint) == {"rows": "hash"}
     assert newest_intact(tmp_path) == checkpoint
     assert not staging_folder(tmp_path).exists()
 
@@ -94,11 +94,11 @@ def test_every_truncation_and_every_flipped_byte_is_found(tmp_path):
     for name, content in FILES.items():
         for at in range(0, len(content), 37):
             (checkpoint / name).write_bytes(content[:at])
-            assert damage(checkpoint)
+            assert find_damage(checkpoint)
             (checkpoint / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-            assert damage(checkpoint)
+            assert find_damage(checkpoint)
         (checkpoint / name).write_bytes(content)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_the_newest_is_that_of_the_highest_step(tmp_path):
@@ -133,7 +133,7 @@ def test_a_run_that_goes_back_leaves_no_damaged_checkpoint_to_be_counted(tmp_pat
 
 def test_a_checkpoint_takes_the_place_of_a_damaged_one_of_its_step(tmp_path):
     (write(tmp_path) / "optimizer.pt").unlink()
-    assert damage(write(tmp_path)) is None
+    assert find_damage(write(tmp_path)) is None
 
 
 def test_what_a_kill_left_half_written_or_half_removed_is_cleaned_up(tmp_path, monkeypatch):
@@ -144,10 +144,10 @@ def test_what_a_kill_left_half_written_or_half_removed_is_cleaned_up(tmp_path, m
     monkeypatch.undo()
     monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: path.exists() and _raise())
     with pytest.raises(KeyboardInterrupt):
-        remove(whole)
+        remove_checkpoint(whole)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {".writing", ".removing-checkpoint-10"}
-    clean(tmp_path)
+    remove_unfinished(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,7 +21,7 @@ import torch
 from common.cli import ERROR_STATUS, run
 from common.recipe import LoraSpec, Recipe
 from common.run import checkpoints
-from common.run.progress import Report
+from common.run.progress import ProgressReport
 from common.run.training import train
 from tests.run.test_training import adapter, prepare
 
@@ -210,7 +210,7 @@ def test_an_output_folder_that_cannot_be_written_in_mid_run_is_one_line(long_run
     def refuse(report, _):
         raise OSError(number, os.strerror(number), str(report.folder / "metrics.jsonl"))
 
-    monkeypatch.setattr(Report, "_write", refuse)
+    monkeypatch.setattr(ProgressReport, "_write", refuse)
     assert run(main, long_run, []) == ERROR_STATUS
     error = capsys.readouterr().err.strip()
     assert error == f"error: {long_run.out}/metrics.jsonl cannot be written: {os.strerror(number)}"

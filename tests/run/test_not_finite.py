@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.packing import collate, examples_of
+from common.data.packing import collate, split_into_examples
 from common.model.activation_checkpointing import Policy, decoder_layers
 from common.recipe import UserError
 from common.run.progress import read_metrics
-from common.run.trainer import MOST_SKIPPED_FP16
+from common.run.trainer import MAX_SKIPPED_STEPS_FP16
 from common.run.training import build_trainer, train
 from tests.run.test_training import adapter, prepare, split
 
@@ -103,7 +103,7 @@ def test_fp16s_scaler_may_look_for_a_scale_that_fits_without_a_warning(recipe, c
     trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
     trainer.accelerator.scaler = object()
     overflow, finite = torch.tensor(float("inf")), torch.ones(0, dtype=torch.bool)
-    for _ in range(MOST_SKIPPED_FP16 - 1):
+    for _ in range(MAX_SKIPPED_STEPS_FP16 - 1):
         trainer._skip_step(overflow, finite)
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(
@@ -117,9 +117,9 @@ def test_the_examples_of_a_micro_batch_come_one_by_one():
         {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]},
         {"input_ids": [6, 7], "labels": [-100, 7], "seq_lengths": [2]},
     ]
-    for flat in (False, True):
-        examples = examples_of(collate(rows, 0, flat=flat))
+    for padding_free in (False, True):
+        examples = split_into_examples(collate(rows, 0, padding_free=padding_free))
         assert [example["input_ids"].tolist() for example in examples] == [[[1, 2, 3]], [[4, 5]], [[6, 7]]]
         assert [example["trained_positions"].tolist() for example in examples] == [[0, 1], [0], [0]]
-        assert ("cu_seq_lens_q" in examples[0]) == flat
+        assert ("cu_seq_lens_q" in examples[0]) == padding_free
     assert examples[1]["cu_seq_lens_q"].tolist() == [0, 2] and examples[1]["max_length_q"] == 2

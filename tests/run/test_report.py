@@ -12,9 +12,10 @@ import pytest
 
 from common.commands import run_command
 from common.recipe import UserError
-from common.run.provenance import ROOT, code_version, command_line
+from common.run.provenance import code_version, command_line
 from common.run.report import write_report
 from recipes.tiny import RECIPE
+from tests.conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

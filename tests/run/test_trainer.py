@@ -142,7 +142,7 @@ def test_evaluation_out_of_memory_is_cut_in_half_too(recipe):
 
 def test_the_rehearsal_takes_the_longest_rows_full_of_trained_tokens(recipe):
     _, _, rows, _, plan = prepare(recipe, split(recipe, 2))
-    batch = worst_batch(rows, plan, flat=False)
+    batch = worst_batch(rows, plan, padding_free=False)
     lengths = [sum(n) for part in (rows.train, rows.evaluation) for n in part["seq_lengths"]]
     assert batch["input_ids"].shape == (2, max(lengths))
     examples = (batch["position_ids"] == 0).sum()

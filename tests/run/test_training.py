@@ -18,7 +18,7 @@ from common.data.packing import collate
 from common.data.rows import load_rows
 from common.machine.processes import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
-from common.model.lean_layers import fuse_layers
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.plan.planner import Plan, plan_for_card
@@ -38,7 +38,7 @@ def prepare(recipe: Recipe, plan: Plan | None = None):
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora, recipe.train.seed)
-    fuse_layers(model, recipe.train.kernels)
+    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     return model, tokenizer, rows, recipe, plan
 

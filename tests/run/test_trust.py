@@ -34,15 +34,15 @@ def test_code_in_a_checkpoint_is_not_run_although_its_manifest_says_that_all_is_
     recipe = replace(recipe, train=replace(recipe.train, save_every=1, max_steps=3))
     train(*prepare(recipe))
     checkpoint = Path(recipe.out) / "checkpoints" / "checkpoint-2"  # the last one trains nothing
-    checkpoints.remove(checkpoint.parent / "checkpoint-3")
+    checkpoints.remove_checkpoint(checkpoint.parent / "checkpoint-3")
     torch.save({"state": Canary(tmp_path / "canary")}, checkpoint / name)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoint / name, weights_only=True)
     forged = checkpoint.parent / "forged"
     checkpoint.rename(forged)
-    run_of = checkpoints.run_of(forged)
+    run_of = checkpoints.read_run_identity(forged)
     (forged / checkpoints.MANIFEST).unlink()
-    checkpoints.seal(forged, checkpoint, run_of)
+    checkpoints.commit_checkpoint(forged, checkpoint, run_of)
     with pytest.raises(UserError, match="holds a state that is more than tensors and numbers: no run of ours wrote it"):
         train(*prepare(replace(recipe, existing_run="resume")))
     assert not (tmp_path / "canary").exists()

@@ -1,0 +1,18 @@
+"""Rows in any accepted format become packed rows of token ids and labels.
+
+Not here: anything that knows a model; the tokenizer is handed in. What a run evaluates and samples is in common.run.
+"""
+
+from typing import TYPE_CHECKING
+
+from common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from common.data.rows import Rows, load_rows
+
+_MODULE_OF = {
+    "Rows": "rows",
+    "load_rows": "rows",
+}
+__all__ = ["Rows", "load_rows"]
+__getattr__ = lazy_names(__name__, _MODULE_OF)

@@ -1,0 +1,20 @@
+"""What a run runs on: the GPU or CPU, the processes of the run and how they start, the disk, the hub.
+
+Not here: anything that knows a model, a row of data or a plan.
+"""
+
+from typing import TYPE_CHECKING
+
+from common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from common.machine.device import Machine, this_machine
+    from common.machine.processes import Layout
+
+_MODULE_OF = {
+    "Layout": "processes",
+    "Machine": "device",
+    "this_machine": "device",
+}
+__all__ = ["Layout", "Machine", "this_machine"]
+__getattr__ = lazy_names(__name__, _MODULE_OF)

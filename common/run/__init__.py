@@ -1,0 +1,21 @@
+"""One run: training, held-out evaluation, checkpoints, resume, what is shown meanwhile and what is left behind.
+
+Not here: what is done with the adapter afterwards (common.adapter).
+"""
+
+from typing import TYPE_CHECKING
+
+from common.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from common.run.evaluation import answer, load_questions, print_before_after
+    from common.run.training import train
+
+_MODULE_OF = {
+    "answer": "evaluation",
+    "load_questions": "evaluation",
+    "print_before_after": "evaluation",
+    "train": "training",
+}
+__all__ = ["answer", "load_questions", "print_before_after", "train"]
+__getattr__ = lazy_names(__name__, _MODULE_OF)
