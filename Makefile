@@ -73,7 +73,7 @@ lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=g
 	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED)" --tasks "$(TASKS)" $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## ruff and mypy
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy

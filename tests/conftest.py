@@ -1,5 +1,7 @@
 """Small models of each architecture, saved as ordinary checkpoints, and the shipped tokenizer."""
 
+import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Several test processes share the cores. A thread of OpenMP that waits for another one spins on its core by default.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # no GPU: Triton's interpreter runs its kernels, if it knows early enough
 
@@ -58,9 +62,30 @@ SMALL = {
 FP32 = Machine(torch.device("cpu"), torch.float32, "tests compare digits", "CPU")
 
 
+DEFAULT_TIER = "not slow and not gpu"  # of pyproject.toml
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are about the CPU, on a machine with a GPU too
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which make test uses
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One worker a core. Slow tests measure seconds and memory, and GPU tests share a card: they run one by one."""
+    cores = len(os.sched_getaffinity(0))
+    return min(cores, 4) if config.option.markexpr == DEFAULT_TIER and cores > 1 else 0
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Says which tests these are, and how long all of them take."""
+    tiers = {
+        DEFAULT_TIER: "the fast tests, about 5 minutes on two cores; the others: make test ARGS='-m slow' (make test "
+        "ARGS='-m gpu' on a machine with an NVIDIA GPU)",
+        "slow": "the slow tests, about 15 minutes on two cores",
+        "gpu": "the tests that need an NVIDIA GPU, about 10 minutes; without one they are skipped",
+    }
+    return tiers.get(config.option.markexpr, f"the tests that are marked {config.option.markexpr or 'in any way'}")
 
 
 quiet_libraries()
@@ -143,12 +168,20 @@ def recipe(small_llama, chats, tmp_path) -> Recipe:
 
 
 @pytest.fixture(scope="session")
-def finetuned(tmp_path_factory) -> tuple[str, Path, float]:
-    """What `make finetune` prints, its output folder, and its seconds with start-up."""
-    out = tmp_path_factory.mktemp("tiny") / "run"
-    started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes", "tiny", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, out, time.perf_counter() - started
+def finetuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, float]:
+    """What `make finetune` prints, its output folder, and its seconds with start-up. All workers share one run."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each worker has a folder of its own in it
+    out, told = shared / "finetuned" / "run", shared / "finetuned.json"
+    with (shared / "finetuned.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not told.exists():
+            started = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-m", "recipes", "tiny", "--out", str(out)], capture_output=True, text=True, cwd=ROOT
+            )
+            assert done.returncode == 0, done.stderr
+            told.write_text(json.dumps([done.stdout, time.perf_counter() - started]))
+    printed, seconds = json.loads(told.read_text())
+    return printed, out, seconds

@@ -15,6 +15,7 @@ import pytest
 
 from common.cli import dry
 from tests.conftest import ROOT
+from tests.run_make import run_make
 
 
 def recipes(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
@@ -162,24 +163,20 @@ def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
     assert "owner/model is not in the local cache and the hub cannot be reached" in line
 
 
-def make(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], capture_output=True, text=True, cwd=cwd)
-
-
 def test_make_alone_lists_targets_and_recipes():
-    out = make().stdout
+    out = run_make().stdout
     for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b tiny"):
         assert word in out
 
 
 def test_make_refuses_an_unknown_model_before_the_set_up(project):
-    done = make("finetune", "MODEL=nope", cwd=project)
+    done = run_make("finetune", "MODEL=nope", cwd=project)
     assert done.returncode == 2
     assert "error: there is no recipe 'nope'" in done.stderr
     assert not (project / ".venv").exists()
 
 
 def test_make_without_a_python_that_is_new_enough_says_so(project):
-    done = make("setup", "PYTHON=", cwd=project)
+    done = run_make("setup", "PYTHON=", cwd=project)
     assert done.returncode == 2
     assert "error: Python 3.11 or newer is needed" in done.stderr

@@ -1,6 +1,7 @@
 """docs/troubleshooting.md has every error that a user can meet."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def literals(node: ast.AST) -> list[str]:
     return [text for child in nodes for text in literals(child)]
 
 
+@cache
 def messages() -> dict[str, str]:
     """Place in common/: the longest fixed part of the message of each UserError, BadRow and failed requirement."""
     found = {}

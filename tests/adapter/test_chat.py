@@ -19,6 +19,7 @@ from common.commands import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT
+from tests.run_make import run_make
 
 TEA = "Start a tea timer, 1 minute."
 CALL = '{"tool":"timer","label":"tea","minutes":1}'
@@ -184,8 +185,7 @@ def test_a_prompt_for_scripts_gives_the_answer_alone(finetuned, capfd):
 def test_make_hands_a_prompt_over_as_it_is():
     """Quotes, dollars and backticks: nothing is expanded on the way. make -n shows the command."""
     prompt = """Don't say "hi" to `whoami` for $5"""
-    command = ["make", "-n", "chat", f"PROMPT={prompt}", "VENV=/nowhere"]
-    shown = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    shown = run_make("-n", "chat", f"PROMPT={prompt}", "VENV=/nowhere").stdout
     line = next(line for line in shown.splitlines() if "recipes chat" in line)
     echoed = subprocess.run(
         ["bash", "-c", "printf '%s\\n' " + line.split(" -m ", 1)[1]], capture_output=True, text=True
