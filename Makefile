@@ -28,7 +28,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory _recipe
+.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
@@ -89,6 +89,9 @@ parity: $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses a
 
 memory: $(VENV)/.installed ## on a GPU: predicted against measured memory and time, every policy
 	@$(PY) -m benchmarks.memory $(ARGS)
+
+demo: $(VENV)/.installed ## BERT-large without and with activation checkpointing: counted, and measured on a GPU
+	@$(PY) -m benchmarks.bert_large $(ARGS)
 
 setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
 

@@ -52,13 +52,13 @@ def fake_lora_model(
     adapted = attach_lora(model, lora)
     with mode:
         _materialise(adapted, dtype)
-    _keep_masks_as_on_a_gpu(adapted)
+    keep_dropout_masks_as_on_gpu(adapted)
     if kernels == "lean" and not unsupported_reason(adapted):
         swap_in_lean_classes(adapted)
     return adapted.train()
 
 
-def _keep_masks_as_on_a_gpu(model: PeftModel) -> None:
+def keep_dropout_masks_as_on_gpu(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Dropout):
             model.set_submodule(name, _MaskedDropout(module.p))
