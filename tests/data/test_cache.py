@@ -22,7 +22,7 @@ from tests.conftest import ROOT, TINY, TRAIN
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(row_cache, "FROM_BYTES", 1)
+    monkeypatch.setattr(row_cache, "MIN_SOURCE_BYTES", 1)
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:100]) + "\n{broken\n")
     return str(path)
@@ -80,24 +80,24 @@ def test_half_an_entry_is_made_anew(source, small_llama, capsys):
     spec = DataSpec(source, eval_rows=5)
     first = load(spec, small_llama)
     (entry,) = Path(".cache/rows").iterdir()
-    (entry / "told.json").write_text("{")
+    (entry / row_cache.METADATA).write_text("{")
     capsys.readouterr()
     again = load(spec, small_llama)
     assert "taken from" not in capsys.readouterr().out
     assert hash_rows(again.train) == hash_rows(first.train)
-    assert json.loads((entry / "told.json").read_text())["lines"]
+    assert json.loads((entry / row_cache.METADATA).read_text())["lines"]
 
 
 def test_the_newest_entries_stay(source, small_llama):
-    for seed in range(row_cache.ENTRIES_KEPT + 2):
+    for seed in range(row_cache.MAX_ENTRIES + 2):
         load(DataSpec(source, eval_rows=5), small_llama, seed=seed)
-    assert len(list(Path(".cache/rows").iterdir())) == row_cache.ENTRIES_KEPT
+    assert len(list(Path(".cache/rows").iterdir())) == row_cache.MAX_ENTRIES
 
 
 def test_small_files_and_data_sets_of_the_hub_are_not_kept(source, small_llama, monkeypatch):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
     assert row_cache.cache_folder(DataSpec("owner/chats"), tokenizer, 128, 0) is None
-    monkeypatch.setattr(row_cache, "FROM_BYTES", 1 << 30)
+    monkeypatch.setattr(row_cache, "MIN_SOURCE_BYTES", 1 << 30)
     assert row_cache.cache_folder(DataSpec(source), tokenizer, 128, 0) is None
 
 
