@@ -1,7 +1,7 @@
-"""Packed rows of large files, kept: the second start of a run takes seconds.
+"""Keeps the packed rows of large files on disk: the second start of a run takes seconds.
 
-The name of an entry is a hash of everything that the rows depend on: the files' bytes, the tokenizer with its chat
-template, the settings, and the code that makes them. Anything else makes another entry; the newest few stay.
+The name of an entry is a hash of everything that its rows depend on: the bytes of the files, the tokenizer with its
+chat template, the settings, and the code that makes the rows. Any change leads to another entry. The newest stay.
 """
 
 import hashlib
@@ -19,15 +19,18 @@ from common.data.files import is_file
 from common.machine.disk import write_aside
 from common.recipe import DataSpec
 
-CACHE = Path(".cache") / "rows"
-MIN_SOURCE_BYTES = 8 << 20  # smaller files are tokenised within seconds
+CACHE = Path(".cache") / "rows"  # in the working directory
+MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
-CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "rows")
+CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "report", "rows")
 
 
 def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
-    """The folder of these rows in the cache, there or not; None for small files and for data sets of the hub."""
+    """Returns the folder of these rows in the cache, which may not exist yet.
+
+    Returns None for small files and for data sets of the hub: they are not cached.
+    """
     sources = [Path(source) for source in (spec.source, spec.eval_source) if source is not None]
     if not all(is_file(str(path)) and path.is_file() for path in sources):
         return None

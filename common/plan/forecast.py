@@ -143,7 +143,7 @@ def copies(layers: int, counted: int, edge: int) -> list[int]:
 
 
 def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
-    """A micro-batch in the form of common.data.packing.collate, every token trained; as a rectangle it is one row.
+    """A micro-batch in the form of common.data.batches.collate, every token trained; as a rectangle it is one row.
 
     Without padding it has the scratch memory of many short examples, and the attention of examples of `longest` tokens.
     """

@@ -17,7 +17,7 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from common.data.packing import halve, split_into_examples
+from common.data.batches import halve, split_into_examples
 from common.machine.processes import all_reduce_max, all_reduce_sum, is_main_process, rank, run_on_main, world_size
 from common.model.activation_checkpointing import (
     TRAINER_ARGUMENTS,

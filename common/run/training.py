@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig
 
+from common.data.batches import collate
 from common.data.chat_format import ChatFormat
 from common.data.labels import IGNORED, trained_positions
-from common.data.packing import collate
 from common.data.rows import Rows, find_examples
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of

@@ -17,6 +17,7 @@ from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec
 from common.run.resume import hash_rows
 from tests.conftest import ROOT, TINY, TRAIN
+from tests.test_structure import MODULES, imports
 
 
 @pytest.fixture
@@ -74,6 +75,15 @@ def test_anything_that_changes_makes_them_anew(source, small_llama, change, caps
     capsys.readouterr()
     load(spec, small_llama, **values)
     assert "taken from" not in capsys.readouterr().out
+
+
+def test_all_code_that_makes_rows_is_part_of_the_name():
+    needed, found = ["common.data.rows"], set()
+    while needed:
+        module = needed.pop()
+        found.add(module)
+        needed += [name for name in imports(MODULES[module]) - found if name.startswith("common.data.")]
+    assert found == {f"common.data.{name}" for name in row_cache.CODE_MODULES}
 
 
 def test_half_an_entry_is_made_anew(source, small_llama, capsys):

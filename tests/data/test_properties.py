@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.data.batches import collate, split_into_examples
 from common.data.chat_format import IGNORED, ChatFormat
 from common.data.conversations import Message, to_example
-from common.data.packing import collate, pack, split_into_examples
+from common.data.packing import pack
 from tests.data.test_chat_format import TOKENIZERS
 
 FORMATS = {name: ChatFormat(make()) for name, make in TOKENIZERS.items()}
