@@ -7,13 +7,13 @@ import importlib.util
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from common import REPOSITORY
 from common.machine.launch import ERROR_STATUS, OTHERS_GONE, launch
+from common.process_state import quiet_libraries
 from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run.folder import prepare_run_folder
 
@@ -118,7 +118,7 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
 
 def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
-    from common.machine import processes
+    from common.machine.collectives import init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
 
     tracker = recipe.train.report_to
@@ -127,8 +127,8 @@ def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
         f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
     )
     require_gpu_per_process()
-    processes.init_distributed()
-    processes.run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
+    init_distributed()
+    run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
     require(
         Path(recipe.out).is_dir(),
         f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
@@ -195,17 +195,3 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
         out=f"{recipe.out}-dry-run",
         existing_run="overwrite",
     )
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries say about themselves and nobody can act on; our own lines stay readable."""
-    # PEFT 0.21 reads a name that transformers 5.23 calls deprecated.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # What accelerate advises instead would send the 4-bit weights to all.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    # FSDP2 warns so of our decoder layers, whose outputs nobody writes into.
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
-    if not sys.stderr.isatty():
-        import datasets
-
-        datasets.disable_progress_bars()

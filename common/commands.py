@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import exit_status, quiet_libraries
+from common.cli import exit_status
 from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, write_checked_aside
+from common.process_state import quiet_libraries
 from common.recipe import Recipe, UserError
 from common.run.folder import EVAL_JSON
 

@@ -9,10 +9,10 @@ from common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from common.machine.device import Machine, this_machine
-    from common.machine.processes import Layout
+    from common.machine.layout import Layout
 
 _MODULE_OF = {
-    "Layout": "processes",
+    "Layout": "layout",
     "Machine": "device",
     "this_machine": "device",
 }

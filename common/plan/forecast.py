@@ -10,7 +10,8 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.machine.processes import ONE_PROCESS, Layout, fake_process_group
+from common.machine.fake_processes import fake_process_group
+from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.attention import PACKED_ATTENTION
 from common.model.files import load_config

@@ -13,8 +13,10 @@ from itertools import product
 
 import torch
 
+from common.machine.collectives import all_gather, broadcast_from_main
 from common.machine.device import GIB, Machine, available_ram, require_gpu, this_machine, unusable_gpu
-from common.machine.processes import ONE_PROCESS, Layout, all_gather, broadcast_from_main, local_world_size, world_size
+from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.processes import local_world_size, world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
 from common.model.files import load_config

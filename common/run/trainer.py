@@ -18,7 +18,8 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from common.data.batches import halve, split_into_examples
-from common.machine.processes import all_reduce_max, all_reduce_sum, is_main_process, rank, run_on_main, world_size
+from common.machine.collectives import all_reduce_max, all_reduce_sum, run_on_main
+from common.machine.processes import is_main_process, rank, world_size
 from common.model.activation_checkpointing import (
     TRAINER_ARGUMENTS,
     Policy,

@@ -13,7 +13,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from common.machine.processes import Layout, local_tensor
+from common.machine.collectives import local_tensor
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import TRAINER_ARGUMENTS, Policy, decoder_layers
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit

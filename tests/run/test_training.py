@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from common.cli import run
 from common.data.batches import collate
 from common.data.rows import load_rows
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
