@@ -12,13 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from common import REPOSITORY
-from common.machine.launch import ERROR_STATUS, OTHERS_GONE, launch
+from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS, launch
+from common.machine.processes import is_main_process, rank
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run.folder import prepare_run_folder
 
 SAID_BY_MAIN_SECONDS = 3
-_RANK = os.environ.get("RANK", "0")  # set by torchrun; common.machine.processes has it too, and needs torch
 # The disk is full, or the quota, or one may not write there.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DRY_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
@@ -63,7 +63,7 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     try:
         return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
     except Stopped as stop:
-        if _RANK == "0":  # all processes stop
+        if is_main_process():  # all processes stop
             out = f' OUT="{flags.out}"' if flags.out else ""
             data = f' DATA="{flags.data}"' if flags.data else ""
             gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
@@ -76,9 +76,9 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
     try:
         return action() or 0
     except UserError as error:
-        if _RANK != "0":  # the first one mostly says the same: then it ends this one meanwhile
+        if not is_main_process():  # the first one mostly says the same: then it ends this one meanwhile
             time.sleep(SAID_BY_MAIN_SECONDS)
-        who = "" if _RANK == "0" else f"process {_RANK}: "
+        who = "" if is_main_process() else f"process {rank()}: "
         print(f"\n{who}error: {error}", file=sys.stderr)
         return ERROR_STATUS
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not _is_of_others(error):
             raise
-        return OTHERS_GONE
+        return PEER_LOST_STATUS
 
 
 def _is_of_others(error: BaseException) -> bool:
