@@ -1,9 +1,10 @@
 """All that is set for the whole process: environment variables, warnings, loggers, torch's flags, standard output.
 
-Each function is called from one place, which it names. What other modules change for the whole process is undone by
-them: signal handlers (run/stopping.py), patches of torch while a step is counted (plan/), sys.excepthook
-(machine/fake_processes.py). Seeds of random numbers are set where the numbers are drawn. What is only added to a
-library's registry stays with what is added: kernels/, model/attention.py.
+Each function says where it is called. Other modules set for the whole process only
+- what they undo: signal handlers (run/stopping.py), patches of torch and sys.excepthook while a step is counted (plan/);
+- what they add to a library: operators (kernels/), attention (model/attention.py), a table of bitsandbytes (plan/);
+- the seed of the random numbers that they draw next, the GPU of this process (machine/collectives.py), and matplotlib's
+  backend (run/progress.py).
 
 Standard library only at import: common/__init__.py imports this module before anything else.
 """

@@ -10,7 +10,6 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.machine.fake_processes import fake_process_group
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.attention import PACKED_ATTENTION
@@ -19,6 +18,7 @@ from common.model.optimizer import build_optimizer
 from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
+from common.plan.fake_process_group import fake_process_group
 from common.plan.step import Speed, Step, splice
 from common.recipe import Recipe
 

@@ -1,4 +1,4 @@
-"""A group of processes that do not exist, so that one process can count what sharded layers take of a card."""
+"""A process group without peers, for counting the memory of sharded layers in one process."""
 
 import sys
 from collections.abc import Iterator
@@ -13,25 +13,24 @@ from torch.distributed.device_mesh import init_device_mesh
 
 @contextmanager
 def fake_process_group(processes: int) -> Iterator[DeviceMesh]:
-    """Yields a mesh of so many processes on torch's "fake" backend, this process among them.
+    """Yields a mesh of `processes` ranks, this process being rank 0, on torch's fake backend.
 
-    Collectives return at once and send nothing: what a process would receive is uninitialised memory.
+    Its collectives return at once and send nothing; what they would receive is not initialized.
     """
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # also registers the backend "fake"
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # the backend "fake" is registered with it
 
     if distributed.is_initialized():
         yield DeviceMesh.from_group(_fake_group(), "cpu")
         return
-    excepthook = sys.excepthook
+    hook = sys.excepthook
     distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
     try:
         yield init_device_mesh("cpu", (processes,))
     finally:
         distributed.destroy_process_group()
-        sys.excepthook = excepthook  # init_process_group has replaced it
+        sys.excepthook = hook  # torch has put its own around it
 
 
 @cache
 def _fake_group() -> Any:
-    """A fake group of the real processes of the run, where they are connected."""
     return distributed.new_group(backend="fake")
