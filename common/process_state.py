@@ -1,7 +1,7 @@
 """All that is set for the whole process: environment variables, warnings, loggers, torch's flags, standard output.
 
 Each function says where it is called. Other modules set for the whole process only
-- what they undo: signal handlers (run/stopping.py), patches of torch and sys.excepthook while a step is counted (plan/);
+- what they undo: signal handlers (run/stopping.py), patches of torch and sys.excepthook while counting (plan/);
 - what they add to a library: operators (kernels/), attention (model/attention.py), a table of bitsandbytes (plan/);
 - the seed of the random numbers that they draw next, the GPU of this process (machine/collectives.py), and matplotlib's
   backend (run/progress.py).
