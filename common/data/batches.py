@@ -8,10 +8,11 @@ from torch.nn.functional import pad
 
 from common.data.labels import IGNORED, trained_positions
 
+Batch = dict[str, Any]  # a micro-batch, as collate makes it
 _TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_free: bool = False) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_free: bool = False) -> Batch:
     """Makes a micro-batch: input_ids, labels and position_ids, int64, and trained_positions (common.data.labels).
 
     Positions restart at 0 with each example. Without `padding_free` the shape is (rows, longest row): transformers
@@ -34,7 +35,7 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_
         input_ids[i, :length] = torch.tensor(row["input_ids"])
         labels[i, :length] = torch.tensor(row["labels"])
         position_ids[i, :length] = torch.cat([torch.arange(n) for n in row["seq_lengths"]])
-    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    batch: Batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     batch["trained_positions"] = trained_positions(labels)
     if not padding_free:
         return batch
@@ -42,7 +43,7 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_
     return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
 
 
-def split_into_examples(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def split_into_examples(batch: Batch) -> list[Batch]:
     """Returns one micro-batch for each example of this one, without padding."""
     parts = []
     for row, positions in enumerate(batch["position_ids"].tolist()):
@@ -59,7 +60,7 @@ def split_into_examples(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
-def halve(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def halve(batch: Batch) -> list[Batch]:
     """Splits the micro-batch in two, between rows, or if it is padding-free between the examples nearest its middle.
 
     Returns it alone when it holds a single row, or a single example.
@@ -67,7 +68,7 @@ def halve(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return _halve_padding_free(batch) if "cu_seq_lens_q" in batch else _halve_rows(batch)
 
 
-def _halve_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def _halve_rows(batch: Batch) -> list[Batch]:
     rows = len(batch["input_ids"])
     if rows == 1:
         return [batch]
@@ -78,7 +79,7 @@ def _halve_rows(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return halves
 
 
-def _halve_padding_free(batch: dict[str, Any]) -> list[dict[str, Any]]:
+def _halve_padding_free(batch: Batch) -> list[Batch]:
     bounds = batch["cu_seq_lens_q"].tolist()
     if len(bounds) == 2:
         return [batch]

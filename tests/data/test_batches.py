@@ -14,7 +14,7 @@ from tests.data.test_packing import tokens
 
 def test_pitfall_13_an_example_never_sees_its_neighbour(small_llama):
     model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).eval()
-    model.config.use_cache = False  # as in training; with a cache transformers takes a batch for one sequence
+    model.config.use_cache = False  # as in training; with a cache transformers would not derive the mask from positions
     examples = [tokens(20, first=10), tokens(15, first=200), tokens(9, first=400)]
     batch = collate([*pack(examples, 64), *pack([tokens(30, first=500)], 64)], pad_token_id=0)
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_halves_hold_the_same_examples(padding_free):
         assert sum((half[name].flatten().tolist() for half in halves), []) == batch[name].flatten().tolist()
     targets = [half["labels"].flatten()[half["trained_positions"] + 1] for half in halves]
     assert torch.equal(torch.cat(targets), batch["labels"].flatten()[batch["trained_positions"] + 1])
-    if padding_free:  # 26 tokens end at 8, 11, 13, ...: in the very middle
+    if padding_free:  # 26 tokens end at 8, 11, 13, ...: the halves meet at 13
         assert [half["cu_seq_lens_q"].tolist() for half in halves] == [[0, 8, 11, 13], [0, 6, 13]]
         assert [half["max_length_q"] for half in halves] == [8, 7]
     (single,) = halve(collate(rows[:1], 0, padding_free=padding_free))

@@ -1,4 +1,4 @@
-"""Rows of a large file are tokenised once, and again when anything changed that they depend on."""
+"""The rows of a large file are tokenised once, and again after a change of anything that they depend on."""
 
 import dataclasses
 import json
@@ -119,7 +119,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(source, small_llama
 
 
 def test_every_setting_is_part_of_the_name(source, small_llama):
-    """A field that is added to DataSpec must not be forgotten here."""
+    """Fails for a new field of DataSpec that this test does not list."""
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
     spec = DataSpec(source)
     others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}

@@ -1,4 +1,4 @@
-"""Before the processes of a run start, and after one of them ended."""
+"""What is checked before the processes of a run start, and what is said after one of them failed."""
 
 import signal
 import socket
@@ -81,11 +81,15 @@ def failures(**statuses: int) -> dict[int, SimpleNamespace]:
     ("statuses", "status", "line"),
     [
         ({"r1": -9}, 1, "process 1 was ended by SIGKILL (SIGKILL is what Linux does where host memory runs out)"),
-        ({"r0": -15, "r1": -9}, 1, "process 1 was ended by SIGKILL"),  # the first was ended for it
+        (
+            {"r0": -15, "r1": -9},
+            1,
+            "process 1 was ended by SIGKILL",
+        ),  # the launcher ended the first because of the second
         ({"r0": PEER_LOST_STATUS, "r1": -11}, 1, "process 1 was ended by SIGSEGV; the others were ended too"),
         ({"r0": PEER_LOST_STATUS, "r2": 1}, 1, "process 2 failed, as its traceback says; the others were ended too"),
         ({"r0": -15}, 1, "process 0 was ended by SIGTERM"),
-        ({"r0": ERROR_STATUS, "r1": -15}, ERROR_STATUS, None),  # it has said why
+        ({"r0": ERROR_STATUS, "r1": -15}, ERROR_STATUS, None),  # it has printed the reason
         ({"r0": 128 + signal.SIGTERM, "r1": 128 + signal.SIGTERM}, 128 + signal.SIGTERM, None),
     ],
 )
@@ -111,7 +115,7 @@ def test_a_process_whose_partner_is_gone_ends_without_a_word(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(tmp_path):
-    """Their data is not there; the second process would say so too, had the first not ended it."""
+    """The data file is missing. The second process has the same error, and is ended before it prints it."""
     command = [sys.executable, "-m", "recipes", "tiny", "--gpus", "2", "--data", "nowhere.jsonl"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
