@@ -13,11 +13,12 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from common.data.batches import collate
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Conversation
 from common.data.labels import IGNORED
-from common.data.packing import collate
-from common.data.rows import DataReport, read_examples
+from common.data.report import DataReport
+from common.data.rows import read_examples
 from common.machine.device import this_machine
 from common.model.attention import uses_packed_attention
 from common.recipe import UserError

@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
-from common.machine.processes import barrier, is_main_process
+from common.machine.processes import is_main_process
 from common.run.folder import LOSS_PICTURE, METRICS
 
 

@@ -17,8 +17,9 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
-from common.data.packing import halve, split_into_examples
-from common.machine.processes import all_reduce_max, all_reduce_sum, is_main_process, rank, run_on_main, world_size
+from common.data.batches import Batch, halve, split_into_examples
+from common.machine.collectives import all_reduce_max, all_reduce_sum, run_on_main
+from common.machine.processes import is_main_process, rank, world_size
 from common.model.activation_checkpointing import (
     TRAINER_ARGUMENTS,
     Policy,
@@ -44,7 +45,6 @@ from common.run.checkpoints import (
 )
 from common.run.folder import ADAPTER_WEIGHTS, SAVING
 
-Batch = dict[str, Any]
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch's and safetensors' own for a failed write
 MAX_SKIPPED_STEPS = 3  # optimizer steps in a row without finite numbers
 MAX_SKIPPED_STEPS_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales

@@ -3,7 +3,6 @@
 import dataclasses
 import heapq
 import json
-import os
 import pickle
 import sys
 from datetime import datetime
@@ -18,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig
 
+from common.data.batches import collate
 from common.data.chat_format import ChatFormat
 from common.data.labels import IGNORED, trained_positions
-from common.data.packing import collate
 from common.data.rows import Rows, find_examples
+from common.machine.collectives import barrier, run_on_main
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of
-from common.machine.processes import barrier, run_on_main, world_size
+from common.machine.processes import world_size
 from common.model.activation_checkpointing import TRAINER_ARGUMENTS
 from common.model.attention import uses_packed_attention
 from common.model.lean_layers import is_lean, unsupported_reason
@@ -32,6 +32,7 @@ from common.model.lora import trainable_params
 from common.model.optimizer import build_optimizer
 from common.model.sharding import gather_adapter, is_sharded
 from common.plan.planner import Plan
+from common.process_state import make_deterministic, set_tensorboard_folder
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.checkpoints import go_back_to, newest_intact, read_run_identity, remove_unfinished
 from common.run.evaluation import held_out_samples, sample_answers
@@ -121,11 +122,9 @@ def train(
     folder = Path(recipe.out)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     if recipe.train.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # It costs time, and nothing reads such memory.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        make_deterministic()
     if recipe.train.report_to == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / TENSORBOARD))
+        set_tensorboard_folder(folder / TENSORBOARD)
     trainer = build_trainer(model, tokenizer, rows, recipe, plan, folder)
     if len(rows.train) < recipe.train.rows_per_step:
         print(

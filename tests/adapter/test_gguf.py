@@ -24,7 +24,8 @@ from common.adapter.load import find_adapter, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.commands import run_command
 from common.data.chat_format import ChatFormat
-from common.data.rows import DataReport, read_examples
+from common.data.report import DataReport
+from common.data.rows import read_examples
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.answers import generate_answers
 from recipes.tiny import RECIPE

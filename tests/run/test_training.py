@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
 
 from common.cli import run
-from common.data.packing import collate
+from common.data.batches import collate
 from common.data.rows import load_rows
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
