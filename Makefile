@@ -38,14 +38,14 @@ help: ## this list
 ON = $(if $(GPUS),--gpus "$(GPUS)") $(if $(NNODES),--nnodes "$(NNODES)" --rdzv-endpoint "$(RDZV_ENDPOINT)")
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
-	@$(PY) -m recipes "$(MODEL)" $(ON) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+	@$(PY) -m recipes finetune "$(MODEL)" $(ON) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
-	@$(PY) -m recipes "$(MODEL)" --plan $(ON) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
+	@$(PY) -m recipes plan "$(MODEL)" $(ON) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
 		$(if $(JSON),--json "$(JSON)") $(ARGS)
 
 dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
-	@$(PY) -m recipes "$(MODEL)" --dry-run $(ON) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+	@$(PY) -m recipes dryrun "$(MODEL)" $(ON) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
 
 # In single quotes as the shell reads them: a prompt may hold any character.
 quoted = '$(subst ','\'',$(value $(1)))'

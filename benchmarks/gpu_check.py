@@ -42,7 +42,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[s
     found["memory-llama3-8b"] = memory(results, "llama3-8b")
     found["bench-llama3-8b-4096"] = bench(results, peers, "llama3-8b", 4096)
     found["profile"] = profile(results, "llama3-8b", 4096)
-    found["dryrun"] = [*python, "recipes", "llama3-8b", "--dry-run"]
+    found["dryrun"] = [*python, "recipes", "dryrun", "llama3-8b"]
     for tokens in (2048, 8192):
         found[f"bench-llama3-8b-{tokens}"] = bench(results, peers, "llama3-8b", tokens)
     for model in MODELS[1:]:

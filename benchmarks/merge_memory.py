@@ -31,7 +31,7 @@ COMMAND = """
 import sys
 from dataclasses import replace
 from benchmarks.models import recipe_of
-from common.commands import run_command
+from common.cli import run_command
 from common.recipe import ModelSpec
 from common.machine.device import peak_of_ram
 name, base, out, command, *flags = sys.argv[1:]

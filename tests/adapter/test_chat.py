@@ -15,7 +15,7 @@ from transformers import TextStreamer
 
 from common.adapter.chat import Chat, Sampling, talk
 from common.adapter.load import find_adapter, load_trained, trained_tokenizer
-from common.commands import run_command
+from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT

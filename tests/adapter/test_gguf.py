@@ -22,7 +22,7 @@ from common.adapter.gguf import GgufModel, gguf_names, permuted, write_adapter
 from common.adapter.gguf_tokenizer import SPLITS, plain_template, read_vocabulary
 from common.adapter.load import find_adapter, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
-from common.commands import run_command
+from common.cli import run_command
 from common.data.chat_format import ChatFormat
 from common.data.rows import DataReport, read_examples
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError

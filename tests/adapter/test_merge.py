@@ -14,7 +14,7 @@ from common.adapter import merge_check
 from common.adapter.load import find_adapter, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.adapter.merge_check import KL_BOUND, check_merged, compare, prompts_of
-from common.commands import run_command
+from common.cli import run_command
 from common.machine import disk as output
 from common.machine.disk import written_aside
 from common.model.loading import load_4bit

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from common.adapter.ollama import modelfile, take_apart
-from common.commands import run_command
+from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import TINY

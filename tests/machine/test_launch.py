@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.cli import OTHERS_GONE, exit_status
+from common.exit_status import exit_status
 from common.machine import launch as module
-from common.machine.launch import ERROR_STATUS, _without_launch_flags, check_rendezvous, launch, verdict
+from common.machine.launch import ERROR_STATUS, OTHERS_GONE, _without_launch_flags, check_rendezvous, launch, verdict
 from common.recipe import TrainSpec, UserError
 from tests.conftest import ROOT
 
