@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from common.adapter.find import TrainedAdapter
 from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
-from common.adapter.load import TrainedAdapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS

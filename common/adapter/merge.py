@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from common.adapter.load import TrainedAdapter, attach_adapter
+from common.adapter.find import TrainedAdapter
+from common.adapter.load import attach_adapter
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
 from common.model.base_weights import NF4_STATE, stored_4bit

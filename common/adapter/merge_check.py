@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common.adapter.load import TrainedAdapter, trained_tokenizer
+from common.adapter.find import TrainedAdapter
+from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message

@@ -21,7 +21,8 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
 def run_chat(recipe: Recipe, flags: argparse.Namespace) -> None:
     print(f"reading the adapter in {recipe.out}", file=sys.stderr, flush=True)
     from common.adapter.chat import Chat, Sampling, show, talk
-    from common.adapter.load import find_adapter, load_trained, trained_tokenizer
+    from common.adapter.find import find_adapter
+    from common.adapter.load import load_trained, trained_tokenizer
 
     sampling = Sampling(flags.temperature, flags.top_p, flags.top_k, flags.max_new_tokens, flags.seed)
     adapter = find_adapter(recipe)

@@ -18,7 +18,8 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.adapter.load import find_adapter, load_trained, trained_tokenizer
+    from common.adapter.find import find_adapter
+    from common.adapter.load import load_trained, trained_tokenizer
     from common.data.rows import load_rows
     from common.run.evaluation import evaluate, held_out_samples, print_evaluation, write_evaluation
     from common.run.report import write_report

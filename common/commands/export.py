@@ -10,7 +10,7 @@ from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, writte
 from common.recipe import Recipe
 
 if TYPE_CHECKING:  # torch takes seconds to import; the commands import it when they run
-    from common.adapter.load import TrainedAdapter
+    from common.adapter.find import TrainedAdapter
 
 EXPORT_FORMATS = ("gguf", "lora", "ollama")
 QUANTS = ("f16", "bf16", "q8_0")
@@ -36,7 +36,7 @@ def run_export(recipe: Recipe, flags: argparse.Namespace) -> None:
     }
     target, is_folder = flags.to or default[flags.format], flags.format == "ollama"
     refuse_existing(target, folder=is_folder, overwrite=flags.overwrite)
-    from common.adapter.load import find_adapter
+    from common.adapter.find import find_adapter
 
     adapter = find_adapter(recipe)
     if flags.format == "lora":

@@ -17,7 +17,7 @@ def run_merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     require_choice(flags.base, BASES, "BASE")
     target = flags.to or Path(f"{recipe.out}-merged")
     refuse_existing(target, folder=True, overwrite=flags.overwrite)
-    from common.adapter.load import find_adapter
+    from common.adapter.find import find_adapter
     from common.adapter.merge import MergedWeights, write_merged
     from common.adapter.merge_check import check_merged
 

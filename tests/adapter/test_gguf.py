@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from common.adapter.find import find_adapter
 from common.adapter.gguf import GgufModel, gguf_names, permuted, write_adapter
 from common.adapter.gguf_tokenizer import SPLITS, plain_template, read_vocabulary
-from common.adapter.load import find_adapter, trained_tokenizer
+from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.cli import run_command
 from common.data.chat_format import ChatFormat

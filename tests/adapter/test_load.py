@@ -7,7 +7,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from common.adapter.load import find_adapter, load_trained, trained_tokenizer
+from common.adapter.find import find_adapter
+from common.adapter.load import load_trained, trained_tokenizer
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.training import train

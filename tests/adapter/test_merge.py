@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.adapter import merge_check
-from common.adapter.load import find_adapter, trained_tokenizer
+from common.adapter.find import find_adapter
+from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.adapter.merge_check import KL_BOUND, check_merged, compare, prompts_of
 from common.cli import run_command
