@@ -18,6 +18,11 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
+    """Prints and writes the losses and sample answers of base and adapter.
+
+    Raises UserError when the run held no rows out and --data names none.
+    """
+    print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
     from common.data.rows import load_rows
@@ -37,9 +42,11 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     if held_out is None:
         raise UserError("the run held no rows out; name a file or a hub data set: DATA=held_out.jsonl")
     samples = held_out_samples(held_out, tokenizer, flags.samples, train.seed)
+    model = load_trained(adapter)
+    print(f"with the adapter and without: the loss of {len(held_out):,} rows, {len(samples)} answers", flush=True)
     result = {
         "source": data.eval_source or f"held out of {data.source}",
-        **evaluate(load_trained(adapter), tokenizer, held_out, samples),
+        **evaluate(model, tokenizer, held_out, samples),
     }
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON

@@ -24,51 +24,60 @@ def add_export_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_export(recipe: Recipe, flags: argparse.Namespace) -> None:
-    for value, choices, name in ((flags.format, EXPORT_FORMATS, "FORMAT"), (flags.quant, QUANTS, "QUANT")):
-        require_choice(value, choices, name)
+    """Writes what --format names. Raises UserError for another value, and for what GGUF or ollama cannot express."""
+    require_choice(flags.format, EXPORT_FORMATS, "FORMAT")
+    require_choice(flags.quant, QUANTS, "QUANT")
     require_choice(flags.base, BASES, "BASE")
     name = Path(recipe.out).name
-    file = f"{name}-{flags.quant}.gguf"
     default = {
-        "gguf": Path(f"{recipe.out}-gguf") / file,
+        "gguf": Path(f"{recipe.out}-gguf") / _file_name(name, flags),
         "lora": Path(f"{recipe.out}-gguf") / f"{name}-lora.gguf",
         "ollama": Path(f"{recipe.out}-ollama"),
     }
-    target, is_folder = flags.to or default[flags.format], flags.format == "ollama"
-    refuse_existing(target, folder=is_folder, overwrite=flags.overwrite)
+    target = flags.to or default[flags.format]
+    refuse_existing(target, folder=flags.format == "ollama", overwrite=flags.overwrite)
+    print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
 
-    adapter = find_adapter(recipe)
-    if flags.format == "lora":
-        _write_lora(adapter, target, name, overwrite=flags.overwrite)
-        return
+    write = _write_lora if flags.format == "lora" else _write_model
+    write(find_adapter(recipe), target, name, flags)
+
+
+def _file_name(name: str, flags: argparse.Namespace) -> str:
+    return f"{name}-{flags.quant}.gguf"
+
+
+def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argparse.Namespace) -> None:
+    """Writes the merged model: a GGUF file, or for ollama a folder with one and its Modelfile."""
     from common.adapter.gguf import GgufModel
     from common.adapter.load import trained_tokenizer
     from common.adapter.merge import MergedWeights
-    from common.adapter.ollama import modelfile
+    from common.adapter.ollama import build_modelfile
 
     weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
-    if is_folder:  # before the weights: what ollama has no words for fails here
+    for_ollama, file = flags.format == "ollama", _file_name(name, flags)
+    if for_ollama:  # before the weights are merged: a template that ollama cannot express is refused here
         context = min(MAX_OLLAMA_CONTEXT, weights.config.max_position_embeddings)
-        text = modelfile(file, tokenizer, weights.generation_config(), context)
-    with written_aside(target, model.size, folder=is_folder, overwrite=flags.overwrite) as path:
-        print(f"merging into {weights.into()}, {format_bytes(model.size)}")
-        model.write(path / file if is_folder else path)
-        if is_folder:
-            (path / "Modelfile").write_text(text, encoding="utf-8")
-            weights.write_note(path / MADE_FROM)
+        modelfile = build_modelfile(file, tokenizer, weights.generation_config(), context)
+    with written_aside(target, model.size, folder=for_ollama, overwrite=flags.overwrite) as path:
+        print(f"merging into {weights.describe_base()}, {format_bytes(model.size)}", flush=True)
+        model.write(path / file if for_ollama else path)
+        if for_ollama:
+            (path / "Modelfile").write_text(modelfile, encoding="utf-8")
+            weights.write_made_from(path / MADE_FROM)
     print(f"the merged model is in {target}; {describe_peak()}")
-    if is_folder:
+    if for_ollama:
         print(f"ollama create {name} -f {target}/Modelfile && ollama run {name}")
 
 
-def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite: bool) -> None:
+def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, flags: argparse.Namespace) -> None:
+    """Writes a GGUF file of the adapter alone."""
     from common.adapter.gguf import write_adapter
     from common.model.files import load_config
     from common.run.folder import ADAPTER_WEIGHTS
 
     size = (adapter.folder / ADAPTER_WEIGHTS).stat().st_size
-    with written_aside(target, size, folder=False, overwrite=overwrite) as path:
+    with written_aside(target, size, folder=False, overwrite=flags.overwrite) as path:
         write_adapter(adapter, load_config(adapter.recipe.model), path, name)
     print(f"the adapter alone is in {target}, to be used with a GGUF of {adapter.recipe.model.name}")

@@ -17,6 +17,7 @@ def run_merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     require_choice(flags.base, BASES, "BASE")
     target = flags.to or Path(f"{recipe.out}-merged")
     refuse_existing(target, folder=True, overwrite=flags.overwrite)
+    print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.merge import MergedWeights, write_merged
     from common.adapter.merge_check import check_merged
@@ -25,8 +26,9 @@ def run_merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     weights = MergedWeights(find_adapter(recipe), original=original)
     size = sum(shard.size for shard in weights.shards)
     with written_aside(target, size, folder=True, overwrite=flags.overwrite) as folder:
-        print(f"merging into {weights.into()}, {format_bytes(size)}")
+        print(f"merging into {weights.describe_base()}, {format_bytes(size)}", flush=True)
         write_merged(weights, folder)
+        print("self-check: the trained and the merged model read a few prompts, a layer at a time", flush=True)
         print(f"self-check: {check_merged(weights.adapter, folder, bound=None if original else flags.kl_bound)}")
     print(f"the merged model is in {target}; {describe_peak()}")
 
