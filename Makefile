@@ -70,6 +70,7 @@ report: _recipe $(VENV)/.installed ## the run on one page, report.html, written 
 
 lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
 	@if [ ! -f "$(MERGED)/config.json" ]; then echo "error: there is no merged model in $(MERGED): make merge first" >&2; exit 2; fi
+	@echo "lm-eval loads $(MERGED) and runs $(TASKS); its own progress follows"
 	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED)" --tasks "$(TASKS)" $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others

@@ -22,7 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from common.adapter.find import TrainedAdapter
 from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
-from common.machine.progress_line import ProgressLine
+from common.machine.slow_work import report_slow_work
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
@@ -65,12 +65,12 @@ class _TensorQueue:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
-        progress = ProgressLine("written tensor", len(self.sources))
-        for kind, source in self.sources:
-            progress.advance()
-            tensor = source()
-            parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
-            self.writer.write_tensor_data(np.concatenate(parts))
+        with report_slow_work("writing", len(self.sources), "tensors") as work:
+            for kind, source in self.sources:
+                tensor = source()
+                parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
+                self.writer.write_tensor_data(np.concatenate(parts))
+                work.done += 1
         self.writer.close()
 
 

@@ -8,6 +8,7 @@ model by the quantisation error of the base, which is some hundred times larger.
 import contextlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from common.adapter.find import TrainedAdapter
 from common.adapter.load import attach_adapter
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
-from common.machine.progress_line import ProgressLine
+from common.machine.slow_work import report_slow_work, show_status
 from common.model.base_weights import NF4_STATE, stored_4bit
 from common.model.files import load_config, model_folder
 from common.model.safetensors_files import Entry, Shard, Shards, in_16_bits, split, write_shards
@@ -171,13 +172,13 @@ class MergedWeights:
 
 def write_merged(weights: MergedWeights, folder: Path) -> None:
     """Writes the merged model into `folder`, which exists: weights, configs, tokenizer, template and made_from.json."""
-    progress = ProgressLine("merged tensor", sum(len(shard.entries) for shard in weights.shards))
+    with report_slow_work("merging", sum(len(shard.entries) for shard in weights.shards), "tensors") as work:
 
-    def merge_entry(entry: Entry) -> Tensor:
-        progress.advance()
-        return weights.merged(entry.name)
+        def merge_entry(entry: Entry) -> Tensor:
+            work.done += 1
+            return weights.merged(entry.name)
 
-    write_shards(folder, weights.shards, merge_entry)
+        write_shards(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantisation_config", None)
     config.pop("torch_dtype", None)  # the older name of `dtype`

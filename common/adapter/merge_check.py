@@ -17,7 +17,7 @@ from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
-from common.machine.progress_line import ProgressLine
+from common.machine.slow_work import Work, report_slow_work
 from common.model.safetensors_files import Shards
 from common.recipe import UserError
 
@@ -105,15 +105,15 @@ def compare(
     which is what the merged files should hold. prompts: token ids.
     """
     merged = Shards(folder)
-    progress = ProgressLine("self-check: layer", 2 * weights.config.num_hidden_layers)
 
     def read_merged(name: str, rows: Any = None) -> Tensor:
         return merged.read(name, rows).to(weights.device).float()
 
     prompts = [prompt[:MAX_CHECKED_TOKENS] for prompt in prompts]
     trained = _plain_model(weights) if rounded else weights.skeleton.get_base_model()
-    trained_logits = _logits(trained, weights.rounded if rounded else weights.base, prompts, progress)
-    merged_logits = _logits(_plain_model(weights), read_merged, prompts, progress)
+    with report_slow_work("self-check", 2 * weights.config.num_hidden_layers, "layers") as work:
+        trained_logits = _logits(trained, weights.rounded if rounded else weights.base, prompts, work)
+        merged_logits = _logits(_plain_model(weights), read_merged, prompts, work)
     kl, same = 0.0, 0
     for ours, theirs in zip(trained_logits, merged_logits, strict=True):
         p, q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
@@ -129,9 +129,7 @@ def _plain_model(weights: MergedWeights) -> Any:
     return model.eval()
 
 
-def _logits(
-    model: Any, read: Callable[..., Tensor], prompts: Sequence[Sequence[int]], progress: ProgressLine
-) -> Tensor:
+def _logits(model: Any, read: Callable[..., Tensor], prompts: Sequence[Sequence[int]], work: Work) -> Tensor:
     """Runs the prompts through a model, a layer at a time. Returns logits, fp32 (tokens of all prompts, vocabulary).
 
     model: on the meta device. read: gives a tensor by its name; with rows=... only these rows of it.
@@ -151,7 +149,7 @@ def _logits(
         ]
         for name in names:  # frees the layer
             _put(layer, name, layer.get_parameter(name).to("meta"))
-        progress.advance()
+        work.done += 1
     _fill(inner.norm, "model.norm", read)
     hidden = torch.cat([inner.norm(state)[0] for state in states])
     name = embedding if config.tie_word_embeddings else head
