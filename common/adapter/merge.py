@@ -180,7 +180,7 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
 
         write_shards(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("quantisation_config", None)
+    config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the older name of `dtype`
     largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
     config["dtype"] = str(largest.dtype).removeprefix("torch.")

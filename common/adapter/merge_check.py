@@ -17,7 +17,7 @@ from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
-from common.machine.slow_work import Work, report_slow_work
+from common.machine.slow_work import WorkDone, report_slow_work
 from common.model.safetensors_files import Shards
 from common.recipe import UserError
 
@@ -129,10 +129,11 @@ def _plain_model(weights: MergedWeights) -> Any:
     return model.eval()
 
 
-def _logits(model: Any, read: Callable[..., Tensor], prompts: Sequence[Sequence[int]], work: Work) -> Tensor:
+def _logits(model: Any, read: Callable[..., Tensor], prompts: Sequence[Sequence[int]], work: WorkDone) -> Tensor:
     """Runs the prompts through a model, a layer at a time. Returns logits, fp32 (tokens of all prompts, vocabulary).
 
-    model: on the meta device. read: gives a tensor by its name; with rows=... only these rows of it.
+    model: on the meta device. read: gives a tensor by its name; with rows=... only these rows of it. work:
+    counts the layers.
     """
     config, inner = model.config, model.model
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"

@@ -88,7 +88,7 @@ def parse_template(tokenizer: PreTrainedTokenizerFast) -> Turns:
     except (TemplateError, ValueError) as error:  # it refuses a conversation; it drops or repeats a message
         raise UserError(refusal) from error
     for turns in possible:
-        if [turns.render(_conversation(roles)) for roles in _CHECKED_CONVERSATIONS] == wanted:
+        if [turns.render(_marker_messages(roles)) for roles in _CHECKED_CONVERSATIONS] == wanted:
             return turns
     raise UserError(refusal)
 
@@ -124,13 +124,13 @@ def _possible_turns(tokenizer: PreTrainedTokenizerFast) -> list[Turns]:
     ]
 
 
-def _conversation(roles: str) -> Messages:
+def _marker_messages(roles: str) -> Messages:
     return [{"role": _ROLES[role], "content": _MARKERS[_ROLES[role]]} for role in roles]
 
 
 def _render_jinja(tokenizer: PreTrainedTokenizerFast, roles: str, *, answering: bool = True) -> str:
     """Renders a conversation of markers with the model's template, without BOS. answering: up to an answer's begin."""
-    text: str = tokenizer.apply_chat_template(_conversation(roles), tokenize=False, add_generation_prompt=answering)
+    text: str = tokenizer.apply_chat_template(_marker_messages(roles), tokenize=False, add_generation_prompt=answering)
     return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
 
 

@@ -40,11 +40,11 @@ def called_in_thread(do: Callable[[], None], first_seconds: float, every_seconds
     if not is_main_process():
         yield
         return
-    left = threading.Event()
+    ended = threading.Event()
 
     def repeat() -> None:
         wait = first_seconds
-        while not left.wait(wait):
+        while not ended.wait(wait):
             do()
             wait = every_seconds
 
@@ -53,13 +53,13 @@ def called_in_thread(do: Callable[[], None], first_seconds: float, every_seconds
     try:
         yield
     finally:
-        left.set()
+        ended.set()
         thread.join()
 
 
 @dataclass
-class Work:
-    """Work that a status line tells of."""
+class WorkDone:
+    """How far the work is that a status line tells of."""
 
     done: int = 0  # of its units; whoever does the work counts
 
@@ -71,10 +71,10 @@ def report_slow_work(
     unit: str = "",
     first_seconds: float = FIRST_LINE_SECONDS,
     every_seconds: float = LINE_SECONDS,
-) -> Iterator[Work]:
+) -> Iterator[WorkDone]:
     """Prints what the block does once that takes longer than first_seconds, then every every_seconds: "held-out loss:
     40 of 200 rows, 0:13", or "loading, 0:13" without a total."""
-    work, started_at, was_shown = Work(), time.perf_counter(), False
+    work, started_at, was_shown = WorkDone(), time.perf_counter(), False
 
     def show() -> None:
         nonlocal was_shown
