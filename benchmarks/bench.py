@@ -227,6 +227,20 @@ def describe_machine() -> str:
     return f"{names[0] if names else platform.processor()}, {machine.name}"
 
 
+def measure_case(model: str, tokens: int, args: argparse.Namespace) -> Iterator[Result]:
+    """Runs every stack on one model and length, in turn, `--rounds` times; yields each result as it comes."""
+    folder, flops = make_checkpoint_once(model), flops_per_token(model, tokens)
+    with tempfile.TemporaryDirectory() as scratch, limit_free_memory(args.card_gib):
+        rows = Path(scratch) / "rows.jsonl"
+        write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
+        limit = args.card_gib if torch.cuda.is_available() else None
+        job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
+        for _ in range(args.rounds):
+            for stack in args.stacks:
+                result = run_stack(stack, job, args.peers)
+                yield result | {"model": model, "job": asdict(job), "flops_per_token": flops}
+
+
 def main() -> int:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -268,20 +282,6 @@ def main() -> int:
     draw(report, out.with_suffix(".png"))
     print(f"\n{table(report)}\n\nwritten to {out}, drawn in {out.with_suffix('.png')}")
     return 0 if all("failed" not in entry for entry in report["summary"] if entry["stack"] == "ours") else 1
-
-
-def measure_case(model: str, tokens: int, args: argparse.Namespace) -> Iterator[Result]:
-    """Runs every stack on one model and length, in turn, `--rounds` times; yields each result as it comes."""
-    folder, flops = make_checkpoint_once(model), flops_per_token(model, tokens)
-    with tempfile.TemporaryDirectory() as scratch, limit_free_memory(args.card_gib):
-        rows = Path(scratch) / "rows.jsonl"
-        write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
-        limit = args.card_gib if torch.cuda.is_available() else None
-        job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
-        for _ in range(args.rounds):
-            for stack in args.stacks:
-                result = run_stack(stack, job, args.peers)
-                yield result | {"model": model, "job": asdict(job), "flops_per_token": flops}
 
 
 if __name__ == "__main__":

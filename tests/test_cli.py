@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from common.commands import COMMANDS
 from common.commands.dryrun import shrink_to_dry_run
 from tests.conftest import ROOT
 
@@ -207,6 +208,13 @@ def test_make_alone_lists_targets_and_recipes():
     out = make().stdout
     for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b tiny"):
         assert word in out
+
+
+def test_every_command_has_a_module_and_a_target():
+    targets = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        assert (ROOT / "common" / "commands" / f"{command}.py").is_file()
+        assert f"\n{command}: " in targets and f" -m recipes {command} " in targets
 
 
 def test_make_refuses_an_unknown_model_before_the_set_up(project):

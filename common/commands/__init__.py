@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from common.commands.chat import add_chat_flags, run_chat
 from common.commands.dryrun import add_dryrun_flags, run_dryrun
-from common.commands.evaluate import add_eval_flags, run_eval
+from common.commands.eval import add_eval_flags, run_eval
 from common.commands.export import add_export_flags, run_export
 from common.commands.finetune import add_finetune_flags, run_finetune
 from common.commands.merge import add_merge_flags, run_merge
