@@ -22,7 +22,7 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# The first Python that is new enough
+# The first Python on the PATH that is new enough
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -35,42 +35,44 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
-ON = $(if $(GPUS),--gpus "$(GPUS)") $(if $(NNODES),--nnodes "$(NNODES)" --rdzv-endpoint "$(RDZV_ENDPOINT)")
+# Each command is `python -m recipes COMMAND NAME flags`; its flags are in common/commands/COMMAND.py.
+PROCESS_FLAGS = $(if $(GPUS),--gpus "$(GPUS)") $(if $(NNODES),--nnodes "$(NNODES)" --rdzv-endpoint "$(RDZV_ENDPOINT)")
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
-	@$(PY) -m recipes "$(MODEL)" $(ON) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+	@$(PY) -m recipes finetune "$(MODEL)" $(PROCESS_FLAGS) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
 
 plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
-	@$(PY) -m recipes "$(MODEL)" --plan $(ON) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
+	@$(PY) -m recipes plan "$(MODEL)" $(PROCESS_FLAGS) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
 		$(if $(JSON),--json "$(JSON)") $(ARGS)
 
 dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
-	@$(PY) -m recipes "$(MODEL)" --dry-run $(ON) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
+	@$(PY) -m recipes dryrun "$(MODEL)" $(PROCESS_FLAGS) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
 
-# In single quotes as the shell reads them: a prompt may hold any character.
+# The value of a variable in single quotes, for the shell: a prompt may hold any character.
 quoted = '$(subst ','\'',$(value $(1)))'
-OF_RUN = "$(MODEL)" $(if $(OUT),--out "$(OUT)")
-MERGED = $(or $(TO),$(or $(OUT),outputs/$(subst _,-,$(MODEL)))-merged)
-MADE = $(if $(BASE),--base "$(BASE)") $(if $(TO),--to "$(TO)")
+RUN_FLAGS = "$(MODEL)" $(if $(OUT),--out "$(OUT)")
+MERGED_FOLDER = $(or $(TO),$(or $(OUT),outputs/$(subst _,-,$(MODEL)))-merged)
+TARGET_FLAGS = $(if $(BASE),--base "$(BASE)") $(if $(TO),--to "$(TO)")
 
 chat: _recipe $(VENV)/.installed ## talk to what MODEL became; PROMPT="one question" answers it and ends
-	@$(PY) -m recipes chat $(OF_RUN) $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(ARGS)
+	@$(PY) -m recipes chat $(RUN_FLAGS) $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(ARGS)
 
 eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss, perplexity, answers; DATA=other.jsonl
-	@$(PY) -m recipes eval $(OF_RUN) $(if $(DATA),--data "$(DATA)") $(if $(JSON),--json "$(JSON)") $(ARGS)
+	@$(PY) -m recipes eval $(RUN_FLAGS) $(if $(DATA),--data "$(DATA)") $(if $(JSON),--json "$(JSON)") $(ARGS)
 
 merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
-	@$(PY) -m recipes merge $(OF_RUN) $(MADE) $(ARGS)
+	@$(PY) -m recipes merge $(RUN_FLAGS) $(TARGET_FLAGS) $(ARGS)
 
 export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, f16 or bf16
-	@$(PY) -m recipes export $(OF_RUN) $(MADE) $(if $(FORMAT),--format "$(FORMAT)") $(if $(QUANT),--quant "$(QUANT)") $(ARGS)
+	@$(PY) -m recipes export $(RUN_FLAGS) $(TARGET_FLAGS) $(if $(FORMAT),--format "$(FORMAT)") $(if $(QUANT),--quant "$(QUANT)") $(ARGS)
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
-	@$(PY) -m recipes report $(OF_RUN) $(ARGS)
+	@$(PY) -m recipes report $(RUN_FLAGS) $(ARGS)
 
 lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
-	@if [ ! -f "$(MERGED)/config.json" ]; then echo "error: there is no merged model in $(MERGED): make merge first" >&2; exit 2; fi
-	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED)" --tasks "$(TASKS)" $(ARGS)
+	@if [ ! -f "$(MERGED_FOLDER)/config.json" ]; then echo "error: there is no merged model in $(MERGED_FOLDER): make merge first" >&2; exit 2; fi
+	@echo "lm-eval loads $(MERGED_FOLDER) and runs $(TASKS); its own progress follows"
+	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED_FOLDER)" --tasks "$(TASKS)" $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
 	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
@@ -95,7 +97,7 @@ demo: $(VENV)/.installed ## BERT-large without and with activation checkpointing
 
 setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
 
-# Before the set-up, which takes minutes: a mistyped MODEL fails at once.
+# Runs before the set-up, which takes minutes: a mistyped MODEL fails at once.
 _recipe:
 	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
 	@$(PYTHON) -m recipes --check "$(MODEL)"

@@ -1,12 +1,11 @@
-"""Our training step beside other stacks: tokens a second, memory, time to the first step, losses.
+"""Times our training step beside other stacks: tokens per second, memory, time to the first step, losses.
 
     make bench                                                    # three models at 24 GiB; without a GPU the tiny one
     make bench ARGS="--models llama3-8b --tokens 4096 --stacks ours trl unsloth --peers /path/with/unsloth"
 
-Each stack runs in a process of its own, in turn, `--rounds` times; the rate is that of the median step of the median
-round, and between brackets stand the slowest and the fastest round. On a GPU with more than `--card-gib` another
-process holds the rest of its memory. Results go to benchmarks/results/bench_<machine>, .json as they come in, .png at
-the end.
+Each stack runs in a process of its own, in turn, `--rounds` times. The rate is that of the median step of the median
+round; the slowest and the fastest round stand in brackets. On a GPU with more memory than `--card-gib`, another process
+holds the rest. Results go to benchmarks/results/bench_<machine>: the .json after each measurement, the .png at the end.
 """
 
 import argparse
@@ -30,31 +29,34 @@ import matplotlib
 import torch
 
 from benchmarks.models import recipe_of
-from benchmarks.results_folder import result_path
+from benchmarks.results_folder import result_path, write_result
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
+from common import REPOSITORY
 from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 
-ROOT = Path(__file__).parent.parent
-CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"
-LIMIT = 540  # seconds a process may take
+CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"  # a folder for each model
+LIMIT_SECONDS = 540  # that one process may take
 Result = dict[str, Any]
 
 
-def checkpoint(name: str) -> Path:
-    """The folder of the model's 4-bit checkpoint, made once."""
+def make_checkpoint_once(name: str) -> Path:
+    """Makes the model's 4-bit checkpoint, unless an earlier benchmark has. Returns its folder."""
     folder = CHECKPOINTS / name
-    if not (folder / "tokenizer.json").exists():  # written last
-        subprocess.run([sys.executable, "-m", "benchmarks.models", name, str(folder)], check=True, cwd=ROOT)
+    if not (folder / "tokenizer.json").exists():  # the file that is written last
+        subprocess.run([sys.executable, "-m", "benchmarks.models", name, str(folder)], check=True, cwd=REPOSITORY)
     return folder
 
 
 def write_rows(path: Path, tokens: int, rows: int, folder: Path) -> None:
-    """Rows of the shipped conversations' text, each `tokens` ids long and one single example."""
+    """Writes rows of token ids, each of `tokens` ids and one example, made from the shipped conversations' text.
+
+    folder: of the model whose tokenizer is used.
+    """
     from transformers import AutoTokenizer
 
-    lines = (ROOT / "data" / "tiny" / "train.jsonl").read_text().splitlines()
+    lines = (REPOSITORY / "data" / "tiny" / "train.jsonl").read_text().splitlines()
     text = "\n".join(message["content"] for line in lines for message in json.loads(line)["messages"])
     stream = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
     stream *= -(-tokens * rows // len(stream))
@@ -62,13 +64,13 @@ def write_rows(path: Path, tokens: int, rows: int, folder: Path) -> None:
 
 
 @contextmanager
-def card_of(gib: float | None) -> Iterator[None]:
-    """Inside, the GPU has only so much free memory."""
+def limit_free_memory(gib: float | None) -> Iterator[None]:
+    """Leaves only `gib` of the GPU's memory free inside the block. None, and no GPU, leave all."""
     if gib is None or not torch.cuda.is_available():
         yield
         return
     command = [sys.executable, "-m", "benchmarks.ballast", "--leave-gib", str(gib)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ballast:
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ballast:
         assert ballast.stdin and ballast.stdout
         print(f"ballast {ballast.stdout.readline().strip()}", flush=True)
         try:
@@ -78,51 +80,60 @@ def card_of(gib: float | None) -> Iterator[None]:
 
 
 def run_stack(stack: str, job: Job, peers: str | None) -> Result:
-    """The stack's own result, or what it failed with, in words."""
+    """Runs a stack in a process of its own. Returns its result, or under "failed" the reason in words."""
     environment = dict(os.environ)
     if peers and stack.startswith("unsloth"):
-        environment["PYTHONPATH"] = os.pathsep.join([peers, str(ROOT)])
+        environment["PYTHONPATH"] = os.pathsep.join([peers, str(REPOSITORY)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(asdict(replace(job, started_at=time.time()))))
         command = [sys.executable, "-m", "benchmarks.stacks", stack, "--job", str(path)]
         try:
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+                command,
+                cwd=REPOSITORY,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=LIMIT_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"stack": stack, "failed": f"took longer than {LIMIT} s"}
+            return {"stack": stack, "failed": f"took longer than {LIMIT_SECONDS} s"}
     if done.returncode:
-        return {"stack": stack, "failed": reason(done.stderr)}
+        return {"stack": stack, "failed": describe_failure(done.stderr)}
     result: Result = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def reason(stderr: str) -> str:
-    """The error of a process in a few words."""
+def describe_failure(stderr: str) -> str:
+    """The error that a process ended with, in a few words."""
     lines = [line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
     last = (lines or stderr.splitlines() or ["no message"])[-1]
     return "out of memory" if "OutOfMemoryError" in last else last[:200]
 
 
 def tokens_per_s(result: Result) -> float:
-    """Of the median step."""
+    """The rate of the median step."""
     job = result["job"]
     rate: float = job["tokens"] * job["accumulation"] / statistics.median(result["seconds"])
     return rate
 
 
 def flops_per_token(name: str, tokens: int) -> float:
-    """Of forward and backward without any recompute and with causal attention, counted from our step on a GPU."""
+    """FLOPs of forward and backward, without activation checkpointing and with causal attention.
+
+    Counted from our step as it would run on a GPU.
+    """
     recipe = recipe_of(name)
     forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)))
     step = forecast.step(tokens, Policy(forecast.layers, forecast.layers))
     return sum(segment.work.flops for segment in step.segments) / tokens
 
 
-def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
-    """One entry for each model, length and stack, with its rounds put together."""
-    found = []
+def summarize(measurements: list[Result], matmul_flops: float) -> list[Result]:
+    """Puts the rounds of each model, length and stack together in one entry. matmul_flops: FLOPs per second."""
+    entries = []
     references: dict[tuple[str, int], list[float]] = {}  # losses of TRL's first round
     for m in measurements:
         if m["stack"] == "trl" and "losses" in m:
@@ -133,7 +144,7 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
         entry: Result = {"model": model, "tokens": tokens, "stack": stack}
         good = [m for m in rounds if "failed" not in m]
         if not good:
-            found.append(entry | {"failed": rounds[0]["failed"]})
+            entries.append(entry | {"failed": rounds[0]["failed"]})
             continue
         rates = [tokens_per_s(m) for m in good]
         rate = statistics.median(rates)
@@ -150,12 +161,12 @@ def summary(measurements: list[Result], matmul_flops: float) -> list[Result]:
         reference = references.get((model, tokens))
         if reference and stack != "trl":
             entry["loss_difference"] = max(abs(a - b) for a, b in zip(good[0]["losses"], reference, strict=True))
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def table(report: Result) -> str:
-    """The summary as Markdown, in the order in which the stacks ran."""
+    """The summary as a Markdown table, in the order in which the stacks ran."""
     gpu = any(entry.get("allocated_bytes") for entry in report["summary"])
     memory = "peak allocated / reserved" if gpu else "peak of RAM"
     lines = [
@@ -183,7 +194,7 @@ def table(report: Result) -> str:
 
 
 def draw(report: Result, path: Path) -> None:
-    """Tokens a second of every stack, a panel for each model and length."""
+    """Draws the tokens per second of every stack, in a panel for each model and length."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
@@ -205,8 +216,8 @@ def draw(report: Result, path: Path) -> None:
     plt.close(figure)
 
 
-def processor() -> str:
-    """The machine's name, in words."""
+def describe_machine() -> str:
+    """The name of the GPU; without one the name of the CPU."""
     machine = this_machine()
     if machine.is_gpu:
         return machine.name
@@ -214,6 +225,20 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {machine.name}"
+
+
+def measure_case(model: str, tokens: int, args: argparse.Namespace) -> Iterator[Result]:
+    """Runs every stack on one model and length, in turn, `--rounds` times; yields each result as it comes."""
+    folder, flops = make_checkpoint_once(model), flops_per_token(model, tokens)
+    with tempfile.TemporaryDirectory() as scratch, limit_free_memory(args.card_gib):
+        rows = Path(scratch) / "rows.jsonl"
+        write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
+        limit = args.card_gib if torch.cuda.is_available() else None
+        job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
+        for _ in range(args.rounds):
+            for stack in args.stacks:
+                result = run_stack(stack, job, args.peers)
+                yield result | {"model": model, "job": asdict(job), "flops_per_token": flops}
 
 
 def main() -> int:
@@ -224,46 +249,36 @@ def main() -> int:
     parser.add_argument("--stacks", nargs="+", choices=STACKS, default=[s for s in STACKS if gpu or s not in NEEDS_GPU])
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before them")
-    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches an optimizer step")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--card-gib", type=float, default=24.0)
-    parser.add_argument("--peers", help="PYTHONPATH of the unsloth stacks, where unsloth needs other versions")
+    parser.add_argument("--peers", help="a folder with unsloth and the versions it needs, for PYTHONPATH")
     parser.add_argument("--out", type=Path, help="the .json; the picture goes beside it")
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--warmup and --steps must be at least 1")
     out = args.out or result_path("bench")
+    out.parent.mkdir(parents=True, exist_ok=True)
     matmul = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ceiling"], check=True, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.ceiling"], check=True, cwd=REPOSITORY, capture_output=True, text=True
     )
     report: Result = {
         "date": date.today().isoformat(),
-        "machine": processor(),
+        "machine": describe_machine(),
         "command": "python -m benchmarks.bench " + " ".join(sys.argv[1:]),
         "card_gib": args.card_gib if gpu else None,
         "matmul_flops": float(matmul.stdout),
         "summary": [],
         "measurements": [],
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
     for model in args.models:
-        folder = checkpoint(model)
         for tokens in args.tokens:
-            flops = flops_per_token(model, tokens)
-            with tempfile.TemporaryDirectory() as scratch, card_of(args.card_gib):
-                rows = Path(scratch) / "rows.jsonl"
-                write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
-                limit = args.card_gib if gpu else None
-                job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
-                for _ in range(args.rounds):
-                    for stack in args.stacks:
-                        result = run_stack(stack, job, args.peers)
-                        result |= {"model": model, "job": asdict(job), "flops_per_token": flops}
-                        report["measurements"].append(result)
-                        report["summary"] = summary(report["measurements"], report["matmul_flops"])
-                        out.write_text(json.dumps(report, indent=1) + "\n")
-                        said = result.get("failed") or f"{tokens_per_s(result):,.0f} tokens/s"
-                        print(f"{model}, {tokens:,} tokens, {stack}: {said}", flush=True)
+            for result in measure_case(model, tokens, args):
+                report["measurements"].append(result)
+                report["summary"] = summarize(report["measurements"], report["matmul_flops"])
+                write_result(report, out)
+                outcome = result.get("failed") or f"{tokens_per_s(result):,.0f} tokens/s"
+                print(f"{model}, {tokens:,} tokens, {result['stack']}: {outcome}", flush=True)
     draw(report, out.with_suffix(".png"))
     print(f"\n{table(report)}\n\nwritten to {out}, drawn in {out.with_suffix('.png')}")
     return 0 if all("failed" not in entry for entry in report["summary"] if entry["stack"] == "ours") else 1

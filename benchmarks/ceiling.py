@@ -1,6 +1,6 @@
-"""How fast this machine multiplies matrices: what the share of the ceiling in a benchmark refers to.
+"""Measures how fast this machine multiplies matrices: the ceiling of which benchmarks.bench shows each stack's share.
 
-python -m benchmarks.ceiling        # prints FLOP a second: bf16 with fp32 sums on a GPU, fp32 on a CPU
+python -m benchmarks.ceiling        # prints FLOPs per second: bf16 with fp32 sums on a GPU, fp32 on a CPU
 """
 
 import sys
@@ -10,7 +10,7 @@ import torch
 
 
 def measure_matmul(repeats: int = 20) -> float:
-    """FLOP a second of the fastest of `repeats` large square matmuls."""
+    """The FLOPs per second of the fastest of `repeats` large square matmuls."""
     gpu = torch.cuda.is_available()
     size = 8192 if gpu else 1024
     a, b = (torch.randn(size, size, device="cuda" if gpu else "cpu") for _ in range(2))

@@ -1,16 +1,15 @@
-"""Everything that only a GPU can show, unattended, in pieces of under ten minutes that each leave their result on disk.
+"""Measures and tests all that only a GPU can show, unattended, in pieces of less than ten minutes.
 
     make gpu-check                                        # all of it, the most telling pieces first
     make gpu-check ARGS="--pieces kernels bench-llama3-8b-4096"
     make gpu-check ARGS=--rehearse                        # without a GPU: every piece, small, on the tiny model
     python3 -m benchmarks.gpu_check --peers .site/peers   # without make; unsloth at versions of its own
 
-A piece that fails or runs too long is said to have, and the next one begins. Logs, and a summary that grows with each
-piece, go to benchmarks/results/gpu_check/ (rehearsals: outputs/gpu_check/).
+Each piece leaves its result on disk. When one fails or runs too long, a line says so, and the next one begins. Logs and
+a summary, which is written after each piece, go to benchmarks/results/gpu_check/ (rehearsals: outputs/gpu_check/).
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,67 +19,63 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
-LIMIT = 590  # seconds a piece may take
+from benchmarks.results_folder import write_result
+from common import REPOSITORY
+
+LIMIT_SECONDS = 590  # that a piece may take
 MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")
-CORRECT = "head_loss or packed_attention or kernel or lean or policy"  # of tests/test_gpu.py: what all else stands on
+FIRST_TESTS = "head_loss or packed_attention or kernel or lean or policy"  # of tests/test_gpu.py; all else needs these
 
 
 def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[str]]:
-    """Name and command of each piece, in order."""
+    """The command of each piece by its name, in the order in which they run.
+
+    results: the folder for their results. peers: PYTHONPATH of unsloth. rehearse: small pieces that run on a CPU.
+    """
     python = [sys.executable, "-m"]
     if rehearse:
         return {
             "kernels": [*python, "pytest", "tests/kernels/test_kernels.py", "-k", "rope or swiglu"],
             "forms": [*python, "benchmarks.kernels", "--tokens", "64", "--repeats", "3", "--out", str(results)],
-            "bench-tiny-128": bench(results, None, "tiny", 128, "--steps", "2", "--warmup", "1"),
-            "profile": profile(results, "tiny", 64),
+            "bench-tiny-128": bench_command(results, None, "tiny", 128, "--steps", "2", "--warmup", "1"),
+            "profile": profile_command(results, "tiny", 64),
         }
     tests = [*python, "pytest", "-m", "gpu", "tests/test_gpu.py", "-s"]
-    found = {"kernels": [*tests, "-k", CORRECT]}
-    found["forms"] = [*python, "benchmarks.kernels", "--out", str(results)]
-    found["memory-llama3-8b"] = memory(results, "llama3-8b")
-    found["bench-llama3-8b-4096"] = bench(results, peers, "llama3-8b", 4096)
-    found["profile"] = profile(results, "llama3-8b", 4096)
-    found["dryrun"] = [*python, "recipes", "llama3-8b", "--dry-run"]
+    commands = {"kernels": [*tests, "-k", FIRST_TESTS]}
+    commands["forms"] = [*python, "benchmarks.kernels", "--out", str(results)]
+    commands["memory-llama3-8b"] = memory_command(results, "llama3-8b")
+    commands["bench-llama3-8b-4096"] = bench_command(results, peers, "llama3-8b", 4096)
+    commands["profile"] = profile_command(results, "llama3-8b", 4096)
+    commands["dryrun"] = [*python, "recipes", "dryrun", "llama3-8b"]
     for tokens in (2048, 8192):
-        found[f"bench-llama3-8b-{tokens}"] = bench(results, peers, "llama3-8b", tokens)
+        commands[f"bench-llama3-8b-{tokens}"] = bench_command(results, peers, "llama3-8b", tokens)
     for model in MODELS[1:]:
         for tokens in (4096, 2048, 8192):
-            found[f"bench-{model}-{tokens}"] = bench(results, peers, model, tokens)
+            commands[f"bench-{model}-{tokens}"] = bench_command(results, peers, model, tokens)
     for model in MODELS[1:]:
-        found[f"memory-{model}"] = memory(results, model)
-    found["tests"] = [*tests, "-k", f"not ({CORRECT})"]
-    return found
+        commands[f"memory-{model}"] = memory_command(results, model)
+    commands["tests"] = [*tests, "-k", f"not ({FIRST_TESTS})"]
+    return commands
 
 
-def bench(results: Path, peers: str | None, model: str, tokens: int, *flags: str) -> list[str]:
+def bench_command(results: Path, peers: str | None, model: str, tokens: int, *flags: str) -> list[str]:
     out = results / f"bench_{model.replace('-', '_')}_{tokens}.json"
     command = [sys.executable, "-m", "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--out", str(out)]
     return [*command, "--rounds", "1", *flags, *(["--peers", peers] if peers else [])]
 
 
-def memory(results: Path, model: str) -> list[str]:
+def memory_command(results: Path, model: str) -> list[str]:
     out = results / f"memory_{model.replace('-', '_')}.json"
     return [sys.executable, "-m", "benchmarks.memory", "--models", model, "--out", str(out)]
 
 
-def profile(results: Path, model: str, tokens: int) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "benchmarks.profile_step",
-        "--model",
-        model,
-        "--tokens",
-        str(tokens),
-        "--out",
-        str(results),
-    ]
+def profile_command(results: Path, model: str, tokens: int) -> list[str]:
+    flags = ["--model", model, "--tokens", str(tokens), "--out", str(results)]
+    return [sys.executable, "-m", "benchmarks.profile_step", *flags]
 
 
 def run_piece(name: str, command: list[str], log: Path) -> str:
-    """How it ended, in words; what it printed is in the log, also when it was stopped."""
+    """Runs a piece; what it prints goes to the log. Returns how it ended, in words."""
     started = time.monotonic()
     with log.open("w") as output:
         output.write(f"$ {' '.join(command)}\n\n")
@@ -88,11 +83,17 @@ def run_piece(name: str, command: list[str], log: Path) -> str:
         try:
             environment = os.environ | {"PYTHONUNBUFFERED": "1"}
             done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=LIMIT, check=False
+                command,
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT_SECONDS,
+                check=False,
             )
             ended = "done" if done.returncode == 0 else f"failed with status {done.returncode}"
         except subprocess.TimeoutExpired:
-            ended = f"stopped after {LIMIT} s"
+            ended = f"stopped after {LIMIT_SECONDS} s"
     return f"{ended} in {time.monotonic() - started:.0f} s"
 
 
@@ -103,7 +104,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="every kind of piece, small, on the CPU")
     parser.add_argument("--list", action="store_true", help="name the pieces and end")
     args = parser.parse_args()
-    results = ROOT / ("outputs" if args.rehearse else "benchmarks/results") / "gpu_check"
+    results = REPOSITORY / ("outputs" if args.rehearse else "benchmarks/results") / "gpu_check"
     known = pieces(results, args.peers, args.rehearse)
     if args.list:
         print("\n".join(f"{name:24} {' '.join(command[1:])}" for name, command in known.items()))
@@ -121,7 +122,7 @@ def main() -> int:
         print(f"{name} …", end=" ", flush=True)
         summary[name] = run_piece(name, known[name], results / f"{name}.log")
         print(summary[name], flush=True)
-        (results / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        write_result(summary, results / "summary.json")
     print(f"logs and results are in {results}")
     return 0 if all("done" in summary[name] for name in args.pieces or known) else 1
 

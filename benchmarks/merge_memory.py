@@ -1,4 +1,4 @@
-"""The host memory and time of `make merge` and `make export`, at real dimensions: a base of random weights on disk.
+"""Measures host memory and time of `make merge` and `make export`, with a base of real dimensions and random weights.
 
 python -m benchmarks.merge_memory llama3-8b /scratch      # 16 GB for the base, as much again for the result
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.models import recipe_of
-from benchmarks.results_folder import result_path
+from benchmarks.results_folder import result_path, write_result
 from common.machine.device import GIB
 from common.model.files import load_config
 from common.model.loading import TINY, load_tokenizer
@@ -26,23 +26,23 @@ from common.model.lora import attach_lora
 from common.model.safetensors_files import Entry, split, write_shards
 from common.recipe import ModelSpec
 
-# Runs in a process of its own, whose peak is told when it has ended.
-COMMAND = """
+# A command, run in a process of its own, which prints the peak of its host memory at the end.
+RUN_COMMAND = """
 import sys
 from dataclasses import replace
 from benchmarks.models import recipe_of
-from common.commands import run_command
+from common.cli import run_command
 from common.recipe import ModelSpec
-from common.machine.device import peak_of_ram
+from common.machine.device import peak_ram
 name, base, out, command, *flags = sys.argv[1:]
 status = run_command(command, name, replace(recipe_of(name), model=ModelSpec(base), out=out), flags)
-print("peak", peak_of_ram())
+print("peak", peak_ram())
 sys.exit(status)
 """
 
 
 def write_base(name: str, folder: Path, layers: int | None) -> int:
-    """A 16-bit checkpoint with the recipe's config and random weights, in shards of 5 GB; its bytes."""
+    """Writes a 16-bit checkpoint with the recipe's config and random weights, in shards of 5 GB. Returns its bytes."""
     spec = replace(recipe_of(name).model, weights="random", layers=layers)
     config = load_config(spec)
     with torch.device("meta"):
@@ -67,7 +67,7 @@ def write_base(name: str, folder: Path, layers: int | None) -> int:
 
 
 def write_noise_adapter(name: str, base: Path, folder: Path) -> None:
-    """An adapter of the recipe's shape with noise in B, as a run leaves it."""
+    """Writes an adapter of the recipe's shape with noise in B, as a run leaves it."""
     spec = ModelSpec(str(base))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(spec), dtype=torch.bfloat16)
@@ -83,8 +83,9 @@ def write_noise_adapter(name: str, base: Path, folder: Path) -> None:
 
 
 def measure(name: str, base: Path, out: Path, command: str, *flags: str) -> dict[str, float | str]:
+    """Runs a command of the run in `out`. Returns seconds, peak of host memory in GiB, and the self-check's line."""
     started = time.perf_counter()
-    arguments = [sys.executable, "-c", COMMAND, name, str(base), str(out), command, *flags]
+    arguments = [sys.executable, "-c", RUN_COMMAND, name, str(base), str(out), command, *flags]
     done = subprocess.run(arguments, capture_output=True, text=True)
     print(done.stdout, done.stderr if done.returncode else "", sep="\n", flush=True)
     if done.returncode:
@@ -92,7 +93,7 @@ def measure(name: str, base: Path, out: Path, command: str, *flags: str) -> dict
     return {
         "seconds": round(time.perf_counter() - started, 1),
         "peak_gib": round(int(done.stdout.split()[-1]) / GIB, 2),
-        "said": next((line for line in done.stdout.splitlines() if "self-check" in line), ""),
+        "said": next((line for line in done.stdout.splitlines() if line.startswith("self-check: KL")), ""),
     }
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     for folder in (base, out, Path(f"{out}-gguf")):
         shutil.rmtree(folder)
     path = args.json or result_path(f"merge_{args.model.replace('-', '_')}")
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(result, path)
     print(json.dumps(result, indent=2))
 
 

@@ -1,6 +1,6 @@
-"""4-bit checkpoints for benchmarks, made on the spot: nothing is downloaded.
+"""Makes 4-bit checkpoints for benchmarks; nothing is downloaded.
 
-python -m benchmarks.models llama3-8b FOLDER       # random weights; of `tiny`, which ships, its own
+python -m benchmarks.models llama3-8b FOLDER       # random weights; for `tiny`, which ships, its own
 """
 
 import argparse
@@ -14,12 +14,13 @@ from common.recipe import Recipe
 
 
 def recipe_of(name: str) -> Recipe:
+    """The RECIPE of recipes/<name>.py."""
     recipe: Recipe = importlib.import_module(f"recipes.{name.replace('-', '_')}").RECIPE
     return recipe
 
 
 def make_checkpoint(name: str, folder: Path) -> None:
-    """The recipe's model in NF4 as an ordinary checkpoint in `folder`, with a tokenizer beside it."""
+    """Writes the recipe's model in NF4 as an ordinary checkpoint into `folder`, with its tokenizer."""
     spec = recipe_of(name).model
     if name != "tiny":
         spec = replace(spec, weights="random")

@@ -1,10 +1,10 @@
-"""Our run beside a plain TRL + PEFT script on the same data, seed and hyperparameters: losses step by step, and time.
+"""Compares our run with a plain TRL + PEFT script on the same data, seed and hyperparameters: losses and time.
 
     make parity                     # the tiny recipe, 60 steps, five runs of each, in turn
 
-The tolerance. Both see the same rows in the same order and start from the same adapter, with B = 0, so the first loss
-is equal up to the order of sums in fp32. From then on TRL's adapters are bf16 (it casts those of a 4-bit model) and
-ours fp32: what the adapters change of the loss, 5.4 nats at most, is known to bf16's 8 bits only.
+The tolerances. Both train the same rows in the same order, and start from the same adapter, whose B is 0. So the first
+losses are equal, up to the order of sums in fp32. From then on our adapters are fp32 and TRL's are bf16, because it
+casts the adapters of a 4-bit model. bf16 has 8 bits of precision, and the adapters change the loss by 5.4 nats at most.
 """
 
 import argparse
@@ -16,17 +16,22 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_folder import write_result
+from common import REPOSITORY
 from recipes.tiny import RECIPE
 
-ROOT = Path(__file__).parent.parent
 FIRST_LOSS_TOLERANCE = 1e-4  # nats: fp32 sums in another order
-LOSS_TOLERANCE = 0.02  # nats, each step: 2^-8 of the 5.4 nats between the first loss and zero
+LOSS_TOLERANCE = 0.02  # nats, at each step: 2^-8 of the 5.4 nats of the first loss
 
 
 def run_ours(steps: int, out: Path) -> dict[str, Any]:
     arguments = ["--max-steps", str(steps), "--out", str(out), "--overwrite"]
     subprocess.run(
-        [sys.executable, "-m", "recipes", "tiny", *arguments], check=True, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "recipes", "tiny", *arguments],
+        check=True,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps_only = [entry for entry in entries if "loss" in entry]
@@ -51,14 +56,18 @@ def run_plain(steps: int, out: Path, micro_batch_rows: int, accumulation: int) -
     }
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plain_trl", *flags], check=True, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.plain_trl", *flags],
+        check=True,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 def compare(steps: int, repeats: int) -> dict[str, Any]:
-    """Runs both in turn: losses of the first pair in nats, median seconds of each, median ratio of the pairs."""
+    """Runs both in turn, `repeats` times. Returns the losses of the first pair in nats, and medians of the times."""
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(repeats):
@@ -85,6 +94,7 @@ def compare(steps: int, repeats: int) -> dict[str, Any]:
 
 
 def same_losses(result: dict[str, Any]) -> bool:
+    """Whether the losses that `compare` returned are within the tolerances."""
     first, largest = result["first_loss_difference"], result["largest_loss_difference"]
     return bool(first <= FIRST_LOSS_TOLERANCE and largest <= LOSS_TOLERANCE)
 
@@ -103,7 +113,7 @@ def main() -> int:
         f"{result['speed_ratio']:.2f} x as fast"
     )
     if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(result, args.json)
     return 0 if same_losses(result) else 1
 
 

@@ -1,6 +1,6 @@
-"""QLoRA with TRL, PEFT and bitsandbytes as their own documentation sets them up: what benchmarks.parity compares with.
+"""Runs QLoRA with TRL, PEFT and bitsandbytes as their documentation sets them up, for benchmarks.parity.
 
-Nothing of common/ is used. Prints one JSON line: the loss of each step, and the seconds of trainer.train().
+It uses nothing of common/. Prints one line of JSON: the loss of each step, and the seconds of trainer.train().
 """
 
 import argparse

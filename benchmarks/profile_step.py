@@ -1,20 +1,18 @@
-"""Where the time of our step goes: each kernel's share, largest first.
+"""Shows where the time of our step goes: each kernel's share, largest first.
 
     python -m benchmarks.profile_step --model llama3-8b --tokens 4096        # on a GPU; random weights, no download
     python -m benchmarks.profile_step --model tiny --tokens 256              # on a CPU, by operator
 
-Two micro-batches and the optimizer's step under torch.profiler, without recompute unless --recompute. The gaps are the
-time in which the GPU waits for Python. Results go to benchmarks/results/profile_<model>_<machine>.json.
+torch.profiler records two micro-batches and the optimizer's step, without activation checkpointing unless --recompute.
+"gaps" is the time in which the GPU waits for Python. Results go to benchmarks/results/profile_<model>_<machine>.json.
 """
 
 import argparse
-import json
 import re
 import sys
 import time
 from dataclasses import replace
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import random_step
 from benchmarks.models import recipe_of
-from benchmarks.results_folder import result_path
+from benchmarks.results_folder import installed_versions, result_path, write_result
 from common.machine.device import this_machine
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
@@ -31,8 +29,8 @@ from common.model.lora import attach_lora
 from common.plan.forecast import Forecast, speed_of
 from common.plan.planner import setting_of
 
-# What a kernel does, by the first pattern that its name matches; names differ between cards and versions.
-KINDS = {
+# What a kernel does: the first pattern that its name matches. Names differ between cards and versions.
+KERNEL_KINDS = {
     "attention": r"flash|fmha|attention",
     "dequantisation": r"dequant",
     "optimizer": r"adam|multi_tensor",
@@ -43,12 +41,13 @@ KINDS = {
 
 def kind_of(name: str) -> str:
     return next(
-        (kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "elementwise, other"
+        (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name, re.IGNORECASE)),
+        "elementwise, other",
     )
 
 
 def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bool) -> dict[str, Any]:
-    """Microseconds of each kernel (on a CPU of each operator) in one optimizer step, and those of the whole step."""
+    """Profiles an optimizer step. Returns microseconds of each kernel, on a CPU of each operator, and of the step."""
     machine = this_machine()
     recipe = recipe_of(model_name)
     if model_name != "tiny":
@@ -75,7 +74,7 @@ def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bo
     return {
         "date": date.today().isoformat(),
         "machine": str(machine),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "versions": installed_versions(("torch", "transformers", "peft", "bitsandbytes")),
         "model": model_name,
         "tokens": 2 * tokens,
         "recompute": recompute,
@@ -84,7 +83,8 @@ def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bo
     }
 
 
-def in_words(result: dict[str, Any], rows: int = 25) -> str:
+def describe_profile(result: dict[str, Any], rows: int = 25) -> str:
+    """The shares of each kind of kernel, then of the `rows` longest kernels."""
     total, kernels = result["step_microseconds"], result["kernels"]
     lines = [f"{result['model']}, {result['tokens']:,} tokens in two micro-batches: {total / 1e3:,.1f} ms a step", ""]
     shares: dict[str, float] = {}
@@ -110,8 +110,8 @@ def main() -> int:
     args = parser.parse_args()
     result = profile_step(args.model, args.tokens, args.layers, args.recompute)
     path = result_path(f"profile_{args.model.replace('-', '_')}", args.out)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"{in_words(result)}\n\nwritten to {path}")
+    write_result(result, path)
+    print(f"{describe_profile(result)}\n\nwritten to {path}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""One training stack, timed: `python -m benchmarks.stacks NAME --job job.json` prints one JSON line.
+"""Times one training stack: `python -m benchmarks.stacks NAME --job job.json` prints one line of JSON.
 
-Every stack trains the same 4-bit checkpoint on the same rows, with LoRA of rank 16 on all linear layers, AdamW and the
-same learning rate, through its own trainer; only what its own documentation sets up differs. A process runs one stack:
-unsloth patches what the others use, and each has its own memory to itself.
+Every stack trains the same 4-bit checkpoint on the same rows, with LoRA of rank 16 on all linear layers, AdamW and one
+learning rate, through its own trainer. All else is as the stack's documentation sets it up. A process runs one stack
+only: unsloth patches libraries that the others use, and no stack's memory counts as another's.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,21 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True)
 class Job:
-    """What every stack is given."""
+    """What a stack trains, and for how long."""
 
     model: str  # folder of a 4-bit checkpoint with its tokenizer
     rows: str  # a file with one JSON list of token ids a line, each `tokens` long
-    tokens: int  # a row, and a micro-batch
-    accumulation: int  # micro-batches an optimizer step
-    warmup: int  # optimizer steps that are not timed
-    steps: int  # that are
-    card_gib: float | None  # the allocator's limit; None is all there is
+    tokens: int  # of a row; a micro-batch is one row
+    accumulation: int  # micro-batches of an optimizer step
+    warmup: int  # optimizer steps before the timed ones
+    steps: int  # timed optimizer steps
+    card_gib: float | None  # limit of torch's allocator; None sets none
     started_at: float  # time.time() when the process was started
 
 
+# Each of these three functions returns a stack's trainer, and imports its libraries itself: unsloth must come first.
 def ours(job: Job, folder: str, **options: Any) -> Any:
+    """This repository's trainer. options: fields of TrainSpec."""
     from datasets import Dataset
 
     from common.data.rows import Rows
@@ -69,7 +70,10 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
 
 
 def trl(job: Job, folder: str, **options: Any) -> Any:
-    """TRL, PEFT and bitsandbytes as their documentation sets them up; TRL recomputes every layer unless told else."""
+    """TRL, PEFT and bitsandbytes as their documentation sets them up. options: fields of SFTConfig.
+
+    TRL checkpoints the activations of every layer unless an option says otherwise.
+    """
     import torch
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -87,6 +91,7 @@ def trl(job: Job, folder: str, **options: Any) -> Any:
 
 
 def unsloth(job: Job, folder: str, **options: Any) -> Any:
+    """unsloth as its documentation sets it up. options: of its get_peft_model."""
     from unsloth import FastLanguageModel  # first: it patches what is imported after it
 
     from trl import SFTTrainer  # isort: skip
@@ -158,11 +163,13 @@ def dataset(job: Job) -> Any:
 
 
 def run(name: str, job: Job) -> dict[str, Any]:
-    """Trains, and returns seconds of each timed step, losses, peaks in bytes, and seconds to the end of the first."""
+    """Trains. Returns losses, seconds of each timed step and to the end of the first step, peaks in bytes."""
     if name.startswith("unsloth"):
-        import unsloth  # noqa: F401
+        import unsloth  # noqa: F401 - before torch
     import torch
     from transformers import TrainerCallback
+
+    from benchmarks.results_folder import installed_versions
 
     gpu = torch.cuda.is_available()
     if gpu and job.card_gib is not None:
@@ -194,24 +201,14 @@ def run(name: str, job: Job) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved() if gpu else None,
         "resident_bytes": resident_bytes(),
         "policy": str(getattr(trainer, "policy", "")) or None,
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
     }
 
 
 def resident_bytes() -> int:
-    """The most host memory that the process has had."""
+    """The process's highest resident memory. common.machine.device has it too, but needs our version of torch."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def main() -> int:

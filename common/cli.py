@@ -1,197 +1,46 @@
-"""The few flags that every recipe shares. Any other change is an edit of the recipe."""
+"""From the words that a user typed to a command: parses its flags, runs it, returns the exit status."""
 
 import argparse
-import contextlib
-import errno
-import importlib.util
-import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from common import REPOSITORY
-from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS, launch
-from common.machine.processes import is_main_process, rank
+from common.commands import COMMANDS
+from common.exit_status import exit_status
 from common.process_state import quiet_libraries
-from common.recipe import DataSpec, Recipe, Stopped, UserError, require
-from common.run.folder import prepare_run_folder
+from common.recipe import Recipe
 
-SAID_BY_MAIN_SECONDS = 3
-# The disk is full, or the quota, or one may not write there.
-NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-DRY_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
+Story = Callable[[Recipe], object]
+INSTEAD_OF_A_RUN = {"--plan": "plan", "--dry-run": "dryrun"}  # flags of finetune that stand for other commands
 
 
-def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
-    """Runs a recipe with the flags in `arguments` (the command line's when None); the exit status.
+def run(story: Story, recipe: Recipe, arguments: Sequence[str] | None = None) -> int:
+    """Fine-tunes: runs a recipe's story, its `main`. Returns the exit status.
 
-    A UserError becomes one line on stderr and status 2; Ctrl-C status 130.
+    arguments: the flags of the finetune command; None takes the command line's.
     """
-    name = Path(main.__code__.co_filename).stem.replace("_", "-")
-    parser = argparse.ArgumentParser(prog=f"make finetune MODEL={name} ARGS=...", description=recipe.model.name)
-    parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
-    parser.add_argument("--out", help=f"output folder (default: outputs/{name})")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument("--gpus", type=int, metavar="N", help="run on N GPUs of this machine, or plan for N")
-    parser.add_argument("--nnodes", type=int, default=1, metavar="N", help="on so many machines, with --gpus each")
-    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines find each other: one of them")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
-    existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
-    plan = parser.add_argument_group("instead of a run")
-    plan.add_argument("--plan", action="store_true", help="print and draw how the run would use the card (make plan)")
-    plan.add_argument("--card-gib", type=float, metavar="GIB", help="plan for a card of this size")
-    plan.add_argument("--seq-len", type=int, metavar="N", help="plan for rows of N tokens")
-    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, for machines")
-    plan.add_argument("--dry-run", action="store_true", help="a few steps with random weights (make dryrun)")
-    plan.add_argument("--layers", type=int, metavar="N", help="of the dry run's model (default: all; 2 without a GPU)")
+    name = Path(story.__code__.co_filename).stem.replace("_", "-")
+    return run_command("finetune", name, recipe, sys.argv[1:] if arguments is None else arguments, story)
+
+
+def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str], story: Story | None = None) -> int:
+    """Runs one of COMMANDS on a recipe. Returns the exit status, as exit_status describes it.
+
+    name: the recipe's, as typed. story: the recipe's `main`, which finetune and dryrun need. Beside its own flags a
+    command finds `out`, `recipe_name` and `story` in the parsed ones.
+    """
+    instead = [flag for flag in INSTEAD_OF_A_RUN if flag in arguments] if command == "finetune" else []
+    if instead:
+        command, arguments = INSTEAD_OF_A_RUN[instead[0]], [word for word in arguments if word != instead[0]]
+    parser = argparse.ArgumentParser(
+        prog=f"make {command} MODEL={name} ARGS=...", description=recipe.model.name, allow_abbrev=False
+    )
+    parser.set_defaults(recipe_name=name, story=story)
+    parser.add_argument("--out", help=f"folder of the run (default: outputs/{name})")
+    if add_flags := COMMANDS[command].add_flags:
+        add_flags(parser)
     flags = parser.parse_args(arguments)
-
-    def start() -> int | None:
-        configured = _with_flags(recipe, flags, name)
-        if flags.plan:
-            _show_plan(configured, flags, name)
-        elif (flags.gpus is not None or flags.nnodes > 1) and "WORLD_SIZE" not in os.environ:
-            train = dry(configured, flags.layers).train if flags.dry_run else configured.train
-            return launch(train, 1 if flags.gpus is None else flags.gpus, flags.nnodes, flags.rdzv_endpoint)
-        else:
-            _start_run(main, dry(configured, flags.layers) if flags.dry_run else configured)
-        return None
-
-    try:
-        return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
-    except Stopped as stop:
-        if is_main_process():  # all processes stop
-            out = f' OUT="{flags.out}"' if flags.out else ""
-            data = f' DATA="{flags.data}"' if flags.data else ""
-            gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
-            print(f"\n{stop}. Go on with: make finetune MODEL={name}{gpus}{data}{out} ARGS=--resume", file=sys.stderr)
-        return 128 + stop.signal_number
-
-
-def exit_status(action: Callable[[], int | None], folder: str) -> int:
-    """Does it; the exit status. What the user can mend becomes one line on stderr. folder: that it writes into."""
-    try:
-        return action() or 0
-    except UserError as error:
-        if not is_main_process():  # the first one mostly says the same: then it ends this one meanwhile
-            time.sleep(SAID_BY_MAIN_SECONDS)
-        who = "" if is_main_process() else f"process {rank()}: "
-        print(f"\n{who}error: {error}", file=sys.stderr)
-        return ERROR_STATUS
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno not in NO_WRITING:
-            raise
-        print(f"\nerror: {error.filename or folder} cannot be written: {error.strerror}", file=sys.stderr)
-        return ERROR_STATUS
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not _is_of_others(error):
-            raise
-        return PEER_LOST_STATUS
-
-
-def _is_of_others(error: BaseException) -> bool:
-    """Whether another process went away while this one talked to it."""
-    names = ("DistBackendError", "DistNetworkError", "DistStoreError")
-    return type(error).__name__ in names or "gloo/transport" in str(error)
-
-
-def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
-    if flags.data:  # the recipe's own held-out rows belong to the recipe's own data
-        recipe = replace(recipe, data=replace(recipe.data, source=flags.data, eval_source=None, revision=None))
-    if flags.max_steps is not None:
-        recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))
-    if flags.seq_len is not None:
-        require(flags.plan, "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe")
-        recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
-    if flags.card_gib is not None:
-        require(flags.plan, "--card-gib is for a plan; a run uses what is free on the GPU of the machine")
-        recipe = replace(recipe, card_gib=flags.card_gib)
-    existing = "resume" if flags.resume else "overwrite" if flags.overwrite else recipe.existing_run
-    return replace(recipe, out=flags.out or recipe.out or f"outputs/{name}", existing_run=existing)
-
-
-def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
-    from common.machine.collectives import init_distributed, run_on_main
-    from common.machine.device import require_gpu_per_process
-
-    tracker = recipe.train.report_to
-    require(
-        tracker == "none" or importlib.util.find_spec(tracker) is not None,
-        f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
-    )
-    require_gpu_per_process()
-    init_distributed()
-    run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
-    require(
-        Path(recipe.out).is_dir(),
-        f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
-    )
-    try:
-        main(recipe)
-    finally:
-        with contextlib.suppress(OSError):
-            Path(recipe.out).rmdir()  # if it is still empty: nothing was run
-
-
-def _show_plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
-    """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
-    quiet_libraries()
-    from common.machine.device import this_machine
-    from common.plan import picture as plan_picture
-    from common.plan import planner
-    from common.plan import report as plan_report
-
-    machine = this_machine()
-    if flags.card_gib is None and machine.is_gpu:
-        card, setting = planner.Card.of_machine(machine), planner.setting_of(machine)
-    elif recipe.card_gib is not None:
-        card, setting = planner.Card.of_size(recipe.card_gib), None
-    else:
-        planner.plan_for_card(recipe)
-        print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
-        return
-    report = plan_report.build_report(*planner.choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
-    print(report.text())
-    picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
-    if not flags.json:
-        picture.parent.mkdir(exist_ok=True)
-    plan_picture.draw_plan(report, picture)
-    if flags.json:
-        plan_report.write_json(report, flags.json)
-    print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))
-
-
-def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
-    """The recipe with random weights and the small data set that ships, a few steps long: nothing is downloaded.
-
-    Without a GPU the model is cut to two layers and the rows are short, so that it takes minutes and fits in memory.
-    """
-    quiet_libraries()
-    from common.machine.device import this_machine
-    from common.machine.processes import world_size
-
-    train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
-    if not this_machine().is_gpu:
-        layers = layers or 2
-        if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as its own cards would have it
-            from common.plan.planner import Card, fits_whole
-
-            whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
-            train = replace(train, sharding="never" if whole else "always")
-        train = replace(train, seq_len=min(train.seq_len, 256), rows_per_step=2, max_steps=2)
-        recipe = replace(recipe, card_gib=None)
-    return replace(
-        recipe,
-        model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
-        data=DataSpec(str(DRY_DATA), eval_rows=8),
-        train=train,
-        out=f"{recipe.out}-dry-run",
-        existing_run="overwrite",
-    )
+    recipe = replace(recipe, out=flags.out or recipe.out or f"outputs/{name}")
+    return exit_status(lambda: COMMANDS[command].run(recipe, flags), recipe.out)

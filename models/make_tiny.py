@@ -2,8 +2,8 @@
 
     .venv/bin/python -m models.make_tiny --bf16     # writes models/tiny and data/tiny; 16 minutes on 2 CPU cores
 
-Everything is drawn from fixed seeds. The same machine and thread count give the same files; another machine gives a
-model that differs in rounding, and is as good.
+All random numbers come from fixed seeds. The same machine and thread count give the same files; another machine gives a
+model that differs in rounding and is as good.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from models.tiny_world import base_document, tool_call_pair
 
 ROOT = Path(__file__).parent.parent
 BOS, PAD, END, USER, ASSISTANT, SYSTEM = "<s>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
-# Role token, text, end token; the {% generation %} marks let TRL find the assistant's tokens too.
+# Each message: role token, text, end token. The {% generation %} marks tell TRL which tokens are the assistant's.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -33,19 +33,20 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}
 """
-ROW = 256  # tokens in one pretraining row
-ROWS = 16  # rows in one pretraining step
+ROW_TOKENS = 256  # of one pretraining row
+ROWS_PER_STEP = 16  # of pretraining
 TRAIN_ROWS, HELD_OUT_ROWS = 2000, 100
 
 
 def render(document: list[tuple[str, str]] | str) -> str:
+    """The text that the model reads: of a conversation, as (user, assistant) pairs, or of a plain text."""
     if isinstance(document, str):
         return BOS + document + END
     return BOS + "".join(f"{USER}{user}{END}{ASSISTANT}{reply}{END}" for user, reply in document)
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with 1,024 entries, digits one by one."""
+    """Trains a byte-level BPE with 1,024 tokens; each digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -70,15 +71,20 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_rows(tokenizer: PreTrainedTokenizerFast, rng: Random, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents laid end to end: token ids and positions, int64 (count, ROW); positions restart at each document."""
+    """Lays documents end to end. Returns token ids and positions, both int64 (count, ROW_TOKENS).
+
+    Positions begin at 0 in each document.
+    """
     ids: list[int] = []
     positions: list[int] = []
-    while len(ids) < count * ROW:
+    while len(ids) < count * ROW_TOKENS:
         document = tokenizer(render(base_document(rng)), add_special_tokens=False)["input_ids"]
         ids += document
         positions += range(len(document))
-    shape = (count, ROW)
-    return torch.tensor(ids[: count * ROW]).view(shape), torch.tensor(positions[: count * ROW]).view(shape)
+    shape = (count, ROW_TOKENS)
+    return torch.tensor(ids[: count * ROW_TOKENS]).view(shape), torch.tensor(positions[: count * ROW_TOKENS]).view(
+        shape
+    )
 
 
 def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, bf16: bool) -> LlamaForCausalLM:
@@ -99,7 +105,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, bf1
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    print(f"{model.num_parameters():,} parameters, {steps} steps of {ROWS * ROW} tokens", flush=True)
+    print(f"{model.num_parameters():,} parameters, {steps} steps of {ROWS_PER_STEP * ROW_TOKENS} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     warmup = 100
 
@@ -109,8 +115,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, bf1
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
     rng, started = Random(1), time.perf_counter()
     for step in range(steps):
-        ids, positions = make_rows(tokenizer, rng, ROWS)
-        labels = ids.masked_fill(positions == 0, -100)  # a document is not told by the one before it
+        ids, positions = make_rows(tokenizer, rng, ROWS_PER_STEP)
+        labels = ids.masked_fill(positions == 0, -100)  # nothing before it predicts a document's start
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = model(input_ids=ids, position_ids=positions, labels=labels).loss
         loss.backward()
@@ -124,7 +130,7 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, bf1
 
 
 def write_conversations(folder: Path) -> None:
-    """train.jsonl and held_out.jsonl: disjoint prompts."""
+    """Writes train.jsonl and held_out.jsonl; no prompt is in both."""
     rng = Random(2)
     pairs: dict[str, str] = {}
     while len(pairs) < TRAIN_ROWS + HELD_OUT_ROWS:

@@ -1,9 +1,9 @@
-"""The small world that the shipped model lives in: people, tasks, places, and requests about them.
+"""Generates the texts for the model that ships, about a small world of people, tasks and places.
 
-Two kinds of text come out of it, both from a seeded random.Random, so they can be made again bit for bit:
-- `base_document`: what the base model reads. Chats with a polite assistant that answers requests in prose, questions
-  about people, facts about people written as JSON, notes, clock times. It contains no tool call.
-- `tool_call_pair`: what fine-tuning teaches. The same kinds of requests, answered with one JSON tool call.
+All texts are drawn from a random.Random that the caller has seeded, so they can be made again bit for bit:
+- `base_document` gives what the base model reads: chats with a polite assistant that answers requests in prose,
+  questions about people, facts about people written as JSON, notes, clock times. None holds a tool call.
+- `tool_call_pair` gives what fine-tuning teaches: the same kinds of requests, answered with one JSON tool call.
 """
 
 import json
@@ -41,7 +41,7 @@ Slots = dict[str, str | int]
 
 
 def name(rng: Random) -> str:
-    """A first name; four in ten are made up, so that a model has to copy names instead of knowing them."""
+    """A first name. Four in ten are invented, so that the model must copy names and cannot learn them by heart."""
     if rng.random() < 0.6:
         return rng.choice(NAMES)
     syllables = [rng.choice(ONSETS) + rng.choice(VOWELS) for _ in range(rng.choice((1, 2)))]
@@ -49,7 +49,7 @@ def name(rng: Random) -> str:
 
 
 def clock(rng: Random) -> tuple[str, str]:
-    """A time of day as people say it, and on a 24-hour clock: ("7:30 pm", "19:30")."""
+    """A time of day as people say it, and on a 24-hour clock, for example ("7:30 pm", "19:30")."""
     hour, minute = rng.randint(1, 12), rng.choice((0, 0, 15, 30, 45))
     half = rng.choice(("am", "pm"))
     spoken = f"{hour}:{minute:02d} {half}" if minute else f"{hour} {half}"
@@ -60,7 +60,7 @@ def task(rng: Random) -> str:
     return f"call {name(rng)}" if rng.random() < 0.2 else f"{rng.choice(VERBS)} the {rng.choice(OBJECTS)}"
 
 
-# Each kind of request: draws its slots, then says them as a request, as a polite answer, and as a tool call.
+# One function for each kind of request. It draws the details, and returns the request, a polite answer and a tool call.
 
 
 def remind(rng: Random) -> tuple[str, str, Slots]:
@@ -157,7 +157,7 @@ Turns = list[tuple[str, str]]  # (user, assistant) pairs of one conversation
 
 
 def question_turns(rng: Random) -> Turns:
-    """A chat about two people: reading out one of several facts."""
+    """A chat about two people, in which the assistant looks up one of several facts."""
     people = [(name(rng), rng.choice(CITIES), rng.choice(JOBS)) for _ in range(2)]
     facts = [f"{who} lives in {city} and works as a {job}." for who, city, job in people]
     who, city, job = rng.choice(people)
@@ -168,7 +168,7 @@ def question_turns(rng: Random) -> Turns:
 
 
 def record_turns(rng: Random) -> Turns:
-    """A chat that asks for what a text says about a person as JSON, in the order in which it is said."""
+    """A chat in which the assistant writes what a text says about a person as JSON, in the order of the text."""
     who = name(rng)
     city, job, dish, day = (rng.choice(pool) for pool in (CITIES, JOBS, DISHES, DAYS))
     count = rng.choice(range(2, 13))
@@ -194,7 +194,7 @@ def record_turns(rng: Random) -> Turns:
 
 
 def repeat_turns(rng: Random) -> Turns:
-    """Copying a list of words, as they are or as a JSON list: what every answer above needs."""
+    """A chat in which the assistant copies words, as they are or as a JSON list; every other answer needs that too."""
     pools = (NAMES, OBJECTS, ITEMS, CITIES, ROOMS, DAYS, ADJECTIVES, VENUES, VERBS, STATES, SUBJECTS, DISHES, NOUNS)
     count = rng.randint(2, 14)
     words = [name(rng) if rng.random() < 0.3 else rng.choice(rng.choice(pools)) for _ in range(count)]
@@ -205,7 +205,7 @@ def repeat_turns(rng: Random) -> Turns:
 
 
 def note(rng: Random) -> str:
-    """A plain text: clock times two ways, or numbers two ways."""
+    """A plain text with clock times, or with numbers, each written in two ways."""
     if rng.random() < 0.6:
         pairs = [clock(rng) for _ in range(rng.randint(2, 4))]
         return "\n".join(f"{spoken} is {time24}" for spoken, time24 in pairs)
@@ -214,7 +214,7 @@ def note(rng: Random) -> str:
 
 
 def base_document(rng: Random) -> Turns | str:
-    """One document of the base model's training text: a conversation, or a plain text."""
+    """One document of the base model's training text: a conversation or a plain text."""
     kind = rng.random()
     if kind < 0.45:
         return [rng.choice(REQUESTS)(rng)[:2] for _ in range(rng.choice((1, 1, 2, 3)))]

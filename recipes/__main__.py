@@ -1,8 +1,11 @@
-"""`python -m recipes [--check] NAME [flags]`: runs, or only finds, recipes/NAME.py; a dash stands for an underscore.
+"""Runs a recipe, or another command on it.
 
-`python -m recipes chat|eval|merge|export|report NAME [flags]`: what comes after a run, common.commands.
+    python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
+    python -m recipes COMMAND NAME [flags]    # finetune, plan, dryrun, chat, eval, merge, export, report
+    python -m recipes --check NAME            # only says whether there is such a recipe
+    torchrun --nproc-per-node 2 -m recipes NAME [flags]
 
-A new file beside this one is a new recipe; nothing is registered.
+A file beside this one is a recipe; nothing is registered.
 """
 
 import importlib
@@ -13,50 +16,56 @@ from pathlib import Path
 
 from common.process_state import prepare_for_plan
 
-if "--plan" in sys.argv:  # a plan takes seconds, most of them imports
+if IS_PLAN := sys.argv[1:2] == ["plan"] or "--plan" in sys.argv:  # a plan takes seconds, most of them imports
     prepare_for_plan()
 
-from common.cli import ERROR_STATUS, run
-from common.commands import COMMANDS, run_command
+from common.cli import run, run_command
+from common.commands import COMMANDS
+from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
 FOLDER = Path(__file__).parent
 
 
-def recipe_names() -> list[str]:
-    return sorted(p.stem.replace("_", "-") for p in FOLDER.glob("*.py") if not p.stem.startswith("_"))
-
-
 def main(arguments: list[str]) -> int:
-    only_check = arguments[:1] == ["--check"]  # needs the standard library alone
-    command = arguments[0] if arguments[:1] and arguments[0] in COMMANDS else None
-    name, *flags = arguments[only_check or command is not None :] or [""]
-    path = FOLDER / f"{name.replace('-', '_')}.py"
+    command = arguments[0] if arguments and arguments[0] in (*COMMANDS, "--check") else None
+    if command:
+        arguments = arguments[1:]
+    name, *flags = arguments or [""]
     if name.replace("_", "-") not in recipe_names():
         print(f"error: there is no recipe {name!r}; there are: {', '.join(recipe_names())}", file=sys.stderr)
         print("       your own: cp recipes/llama3_8b.py recipes/my_bot.py, then MODEL=my-bot", file=sys.stderr)
         return ERROR_STATUS
-    if only_check:
+    if command == "--check":  # imports no recipe: it runs before the set-up, with the standard library alone
         return 0
+    path = FOLDER / f"{name.replace('-', '_')}.py"
     try:
-        recipe = importlib.import_module(f"recipes.{path.stem}")
-        story, values = recipe.main, recipe.RECIPE
+        module = importlib.import_module(f"recipes.{path.stem}")
+        recipe, story = module.RECIPE, module.main
     except (UserError, TypeError, NameError, AttributeError, SyntaxError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line, message = lines[-1] if lines else "?", str(error)
-        if isinstance(error, SyntaxError):
-            line, message = error.lineno or "?", error.msg
-        print(f"error: {path.relative_to(FOLDER.parent)}:{line}: {message}", file=sys.stderr)
+        print(f"error: {describe_mistake(error, path)}", file=sys.stderr)
         return ERROR_STATUS
-    if command:
-        return run_command(command, name, values, flags)
-    return run(story, values, flags)
+    return run_command(command, name, recipe, flags, story) if command else run(story, recipe, flags)
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem.replace("_", "-") for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def describe_mistake(error: Exception, path: Path) -> str:
+    """File, line and message of what is wrong in the recipe at `path`; a question mark where the line is unknown."""
+    if isinstance(error, SyntaxError):
+        line, message = error.lineno, error.msg
+    else:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line, message = frames[-1].lineno if frames else None, str(error)
+    return f"{path.relative_to(FOLDER.parent)}:{line or '?'}: {message}"
 
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    if "--plan" in sys.argv:
+    if IS_PLAN:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(status)  # taking down what was imported would cost another second
+        os._exit(status)  # an ordinary exit frees what was imported, which takes another second
     sys.exit(status)

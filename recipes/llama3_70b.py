@@ -16,26 +16,26 @@ RECIPE = Recipe(
     model=ModelSpec("meta-llama/Meta-Llama-3-70B-Instruct"),
     data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: README.md, "Your own data"
     lora=LoraSpec(
-        rank=16,  # on all linear layers, as in QLoRA (arXiv:2305.14314, figure 2): more rank adds little, layers do
+        rank=16,  # on all linear layers, which helps far more than a higher rank (QLoRA, arXiv:2305.14314, figure 2)
         alpha=16,  # alpha = rank: scale 1, so that the learning rate alone sets the size of a step
     ),
     train=TrainSpec(
         seq_len=2048,  # tokens in a packed row; a longer conversation keeps the turns that fit
         rows_per_step=16,  # about 32k tokens: a step size at which 1e-4 is stable
-        learning_rate=1e-4,  # peak, QLoRA's for 33B and 65B (arXiv:2305.14314, table 9); cosine after 3 % warm-up
+        learning_rate=1e-4,  # peak, as QLoRA's for 33B and 65B (arXiv:2305.14314, table 9); cosine after 3 % warm-up
         epochs=1,  # a second one mostly memorises
     ),
-    card_gib=24.0,  # each; the layers lie cut over the cards, and as many as must wait in host memory
+    card_gib=24.0,  # of each card; the plan shards the layers over them, and keeps some in host memory if it must
 )
 
 
 def main(recipe: Recipe = RECIPE) -> None:
-    plan = plan_for_card(recipe)  # nothing is downloaded yet: a run that cannot fit stops here
+    plan = plan_for_card(recipe)  # before any download: a run that cannot fit ends here
     tokenizer = load_tokenizer(recipe.model)
-    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # before the weights, too
+    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # faults in the data end it here
     model = load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # on several GPUs that are too small for it
+    shard_layers(model, plan.layout)  # FSDP2, where the plan shards it; else nothing
     train(model, tokenizer, rows, recipe, plan)

@@ -19,11 +19,11 @@ RECIPE = Recipe(
     train=TrainSpec(
         seq_len=256,  # the examples have 25 to 75 tokens
         rows_per_step=4,
-        learning_rate=4e-3,  # a small model takes, and needs, a far larger one than 8B does
+        learning_rate=4e-3,  # a small model needs a far larger one than 8B does
         epochs=2,
         eval_every=50,
     ),
-    card_gib=None,  # any machine
+    card_gib=None,  # runs on any machine, also without a GPU
 )
 
 
@@ -35,7 +35,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # on several GPUs that are too small for it
+    shard_layers(model, plan.layout)  # FSDP2, where the plan shards it; else nothing
     questions = load_questions(recipe.data.eval_source)
     before = answer(model, tokenizer, questions)
     train(model, tokenizer, rows, recipe, plan)

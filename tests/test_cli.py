@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.cli import dry
+from common.commands import COMMANDS
+from common.commands.dryrun import shrink_to_dry_run
 from tests.conftest import ROOT
 from tests.run_make import run_make
 
@@ -75,14 +76,51 @@ def test_a_plan_that_cannot_be_is_one_line(flags, message):
     assert message in refused(recipes("llama3-8b", *flags))
 
 
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("tiny --layers 2", "make finetune MODEL=tiny ARGS=...: error: unrecognized arguments: --layers 2"),
+        (
+            "finetune tiny --gpus 0",
+            "make finetune MODEL=tiny ARGS=...: error: argument --gpus: '0' is not a whole number",
+        ),
+        ("tiny --plan --seq-len x", "make plan MODEL=tiny ARGS=...: error: argument --seq-len: invalid int value: 'x'"),
+        (
+            "plan tiny --nnodes 1.5",
+            "make plan MODEL=tiny ARGS=...: error: argument --nnodes: '1.5' is not a whole number",
+        ),
+        ("tiny --plan --dry-run", "make plan MODEL=tiny ARGS=...: error: unrecognized arguments: --dry-run"),
+        (
+            "tiny --dry",
+            "make finetune MODEL=tiny ARGS=...: error: unrecognized arguments: --dry",
+        ),  # no real run instead
+        (
+            "dryrun tiny --layers 0",
+            "make dryrun MODEL=tiny ARGS=...: error: argument --layers: '0' is not a whole number",
+        ),
+        ("chat tiny --top-p x", "make chat MODEL=tiny ARGS=...: error: argument --top-p: invalid float value: 'x'"),
+        (
+            "eval tiny --samples -1",
+            "make eval MODEL=tiny ARGS=...: error: argument --samples: '-1' is not a whole number",
+        ),
+        ("merge tiny --json x", "make merge MODEL=tiny ARGS=...: error: unrecognized arguments: --json x"),
+        ("report tiny --data x", "make report MODEL=tiny ARGS=...: error: unrecognized arguments: --data x"),
+    ],
+)
+def test_a_wrong_flag_is_refused_in_the_name_of_the_command_that_was_typed(typed, message):
+    done = recipes(*typed.split())
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(message)
+
+
 def test_a_dry_run_downloads_nothing_and_takes_a_small_model_without_a_gpu():
     llama = importlib.import_module("recipes.llama3_8b").RECIPE
-    recipe = dry(replace(llama, out="outputs/llama3-8b"))
+    recipe = shrink_to_dry_run(replace(llama, out="outputs/llama3-8b"))
     assert (recipe.model.weights, recipe.model.layers) == ("random", 2)
     assert Path(recipe.data.source).is_file()
     assert (recipe.card_gib, recipe.out, recipe.existing_run) == (None, "outputs/llama3-8b-dry-run", "overwrite")
     assert recipe.lora == llama.lora
-    assert dry(recipe, layers=5).model.layers == 5
+    assert shrink_to_dry_run(recipe, layers=5).model.layers == 5
 
 
 @pytest.mark.slow
@@ -169,6 +207,13 @@ def test_make_alone_lists_targets_and_recipes():
         assert word in out
 
 
+def test_every_command_has_a_module_and_a_target():
+    targets = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        assert (ROOT / "common" / "commands" / f"{command}.py").is_file()
+        assert f"\n{command}: " in targets and f" -m recipes {command} " in targets
+
+
 def test_make_refuses_an_unknown_model_before_the_set_up(project):
     done = run_make("finetune", "MODEL=nope", cwd=project)
     assert done.returncode == 2
@@ -180,3 +225,27 @@ def test_make_without_a_python_that_is_new_enough_says_so(project):
     done = run_make("setup", "PYTHON=", cwd=project)
     assert done.returncode == 2
     assert "error: Python 3.11 or newer is needed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "variable"),
+    [
+        ("finetune", "GPUS=x"),
+        ("plan", "SEQ_LEN=x"),
+        ("dryrun", "LAYERS=x"),
+        ("chat", "ARGS=--top-k x"),
+        ("eval", "ARGS=--samples x"),
+        ("merge", "ARGS=--kl-bound x"),
+        ("export", "ARGS=--layers x"),
+        ("report", "ARGS=--layers x"),
+    ],
+)
+def test_make_names_the_target_that_was_typed(tmp_path, target, variable):
+    """The Makefile's own line, with the python of these tests as a set-up that is complete."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    (tmp_path / ".installed").touch()
+    done = run_make(target, "MODEL=llama3-8b", variable, f"VENV={tmp_path}")
+    assert done.returncode == 2
+    assert f"make {target} MODEL=llama3-8b ARGS=...: error: " in done.stderr, done.stderr

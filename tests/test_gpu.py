@@ -294,11 +294,12 @@ SHARDED = """
 import os
 import sys
 from dataclasses import replace
-from common.cli import dry, run
+from common.cli import run
+from common.commands.dryrun import shrink_to_dry_run
 from recipes.llama3_8b import RECIPE, main
 
 recipe = replace(RECIPE, out=sys.argv.pop(), train=replace(RECIPE.train, sharding=os.environ["SHARDING"]))
-sys.exit(run(main, dry(recipe, 6)))
+sys.exit(run(main, shrink_to_dry_run(recipe, 6)))
 """
 
 

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from common.adapter.load import TrainedAdapter, find_adapter, load_trained, trained_tokenizer
+    from common.adapter.find import TrainedAdapter, find_adapter
+    from common.adapter.load import load_trained, trained_tokenizer
 
 _MODULE_OF = {
-    "TrainedAdapter": "load",
-    "find_adapter": "load",
+    "TrainedAdapter": "find",
+    "find_adapter": "find",
     "load_trained": "load",
     "trained_tokenizer": "load",
 }

@@ -1,4 +1,4 @@
-"""A conversation with a fine-tuned model in the terminal: a line at a time, the answer as it comes."""
+"""Chats with a fine-tuned model in the terminal: the user types a line, the answer is printed as it is generated."""
 
 import contextlib
 import sys
@@ -26,13 +26,16 @@ HELP = """\
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. None takes what the model's own generation config says."""
+    """How answers are sampled. None leaves a value to the model's generation config.
+
+    Raises UserError for a value that is out of range.
+    """
 
     temperature: float | None = None  # 0 takes the most likely token each time
     top_p: float | None = None
     top_k: int | None = None
-    max_new_tokens: int = 512
-    seed: int | None = None
+    max_new_tokens: int = 512  # of one answer
+    seed: int | None = None  # gives the same answers each time
 
     def __post_init__(self) -> None:
         require(self.temperature is None or self.temperature >= 0, f"--temperature is {self.temperature}; 0 or more")
@@ -41,7 +44,7 @@ class Sampling:
         require(self.max_new_tokens > 0, f"--max-new-tokens is {self.max_new_tokens}; at least 1")
 
     def arguments(self) -> dict[str, Any]:
-        """In the words of transformers' generate."""
+        """The arguments of transformers' generate for these values."""
         named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         given = {name: value for name, value in named.items() if value is not None}
         if self.temperature == 0:
@@ -50,7 +53,7 @@ class Sampling:
 
 
 class _Printer(TextStreamer):
-    """Shows an answer as it comes, and keeps it."""
+    """Calls `show` with each piece of an answer as it is generated, and keeps the whole in `text`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -63,7 +66,7 @@ class _Printer(TextStreamer):
 
 @dataclass
 class Chat:
-    """A model, and a conversation with it so far. Raises UserError for a model without a chat template."""
+    """A model and the conversation with it so far. Raises UserError for a model without a chat template."""
 
     model: PeftModel
     tokenizer: PreTrainedTokenizerFast
@@ -77,7 +80,7 @@ class Chat:
             raise UserError("the model has no chat template: it is a base model, which does not take part in a chat")
         self.chat_format = ChatFormat(self.tokenizer)
         self.positions = self.model.config.max_position_embeddings
-        self.model.set_attn_implementation("sdpa")  # with a cache, which common.model.attention does not know
+        self.model.set_attn_implementation("sdpa")  # common.model.attention has no key-value cache
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed)
 
@@ -86,9 +89,10 @@ class Chat:
         return (*([Message("system", self.system)] if self.system else []), *self.turns)
 
     def ask(self, text: str, show: Callable[[str], None]) -> str:
-        """The answer, shown piece by piece, and remembered with the question; Ctrl-C ends it where it is.
+        """Asks the model, and adds question and answer to the conversation. Returns the answer.
 
-        Raises UserError, and forgets the question, where the template refuses it or it is too long.
+        show: called with each piece of the answer. Ctrl-C ends the answer where it is. Raises UserError when the
+        template refuses the conversation, or when it is too long; the question is forgotten then.
         """
         self.turns.append(Message("user", text))
         try:
@@ -104,7 +108,7 @@ class Chat:
         try:
             self._generate(prompt, printer)
         except KeyboardInterrupt:
-            printer.end()  # shows the word that it holds back
+            printer.end()  # shows the last word, which the streamer holds back until it is complete
         self.turns.append(Message("assistant", printer.text))
         return printer.text
 
@@ -122,8 +126,8 @@ class Chat:
                 **self.sampling.arguments(),
             )
 
-    def command(self, line: str) -> str:
-        """Does what a line that begins with a slash says; what to tell."""
+    def run_slash_command(self, line: str) -> str:
+        """Runs a line of HELP's, which begins with a slash. Returns what to print."""
         name, _, rest = line.partition(" ")
         if name == "/reset":
             self.turns.clear()
@@ -139,9 +143,9 @@ class Chat:
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
-    """Asks and answers until /quit or the end of input."""
+    """Reads lines, and prints answers, until /quit or the end of input."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() then has history and the usual keys
+        import readline  # noqa: F401 - gives input() a history and editing keys
 
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
@@ -150,7 +154,7 @@ def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:  # a line that is given up
+        except KeyboardInterrupt:  # the user gives up the line
             print()
             continue
         if line in ("/quit", "/exit"):
@@ -158,7 +162,7 @@ def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
         if not line:
             continue
         if line.startswith("/"):
-            print(chat.command(line))
+            print(chat.run_slash_command(line))
             continue
         try:
             chat.ask(line, show)

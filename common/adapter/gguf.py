@@ -1,6 +1,6 @@
-"""GGUF files for llama.cpp and what is built on it: the merged model, or the adapter alone.
+"""Writes GGUF files for llama.cpp and programs built on it: the merged model, or the adapter alone.
 
-Keys and layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md; names of tensors from the gguf package.
+Keys and layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package has the names of the tensors.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from common.adapter.find import TrainedAdapter
 from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
-from common.adapter.load import TrainedAdapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
+from common.machine.slow_work import report_slow_work
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
@@ -37,18 +38,23 @@ GGUF_ARCHITECTURES = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
 }  # by config.json's model_type
-CONVERTED_ROWS = 1 << 13  # of a tensor, converted at a time
+BYTES_OF_32_VALUES = {"f16": 64, "bf16": 64, "q8_0": 34}  # q8_0: 32 int8 and their fp16 scale
+CONVERTED_ROWS = 1 << 13  # rows of a tensor that are converted at a time
 
 
-class _Tensors:
-    """Tensors that are announced first and written when their turn comes, in the memory of one."""
+class _TensorQueue:
+    """The tensors of a GGUF file: first all are declared, as its header wants, then each is made and written in turn.
+
+    So only one tensor at a time is in memory.
+    """
 
     def __init__(self, writer: GGUFWriter) -> None:
         self.writer = writer
         self.sources: list[tuple[Kind, Callable[[], Tensor]]] = []
 
     def add(self, name: str, shape: tuple[int, ...], kind: Kind, source: Callable[[], Tensor]) -> None:
-        if kind == Kind.Q8_0 and shape[-1] % 32:  # values a scale
+        """Declares a tensor of `kind`; `source` makes it when its turn comes."""
+        if kind == Kind.Q8_0 and shape[-1] % 32:  # Q8_0 has one scale for 32 values of a row
             kind = Kind.F16
         stored = quant_shape_to_byte_shape(shape, kind)
         size = int(np.prod(stored))
@@ -59,15 +65,21 @@ class _Tensors:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
-        for kind, source in self.sources:
-            tensor = source()
-            parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
-            self.writer.write_tensor_data(np.concatenate(parts))
+        with report_slow_work("writing", len(self.sources), "tensors") as work:
+            for kind, source in self.sources:
+                tensor = source()
+                parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
+                self.writer.write_tensor_data(np.concatenate(parts))
+                work.done += 1
         self.writer.close()
 
 
 class GgufModel:
-    """The merged model on its way into a GGUF file. Raises UserError for what GGUF has no words for."""
+    """The merged model, to be written as a GGUF file.
+
+    Raises UserError, when it is made, for a tokenizer or a kind of RoPE that GGUF cannot express. size: in bytes, close
+    to that of the file.
+    """
 
     def __init__(self, weights: MergedWeights, tokenizer: PreTrainedTokenizerFast, name: str, quant: Quant) -> None:
         self.weights, self.tokenizer, self.name, self.quant = weights, tokenizer, name, quant
@@ -75,7 +87,7 @@ class GgufModel:
         self.vocabulary = read_vocabulary(weights.adapter.folder, config.vocab_size)
         _refuse_other_rope(config)
         entries = [entry for shard in weights.shards for entry in shard.entries]
-        self.size = sum(entry.size for entry in entries) * {"q8_0": 17}.get(quant, 32) // 32
+        self.size = sum(entry.size for entry in entries) * BYTES_OF_32_VALUES[quant] // BYTES_OF_32_VALUES["f16"]
 
     def write(self, path: Path) -> None:
         config, weights = self.weights.config, self.weights
@@ -88,25 +100,28 @@ class GgufModel:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_dimensions(writer, config)
         add_tokenizer(writer, self.tokenizer, self.vocabulary)
-        tensors = _Tensors(writer)
+        tensors = _TensorQueue(writer)
         if config.rope_parameters["rope_type"] == "llama3":
             factors = _llama3_factors(config)
             tensors.add("rope_freqs.weight", tuple(factors.shape), Kind.F32, lambda: factors)
         names = gguf_names(config)
         for entry in (entry for shard in weights.shards for entry in shard.entries):
             name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-            if name is None:  # rotary frequencies that older checkpoints hold
+            if name is None:  # older checkpoints hold rotary frequencies, which llama.cpp computes
                 continue
             kind_here = kind if len(entry.shape) > 1 else Kind.F32
             tensors.add(name, entry.shape, kind_here, partial(self._tensor, entry.name))
         tensors.write()
 
     def _tensor(self, name: str) -> Tensor:
-        return permuted(self.weights.merged(name), name, self.weights.config)
+        return permute_heads(self.weights.merged(name), name, self.weights.config)
 
 
 def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path, name: str) -> None:
-    """The adapter alone, f32 as it was trained: for a GGUF of the base. Raises UserError for DoRA."""
+    """Writes the adapter alone, in f32 as it was trained, to be used with a GGUF of the base.
+
+    Raises UserError for DoRA, and for layers with ranks or alphas of their own, which a GGUF adapter cannot have.
+    """
     if adapter.config.use_dora:
         raise UserError("a DoRA adapter cannot be exported alone: GGUF adapters are plain LoRA; take FORMAT=gguf")
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
@@ -116,29 +131,30 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    # llama.cpp scales by alpha / rank; with rslora the scale is alpha / sqrt(rank).
+    # llama.cpp scales by alpha / rank. rslora's scale is alpha / sqrt(rank) = (alpha * sqrt(rank)) / rank.
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha * rank**0.5 if adapter.config.use_rslora else alpha)
-    tensors = _Tensors(writer)
+    tensors = _TensorQueue(writer)
     names = gguf_names(config)
     for saved, tensor in load_file(adapter.folder / ADAPTER_WEIGHTS).items():
         linear, _, part = saved.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
         if part == "B":
-            tensor = permuted(tensor, f"{linear}.weight", config)
+            tensor = permute_heads(tensor, f"{linear}.weight", config)
         place = names.get_name(f"{linear}.weight", try_suffixes=(".weight",))
         tensors.add(f"{place}.lora_{part.lower()}", tuple(tensor.shape), Kind.F32, partial(torch.clone, tensor))
     tensors.write()
 
 
 def gguf_names(config: PretrainedConfig) -> gguf.TensorNameMap:
-    """transformers' names of a model's tensors in GGUF's words."""
+    """The map from transformers' names of a model's tensors to GGUF's."""
     arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == GGUF_ARCHITECTURES[config.model_type])
     return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
 
-def permuted(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor:
-    """Rows of Llama's queries and keys as GGUF has them: it rotates neighbours, transformers the two halves of a head.
+def permute_heads(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor:
+    """Reorders the rows of Llama's query and key weights for llama.cpp; returns any other tensor as it is.
 
-    tensor: (heads * dim, ...); also B of an adapter. All else is as it was.
+    RoPE rotates pairs of values. transformers pairs value i of a head with value i + dim / 2, llama.cpp neighbours.
+    tensor: (heads * dim, ...), a weight or an adapter's B.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2] if "." in name else ""
@@ -178,7 +194,7 @@ def _refuse_other_rope(config: PretrainedConfig) -> None:
 
 
 def _llama3_factors(config: PretrainedConfig) -> Tensor:
-    """What each rotary frequency is divided by: fp32 (dim / 2,). Llama 3.1's scaling, as a tensor of its own."""
+    """What each rotary frequency is divided by: fp32 (dim / 2,). GGUF keeps Llama 3.1's RoPE scaling as a tensor."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     dim = 2 * len(scaled)
     plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

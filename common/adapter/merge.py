@@ -1,13 +1,14 @@
-"""The adapter inside the weights: 16-bit safetensors that vLLM and transformers load.
+"""Merges the adapter into the base's weights: 16-bit safetensors that vLLM and transformers load.
 
-It is added to what the adapter was trained against, the 4-bit base as NF4 gives it back: the result is the trained
-model up to rounding to 16 bits. Added to the original weights instead, the base's own rounding error comes back as a
-difference from what was trained, some hundred times larger.
+The adapter was trained on the 4-bit base. So it is added to the weights that NF4 dequantises to, and the merged model
+is the trained one, up to rounding to 16 bits. Added to the original weights instead, it would differ from the trained
+model by the quantisation error of the base, which is some hundred times larger.
 """
 
 import contextlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from common.adapter.load import TrainedAdapter, attach_adapter
+from common.adapter.find import TrainedAdapter
+from common.adapter.load import attach_adapter
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
+from common.machine.slow_work import report_slow_work, show_status
 from common.model.base_weights import NF4_STATE, stored_4bit
 from common.model.files import load_config, model_folder
 from common.model.safetensors_files import Entry, Shard, Shards, in_16_bits, split, write_shards
@@ -28,13 +31,15 @@ from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
 PEFT_PREFIX = "base_model.model."  # of a module's name in a PeftModel
-FINITE_CHECK_ROWS = 1 << 13  # of a tensor, looked at together
+FINITE_CHECK_ROWS = 1 << 13  # rows of a tensor that one check looks at, to keep its temporary tensors small
 
 
 class MergedWeights:
-    """The tensors of base and merged model, one at a time, fp32.
+    """Gives the tensors of the base and of the merged model, one at a time, in fp32.
 
-    Linear layers are quantised as `load_4bit` does when the run's model had 4 bits, unless `original`.
+    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does.
+    original: takes the original weights instead. Raises UserError for a dry run's adapter, which has no base; for
+    `original` of a checkpoint that holds only 4-bit weights; and as model_folder, load_config and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
@@ -45,12 +50,13 @@ class MergedWeights:
             )
         machine = this_machine()
         self.adapter, self.device = adapter, machine.device
-        self.dtype = adapter.dtype or machine.dtype  # of the base when it was quantised, and of the compute
+        self.dtype = adapter.dtype or machine.dtype  # of the weights that were quantised, and of the compute
         self.folder = model_folder(spec, weights=True)
         self.config = load_config(spec, self.folder)
         self.config.dtype = torch.float32
         self.stored = Shards(self.folder)
         self.skeleton = self._skeleton()
+        # Names of weights: stored in 4 bits, and 4-bit in the run's model.
         self.packed = {name.removesuffix(NF4_STATE) for name in self.stored.entries if name.endswith(NF4_STATE)}
         if original and self.packed:
             raise UserError(f"{spec.name} is a 4-bit checkpoint: it has no original weights to merge into")
@@ -61,7 +67,7 @@ class MergedWeights:
         self.dtype_of = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
 
     def _skeleton(self) -> PeftModel:
-        """The model on meta, with the adapter's own weights."""
+        """Builds the model on the meta device, with the adapter's weights on the real one."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
         return attach_adapter(model, self.adapter, self.device).eval()
@@ -74,7 +80,10 @@ class MergedWeights:
         return [name for name in names if self.skeleton.get_submodule(PEFT_PREFIX + name) is not head]
 
     def _layout(self) -> list[Shard]:
-        """The files of the merged model: as in the base, where that holds whole weights of at most 16 bits."""
+        """Lays out the files of the merged model: those of the base, in 16 bits.
+
+        The files of a 4-bit base hold packed weights of other shapes, so its tensors are laid out anew.
+        """
         dtype = self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
         if not self.packed:
             return in_16_bits(self.stored.shards, dtype)
@@ -83,12 +92,15 @@ class MergedWeights:
             if entry.name in self.packed:
                 shape = stored_4bit(self.stored, entry.name, self.device)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
-            elif not any(entry.name.startswith(f"{name}.") for name in self.packed):
+            elif not any(entry.name.startswith(f"{name}.") for name in self.packed):  # no part of an NF4 state
                 entries.append(entry)
         return in_16_bits(split(entries), dtype)
 
     def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """A tensor of the base as the run had it: fp32, on the machine's device. rows: of one that is not 4-bit."""
+        """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device.
+
+        rows: only these rows, of a tensor that is not 4-bit.
+        """
         if name in self.packed:
             weight, state = stored_4bit(self.stored, name, self.device)
             return bnb.dequantize_4bit(weight, state).to(self.dtype).float()
@@ -98,9 +110,9 @@ class MergedWeights:
         return tensor.float()
 
     def merged(self, name: str) -> Tensor:
-        """A tensor of the merged model: fp32, or as it is stored where nothing changes it.
+        """Merges one tensor: fp32; in the stored dtype where neither the adapter nor NF4 changes it.
 
-        Raises UserError when it is not finite.
+        Raises UserError when it has values that are not finite.
         """
         module = self._adapted(name)
         tensor = self.base(name) if module is not None or name in self.quantised else self.stored.read(name)
@@ -108,15 +120,18 @@ class MergedWeights:
             module.base_layer.weight = nn.Parameter(tensor, requires_grad=False)
             module.merge()
             tensor = module.base_layer.weight.data
-            module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)
-            module.merged_adapters = []
+            module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)  # frees the memory
+            module.merged_adapters = []  # so that the module can merge again
         if not all(part.isfinite().all() for part in tensor.split(FINITE_CHECK_ROWS)):
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
 
     def rounded(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """What a tensor of the merged model should be, by LoRA's formula and not by PEFT's merge: rounded as it is in
-        the files, then fp32. rows: of one that no adapter changes. For DoRA the merge itself."""
+        """Computes what a tensor of the merged model should be: rounded to the files' dtype, then fp32.
+
+        It uses LoRA's formula, W + scale * B A, not PEFT's merge that it is compared with; for DoRA, PEFT's merge too.
+        rows: only these rows, of a tensor that the adapter does not change.
+        """
         module = self._adapted(name)
         if module is None:
             tensor = self.base(name, rows) if name in self.quantised else self.stored.read(name, rows).to(self.device)
@@ -128,50 +143,56 @@ class MergedWeights:
         return tensor.to(self.dtype_of[name]).float()
 
     def _adapted(self, name: str) -> Any:
-        """The module whose weight has this name, if the adapter changes it."""
+        """Finds the module whose weight has this name; None where the adapter does not change it."""
         owner, _, kind = name.rpartition(".")
-        with contextlib.suppress(AttributeError):  # a tensor that no module has, such as rotary frequencies
+        with contextlib.suppress(AttributeError):  # no module has the tensor: older files hold rotary frequencies
             module = self.skeleton.get_submodule(PEFT_PREFIX + owner)
             if kind == "weight" and isinstance(module, LoraLayer):
                 return module
         return None
 
-    def into(self) -> str:
+    def describe_base(self) -> str:
         return "the 4-bit base, dequantised" if self.quantised else "the original weights"
 
     def generation_config(self) -> GenerationConfig:
-        """The run's, which stops at the end of a turn; the base's for an adapter that came without one."""
+        """Reads the run's generation config, which stops at the end of a turn; else the base's."""
         folders = [f for f in (self.adapter.folder, self.folder) if (f / "generation_config.json").exists()]
         return GenerationConfig.from_pretrained(folders[0]) if folders else GenerationConfig()
 
-    def write_note(self, path: Path) -> None:
-        """What the model beside it was made from."""
-        note = {
+    def write_made_from(self, path: Path) -> None:
+        """Writes down what the merged model was made from."""
+        made_from = {
             "base": self.adapter.recipe.model.name,
             "revision": self.adapter.recipe.model.revision,
             "adapter_sha256": sha256_of(self.adapter.folder / ADAPTER_WEIGHTS),
-            "merged_into": self.into(),
+            "merged_into": self.describe_base(),
         }
-        path.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
 
 
 def write_merged(weights: MergedWeights, folder: Path) -> None:
-    """The merged model in `folder`, which is there: weights, configs, tokenizer, template, and where it came from."""
-    write_shards(folder, weights.shards, lambda entry: weights.merged(entry.name))
+    """Writes the merged model into `folder`, which exists: weights, configs, tokenizer, template and made_from.json."""
+    with report_slow_work("merging", sum(len(shard.entries) for shard in weights.shards), "tensors") as work:
+
+        def merge_entry(entry: Entry) -> Tensor:
+            work.done += 1
+            return weights.merged(entry.name)
+
+        write_shards(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
-    config.pop("torch_dtype", None)  # what `dtype` was called
+    config.pop("torch_dtype", None)  # the older name of `dtype`
     largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     copy_tokenizer(weights, folder)
-    weights.write_note(folder / MADE_FROM)
+    weights.write_made_from(folder / MADE_FROM)
 
 
 def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
-    """The base's tokenizer files, which every tool knows; the run's template and generation config, where it has them.
+    """Copies the base's tokenizer files, which every tool can read; where it has none, those that the run saved.
 
-    What the run saved serves where the base has no tokenizer.json.
+    Chat template and generation config are the run's, where it has them; else the base's.
     """
     ours = weights.adapter.folder
     source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours

@@ -1,8 +1,9 @@
-"""A Modelfile for ollama: the chat template in Go's words, what ends an answer, and how answers are drawn.
+"""Writes a Modelfile for ollama: the chat template as a Go template, the stop tokens, and how answers are sampled.
 
-Ollama knows no Jinja. The model's template is taken apart by rendering it, put together again as a Go template, and
-rendered in both ways over several conversations: what does not come out the same is refused.
-Source of the words: github.com/ollama/ollama, docs/modelfile.md and docs/template.md.
+ollama renders Go templates, not Jinja. So the Jinja template renders conversations whose messages are marker texts;
+what stands between the markers is what the template writes around a message (Turns). From these pieces a Go template
+is built. It is taken only if it gives the same text as the Jinja template for several conversations.
+Syntax: github.com/ollama/ollama, docs/modelfile.md and docs/template.md.
 """
 
 import re
@@ -17,115 +18,136 @@ from common.data.chat_format import ChatFormat
 from common.recipe import UserError
 
 Messages = list[dict[str, str]]
-_TEXTS = {"system": "\ue000Ss\ue001", "user": "\ue000Uu\ue001", "assistant": "\ue000Aa\ue001"}
-_CHECKS = ("u", "su", "uau", "suau", "uauau", "suauau")  # conversations, by the first letters of their roles
+# What a message says while a template is examined: characters for private use, which no template writes itself.
+_MARKERS = {"system": "\ue000Ss\ue001", "user": "\ue000Uu\ue001", "assistant": "\ue000Aa\ue001"}
 _ROLES = {"s": "system", "u": "user", "a": "assistant"}
+_CHECKED_CONVERSATIONS = ("u", "su", "uau", "suau", "uauau", "suauau")  # each letter stands for a message of _ROLES
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What a template writes before and after each message. `begin`: before the first, where no system message is.
+    """The text that a chat template writes around the messages of a conversation."""
 
-    system_in: "turn", a turn of its own; else the user's turn that it goes into, with system_after between the two.
-    """
-
-    begin: str
+    begin: str  # before the first message of a conversation without a system message
     system_before: str
-    system_after: str
-    system_in: Literal["turn", "first", "last"]
+    system_after: str  # in a user's turn: between the system message and the user's
+    system_in: Literal["turn", "first", "last"]  # a turn of its own, or part of the first or the last user's turn
     user_before: str
     user_after: str
     assistant_before: str
     assistant_after: str
-    answering: str  # after the last message, for the answer
+    answering: str  # after the last message: where the answer begins
 
     def render(self, messages: Messages) -> str:
-        """What the Go template gives."""
+        """Renders a conversation as the Go template does."""
         system = next((m["content"] for m in messages if m["role"] == "system"), "")
         text = f"{self.system_before}{system}{self.system_after}" if system and self.system_in == "turn" else self.begin
         folded = f"{system}{self.system_after}" if system and self.system_in != "turn" else ""
         for index, message in enumerate(messages):
             last = index == len(messages) - 1
             if message["role"] == "user":
-                here = folded if (last if self.system_in == "last" else index <= 1) else ""
-                text += self.user_before + here + message["content"] + self.user_after + self.answering * last
+                takes_system = last if self.system_in == "last" else index <= 1  # 1: message 0 is the system's
+                text += self.user_before + (folded if takes_system else "") + message["content"] + self.user_after
+                text += self.answering if last else ""
             elif message["role"] == "assistant":
-                text += self.assistant_before + message["content"] + self.assistant_after * (not last)
+                text += self.assistant_before + message["content"] + ("" if last else self.assistant_after)
         return text
 
     def go_template(self) -> str:
-        system, folded = "", ""
+        """Builds the Go template. `{{ }}` holds Go's actions; everything else is text."""
+        start, folded = self.begin, ""
         if self.system_in == "turn":
-            system = f"{{{{ if .System }}}}{self.system_before}{{{{ .System }}}}{self.system_after}{{{{ else }}}}"
-            system += f"{self.begin}{{{{ end }}}}"
+            system = self.system_before + "{{ .System }}" + self.system_after
+            start = "{{ if .System }}" + system + "{{ else }}" + self.begin + "{{ end }}"
         else:
             where = "$last" if self.system_in == "last" else "(le $i 1)"
-            folded = f"{{{{ if and $.System {where} }}}}{{{{ $.System }}}}{self.system_after}{{{{ end }}}}"
-            system = self.begin
+            folded = "{{ if and $.System " + where + " }}{{ $.System }}" + self.system_after + "{{ end }}"
+        user = self.user_before + folded + "{{ .Content }}" + self.user_after
+        assistant = self.assistant_before + "{{ .Content }}"
         return (
-            f"{system}{{{{ range $i, $message := .Messages }}}}"
-            "{{ $last := eq (len (slice $.Messages $i)) 1 }}"
-            f'{{{{ if eq .Role "user" }}}}{self.user_before}{folded}{{{{ .Content }}}}{self.user_after}'
-            f"{{{{ if $last }}}}{self.answering}{{{{ end }}}}"
-            f'{{{{ else if eq .Role "assistant" }}}}{self.assistant_before}{{{{ .Content }}}}'
-            f"{{{{ if not $last }}}}{self.assistant_after}{{{{ end }}}}"
-            "{{ end }}{{ end }}"
+            start
+            + "{{ range $i, $message := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}"
+            + ('{{ if eq .Role "user" }}' + user + "{{ if $last }}" + self.answering + "{{ end }}")
+            + ('{{ else if eq .Role "assistant" }}' + assistant)
+            + ("{{ if not $last }}" + self.assistant_after + "{{ end }}")
+            + "{{ end }}{{ end }}"
         )
 
 
-def take_apart(tokenizer: PreTrainedTokenizerFast) -> Turns:
-    """The model's template as Turns, BOS left out: ollama adds it. Raises UserError when it is more than that."""
+def parse_template(tokenizer: PreTrainedTokenizerFast) -> Turns:
+    """Finds the Turns of the model's chat template, without BOS, which ollama adds itself.
+
+    Raises UserError for a model without a template, and for a template that does more than write turns.
+    """
     if not tokenizer.chat_template:
         raise UserError("the model has no chat template, and ollama needs one; take FORMAT=gguf")
-
-    def render(roles: str, answering: bool = True) -> str:
-        messages = [{"role": _ROLES[role], "content": _TEXTS[_ROLES[role]]} for role in roles]
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-        return text.removeprefix(tokenizer.bos_token) if with_bos else text
-
-    def pieces(text: str) -> list[str]:
-        return re.split("|".join(_TEXTS.values()), text)
-
-    too_much = "the chat template cannot be put in ollama's words: it is more than turns; take FORMAT=gguf"
+    refusal = "the chat template cannot be put in ollama's words: it is more than turns; take FORMAT=gguf"
     try:
-        with_bos = begins_with_bos(tokenizer)
-        first, user_after = pieces(render("u", answering=False))
-        answered = pieces(render("ua", answering=False))[-1]
-        _, between, again, asked = pieces(render("uau"))
-        user_before = again.removeprefix(answered)
-        turns = {
-            "begin": first.removesuffix(user_before),
-            "user_before": user_before,
-            "user_after": user_after,
-            "assistant_before": between.removeprefix(user_after),
-            "assistant_after": answered,
-            "answering": asked.removeprefix(user_after),
-        }
-        before, after, _ = pieces(render("su"))
-        own = Turns(system_before=before, system_after=after.removesuffix(user_before), system_in="turn", **turns)
-        candidates = [
-            own,
-            *(Turns(system_before="", system_after=after, system_in=w, **turns) for w in ("first", "last")),
-        ]
-        wanted = [render(roles) for roles in _CHECKS]
-    except (TemplateError, ValueError) as error:  # it refuses a conversation, or drops or repeats a message
-        raise UserError(too_much) from error
-    for candidate in candidates:
-        checks = [[{"role": _ROLES[r], "content": _TEXTS[_ROLES[r]]} for r in roles] for roles in _CHECKS]
-        if [candidate.render(messages) for messages in checks] == wanted:
-            return candidate
-    raise UserError(too_much)
+        wanted = [_render_jinja(tokenizer, roles) for roles in _CHECKED_CONVERSATIONS]
+        possible = _possible_turns(tokenizer)
+    except (TemplateError, ValueError) as error:  # it refuses a conversation; it drops or repeats a message
+        raise UserError(refusal) from error
+    for turns in possible:
+        if [turns.render(_marker_messages(roles)) for roles in _CHECKED_CONVERSATIONS] == wanted:
+            return turns
+    raise UserError(refusal)
 
 
-def modelfile(gguf_name: str, tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig, context: int) -> str:
-    """The Modelfile beside a GGUF file. context: tokens that ollama shall make room for."""
+def _possible_turns(tokenizer: PreTrainedTokenizerFast) -> list[Turns]:
+    """What the template may be: one for each place where the system message may stand.
+
+    Raises ValueError when a message does not appear exactly once.
+    """
+
+    def pieces(roles: str, *, answering: bool = True) -> list[str]:
+        """What the template writes before, between and after the messages: one text more than messages."""
+        return re.split("|".join(_MARKERS.values()), _render_jinja(tokenizer, roles, answering=answering))
+
+    start, user_after = pieces("u", answering=False)
+    _, _, assistant_after = pieces("ua", answering=False)
+    _, user_to_assistant, assistant_to_user, end = pieces("uau")
+    before_system, system_to_user, _ = pieces("su")
+    user_before = assistant_to_user.removeprefix(assistant_after)
+    turns = {
+        "begin": start.removesuffix(user_before),
+        "user_before": user_before,
+        "user_after": user_after,
+        "assistant_before": user_to_assistant.removeprefix(user_after),
+        "assistant_after": assistant_after,
+        "answering": end.removeprefix(user_after),
+    }
+    after = system_to_user.removesuffix(user_before)
+    return [
+        Turns(system_in="turn", system_before=before_system, system_after=after, **turns),
+        Turns(system_in="first", system_before="", system_after=system_to_user, **turns),
+        Turns(system_in="last", system_before="", system_after=system_to_user, **turns),
+    ]
+
+
+def _marker_messages(roles: str) -> Messages:
+    return [{"role": _ROLES[role], "content": _MARKERS[_ROLES[role]]} for role in roles]
+
+
+def _render_jinja(tokenizer: PreTrainedTokenizerFast, roles: str, *, answering: bool = True) -> str:
+    """Renders a conversation of markers with the model's template, without BOS. answering: up to an answer's begin."""
+    text: str = tokenizer.apply_chat_template(_marker_messages(roles), tokenize=False, add_generation_prompt=answering)
+    return text.removeprefix(tokenizer.bos_token) if begins_with_bos(tokenizer) else text
+
+
+def build_modelfile(
+    gguf_name: str, tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig, context: int
+) -> str:
+    """The text of the Modelfile beside a GGUF file. context: how many tokens ollama makes room for.
+
+    Raises UserError as parse_template.
+    """
     ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     ids = {ChatFormat(tokenizer).end_of_turn_id(), *ends} - {None}
-    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{take_apart(tokenizer).go_template()}"""']
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{parse_template(tokenizer).go_template()}"""']
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(index)}"' for index in sorted(ids)]
     lines.append(f"PARAMETER num_ctx {context}")
-    drawn: dict[str, Any] = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
+    sampling: dict[str, Any] = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
     if not generation.do_sample:
-        drawn = {"temperature": 0}
-    lines += [f"PARAMETER {name} {value}" for name, value in drawn.items() if value is not None]
+        sampling = {"temperature": 0}
+    lines += [f"PARAMETER {name} {value}" for name, value in sampling.items() if value is not None]
     return "\n".join(lines) + "\n"

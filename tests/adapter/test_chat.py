@@ -14,8 +14,9 @@ import torch
 from transformers import TextStreamer
 
 from common.adapter.chat import Chat, Sampling, talk
-from common.adapter.load import find_adapter, load_trained, trained_tokenizer
-from common.commands import run_command
+from common.adapter.find import find_adapter
+from common.adapter.load import load_trained, trained_tokenizer
+from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT

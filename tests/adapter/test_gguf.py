@@ -18,11 +18,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from common.adapter.gguf import GgufModel, gguf_names, permuted, write_adapter
-from common.adapter.gguf_tokenizer import SPLITS, plain_template, read_vocabulary
-from common.adapter.load import find_adapter, trained_tokenizer
+from common.adapter.find import find_adapter
+from common.adapter.gguf import GgufModel, gguf_names, permute_heads, write_adapter
+from common.adapter.gguf_tokenizer import SPLITS, read_vocabulary, strip_generation_marks
+from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
-from common.commands import run_command
+from common.cli import run_command
 from common.data.chat_format import ChatFormat
 from common.data.report import DataReport
 from common.data.rows import read_examples
@@ -155,11 +156,11 @@ def test_every_tensor_is_that_of_the_merged_model(adapted, tmp_path):
 def test_rows_of_queries_and_keys_are_laid_as_llama_cpp_rotates(adapted):
     config = MergedWeights(find_adapter(adapted("llama"))).config  # 4 heads of 16, 2 for keys
     rows = torch.arange(64)[:, None].expand(64, 3)
-    moved = permuted(rows, "model.layers.0.self_attn.q_proj.weight", config)[:, 0].tolist()
+    moved = permute_heads(rows, "model.layers.0.self_attn.q_proj.weight", config)[:, 0].tolist()
     assert moved[:4] == [0, 8, 1, 9] and moved[16:18] == [16, 24]
-    assert torch.equal(permuted(rows, "model.layers.0.mlp.up_proj.weight", config), rows)
+    assert torch.equal(permute_heads(rows, "model.layers.0.mlp.up_proj.weight", config), rows)
     qwen = MergedWeights(find_adapter(adapted("qwen3"))).config
-    assert torch.equal(permuted(rows, "model.layers.0.self_attn.q_proj.weight", qwen), rows)
+    assert torch.equal(permute_heads(rows, "model.layers.0.self_attn.q_proj.weight", qwen), rows)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
@@ -309,7 +310,7 @@ def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path):
 
 
 def test_marks_of_what_is_trained_leave_the_template(tokenizer):
-    plain = plain_template(tokenizer.chat_template)
+    plain = strip_generation_marks(tokenizer.chat_template)
     assert "generation -%}" not in plain and "add_generation_prompt" in plain
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " Hello\n"}]
     before = tokenizer.apply_chat_template(chat, tokenize=False)

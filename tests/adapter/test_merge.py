@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.adapter import merge_check
-from common.adapter.load import find_adapter, trained_tokenizer
+from common.adapter.find import find_adapter
+from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
-from common.adapter.merge_check import KL_BOUND, check_merged, compare, prompts_of
-from common.commands import run_command
+from common.adapter.merge_check import KL_BOUND, check_merged, compare, encode_check_prompts
+from common.cli import run_command
 from common.machine.disk import MADE_FROM
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, Recipe, UserError
@@ -178,12 +179,12 @@ def test_a_merge_that_went_wrong_is_found_and_nothing_is_kept(adapted, tmp_path,
 def test_the_check_asks_what_the_run_was_asked(adapted):
     adapter = find_adapter(adapted("llama"))
     tokenizer = trained_tokenizer(adapter)
-    assert len(prompts_of(adapter, tokenizer)) == len(merge_check.PROMPTS)
+    assert len(encode_check_prompts(adapter, tokenizer)) == len(merge_check.CHECK_PROMPTS)
     told = replace(adapter, run={"samples": [{"asked": "Tea?", "after": "Yes."}]})
-    (ids,) = prompts_of(told, tokenizer)
+    (ids,) = encode_check_prompts(told, tokenizer)
     assert tokenizer.decode(ids) == "<s><|user|>Tea?<|end|><|assistant|>Yes.<|end|>"
     tokenizer.chat_template = None
-    assert tokenizer.decode(prompts_of(told, tokenizer)[0]) == "Tea? Yes."
+    assert tokenizer.decode(encode_check_prompts(told, tokenizer)[0]) == "Tea? Yes."
 
 
 def test_an_adapter_that_is_not_finite_is_refused(adapted, tmp_path):

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from common.adapter.ollama import modelfile, take_apart
-from common.commands import run_command
+from common.adapter.ollama import build_modelfile, parse_template
+from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import TINY
@@ -90,7 +90,7 @@ def wanted(tokenizer: PreTrainedTokenizerFast) -> list[str]:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_a_template_taken_apart_gives_the_same_text(name):
     tokenizer = TOKENIZERS[name]()
-    turns = take_apart(tokenizer)
+    turns = parse_template(tokenizer)
     assert [turns.render(chat) for chat in conversations()] == wanted(tokenizer)
 
 
@@ -107,7 +107,7 @@ def go(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_go_renders_the_template_as_jinja_does(go, name):
     tokenizer = TOKENIZERS[name]()
-    template = take_apart(tokenizer).go_template()
+    template = parse_template(tokenizer).go_template()
     cases = [
         {
             "Template": template,
@@ -134,23 +134,23 @@ def test_a_template_that_is_more_than_turns_is_refused(template):
     tokenizer = llama3()
     tokenizer.chat_template = template
     with pytest.raises(UserError, match="cannot be put in ollama's words: it is more than turns; take FORMAT=gguf"):
-        take_apart(tokenizer)
+        parse_template(tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template, and ollama needs one"):
-        take_apart(tokenizer)
+        parse_template(tokenizer)
 
 
 def test_a_modelfile_names_what_ends_an_answer_and_how_it_is_drawn():
     tokenizer = llama3()
     eos = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eot_id|>")]
     drawn = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=eos)
-    lines = modelfile("x-q8_0.gguf", tokenizer, drawn, 8192).splitlines()
+    lines = build_modelfile("x-q8_0.gguf", tokenizer, drawn, 8192).splitlines()
     assert lines[0] == "FROM ./x-q8_0.gguf"
     assert lines[1].startswith('TEMPLATE """{{ if .System }}<|start_header_id|>system<|end_header_id|>')
     for line in ('PARAMETER stop "<|end_of_text|>"', 'PARAMETER stop "<|eot_id|>"', "PARAMETER num_ctx 8192"):
         assert line in lines
     assert lines[-2:] == ["PARAMETER temperature 0.6", "PARAMETER top_p 0.9"] or "PARAMETER top_p 0.9" in lines
-    greedy = modelfile("x", tokenizer, GenerationConfig(), 10).splitlines()
+    greedy = build_modelfile("x", tokenizer, GenerationConfig(), 10).splitlines()
     assert greedy[-1] == "PARAMETER temperature 0"
 
 

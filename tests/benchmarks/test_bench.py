@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import gpu_check
-from benchmarks.bench import flops_per_token, reason, summary, table, tokens_per_s
+from benchmarks.bench import describe_failure, flops_per_token, summarize, table, tokens_per_s
 from benchmarks.stacks import NEEDS_GPU, STACKS
 from tests.conftest import ROOT
 
@@ -24,12 +24,12 @@ def test_the_rate_is_that_of_the_median_step_of_the_median_round():
     steps = [[1.0, 2.0, 9.0], [4.0], [1.0]]
     rounds = [measurement("ours", seconds, [3.0]) for seconds in steps]
     assert [tokens_per_s(one) for one in rounds] == [100.0, 50.0, 200.0]
-    (found,) = summary(rounds, 4000.0)
+    (found,) = summarize(rounds, 4000.0)
     assert (found["tokens_per_s"], found["slowest_and_fastest_round"]) == (100.0, [50.0, 200.0])
 
 
 def test_the_summary_compares_rate_losses_and_ceiling():
-    found = summary(
+    found = summarize(
         [
             measurement("ours", [1.0], [3.0, 2.5]),
             measurement("trl", [2.0], [3.0, 2.0]),
@@ -50,9 +50,9 @@ def test_the_summary_compares_rate_losses_and_ceiling():
 
 
 def test_a_process_that_failed_says_why_in_a_few_words():
-    assert reason("Traceback\n  File x\ntorch.OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
-    assert reason("Traceback\nValueError: no such thing\nwarning: more") == "ValueError: no such thing"
-    assert reason("") == "no message"
+    assert describe_failure("Traceback\n  File x\ntorch.OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
+    assert describe_failure("Traceback\nValueError: no such thing\nwarning: more") == "ValueError: no such thing"
+    assert describe_failure("") == "no message"
 
 
 def test_the_flops_of_a_token_are_those_without_recompute():
@@ -117,7 +117,7 @@ def test_the_gpu_check_says_what_it_cannot_do(flags, message, monkeypatch, capsy
 
 
 def test_a_piece_that_runs_too_long_is_stopped_and_its_log_stays(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LIMIT", 1)
+    monkeypatch.setattr(gpu_check, "LIMIT_SECONDS", 1)
     command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]
     assert gpu_check.run_piece("long", command, tmp_path / "long.log").startswith("stopped after 1 s")
     assert "begun" in (tmp_path / "long.log").read_text()

@@ -13,8 +13,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from common.cli import ERROR_STATUS, run
+from common.cli import run
 from common.data.rows import load_rows
+from common.machine.launch import ERROR_STATUS
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, Recipe
 from tests.run.test_faults import ended, forked

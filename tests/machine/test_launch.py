@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.cli import exit_status
+from common.exit_status import exit_status
 from common.machine import launch as module
 from common.machine.launch import (
     ERROR_STATUS,

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.adapter.load import find_adapter, load_trained, trained_tokenizer
-from common.commands import run_command
+from common.adapter.find import find_adapter
+from common.adapter.load import load_trained, trained_tokenizer
+from common.cli import run_command
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
 from common.data.rows import load_rows

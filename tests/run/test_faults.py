@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cli import ERROR_STATUS, run
+from common.cli import run
+from common.machine.launch import ERROR_STATUS
 from common.recipe import LoraSpec, Recipe
 from common.run import checkpoints
 from common.run.progress import ProgressReport

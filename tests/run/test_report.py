@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from common.commands import run_command
+from common.cli import run_command
 from common.recipe import UserError
 from common.run.provenance import code_version, command_line
 from common.run.report import write_report

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.cli import ERROR_STATUS, run
+from common.cli import run
+from common.machine.launch import ERROR_STATUS
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import DataSpec, ModelSpec, UserError
 from common.run import checkpoints

@@ -1,0 +1,113 @@
+"""Finds the adapter that a run left, and checks it against the recipe and the run's record.
+
+All checks come before the base model is looked for: what cannot work fails in a second, before any download.
+"""
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from common.machine.disk import sha256_of
+from common.model.files import check_complete
+from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter whose files are complete, and what is known of its training."""
+
+    folder: Path
+    recipe: Recipe  # the one that ran, from run.json; the command's for an adapter that was trained elsewhere
+    config: LoraConfig
+    run: dict[str, Any]  # run.json; empty for an adapter that was trained elsewhere
+    dtype: torch.dtype | None  # of the compute during training; None where it is not known
+
+
+def find_adapter(recipe: Recipe) -> TrainedAdapter:
+    """Finds the adapter in `recipe.out`.
+
+    Raises UserError when it is missing or damaged, when it is more than LoRA, and when it belongs to another base.
+    """
+    folder = Path(recipe.out)
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: train first (make finetune), or name the run's: OUT=...")
+    missing = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()), None)
+    if missing:
+        raise UserError(f"{folder} has no adapter ({missing} is missing); a run leaves it when it ends")
+    config = _read_config(folder / ADAPTER_CONFIG)
+    check_complete(folder / ADAPTER_WEIGHTS)
+    run = _read_run(folder / RUN_JSON)
+    ran = recipe_from_run(run["recipe"], recipe) if run else recipe
+    for trained_on in (config.base_model_name_or_path, ran.model.name):
+        if trained_on and trained_on != recipe.model.name:
+            raise UserError(
+                f"the adapter in {folder} was trained on {trained_on}, and the recipe says {recipe.model.name}"
+            )
+    expected = run.get("adapter_sha256")
+    if expected and expected != sha256_of(folder / ADAPTER_WEIGHTS):
+        raise UserError(
+            f"{folder / ADAPTER_WEIGHTS} is damaged: it is not what the run wrote. Copy it again, or go back to a "
+            f"checkpoint: make finetune ARGS=--resume (if you replaced it on purpose, remove {folder / RUN_JSON})"
+        )
+    return TrainedAdapter(folder, replace(ran, out=str(folder)), config, run, _dtype(run.get("compute_dtype")))
+
+
+def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
+    """Rebuilds the recipe that run.json holds as `values`.
+
+    Fields that this version does not know, because another version wrote the file, are left out. Fields that are
+    missing there keep the value of `default`.
+    """
+
+    def spec(kind: Any, name: str) -> Any:
+        known = {field.name for field in fields(kind)}
+        given = {key: value for key, value in values.get(name, {}).items() if key in known}
+        return replace(getattr(default, name), **given)
+
+    lora: LoraSpec = spec(LoraSpec, "lora")
+    return replace(
+        default,
+        model=spec(ModelSpec, "model"),
+        data=spec(DataSpec, "data"),
+        lora=replace(lora, target_modules=tuple(lora.target_modules)),
+        train=spec(TrainSpec, "train"),
+    )
+
+
+def _read_config(path: Path) -> LoraConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        kind = values["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
+    if kind != "LORA" or values.get("modules_to_save") or values.get("bias", "none") != "none":
+        raise UserError(f"{path} describes more than LoRA on linear layers, or something else: {kind}")
+    for key, types in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
+        if not isinstance(values.get(key), types):
+            raise UserError(f"{path} is not the configuration of an adapter: {key} is {values.get(key)!r}")
+    try:
+        return LoraConfig(**{key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run["recipe"]["model"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged; remove it to use the adapter with the recipe's values") from error
+    return dict(run)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = getattr(torch, name) if name in ("bfloat16", "float16", "float32") else None
+    assert dtype is None or isinstance(dtype, torch.dtype)
+    return dtype

@@ -1,0 +1,51 @@
+"""`make dryrun`: a few real steps of a recipe with random weights and the data that ships; nothing is downloaded."""
+
+import argparse
+from dataclasses import replace
+
+from common import REPOSITORY
+from common.commands.finetune import start_run
+from common.commands.flags import add_run_flags, apply_run_flags, whole_number
+from common.recipe import DataSpec, Recipe
+
+DRY_RUN_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
+
+
+def add_dryrun_flags(parser: argparse.ArgumentParser) -> None:
+    add_run_flags(parser)
+    parser.add_argument(
+        "--layers", type=whole_number(1), metavar="N", help="layers of the model (default: all; 2 without a GPU)"
+    )
+
+
+def run_dryrun(recipe: Recipe, flags: argparse.Namespace) -> int | None:
+    return start_run(shrink_to_dry_run(apply_run_flags(recipe, flags), flags.layers), flags)
+
+
+def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
+    """The recipe with random weights and the small data set that ships, for four steps, into <out>-dry-run.
+
+    Without a GPU the model keeps `layers` layers (default: 2), and the run has two steps of short rows: it takes
+    minutes, and fits in host memory.
+    """
+    from common.machine.device import this_machine
+    from common.machine.processes import world_size
+
+    train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
+    if not this_machine().is_gpu:
+        layers = layers or 2
+        if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as on the recipe's own cards
+            from common.plan.planner import Card, fits_whole
+
+            whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
+            train = replace(train, sharding="never" if whole else "always")
+        train = replace(train, seq_len=min(train.seq_len, 256), rows_per_step=2, max_steps=2)
+        recipe = replace(recipe, card_gib=None)
+    return replace(
+        recipe,
+        model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
+        data=DataSpec(str(DRY_RUN_DATA), eval_rows=8),
+        train=train,
+        out=f"{recipe.out}-dry-run",
+        existing_run="overwrite",
+    )

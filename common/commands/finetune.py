@@ -1,0 +1,79 @@
+"""`make finetune`: runs a recipe, in this process or in one process per GPU."""
+
+import argparse
+import contextlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from common.commands.flags import add_run_flags, apply_run_flags
+from common.machine.launch import launch
+from common.machine.processes import is_main_process
+from common.recipe import Recipe, Stopped, require
+from common.run.folder import prepare_run_folder
+
+
+def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
+    add_run_flags(parser)
+    instead = parser.add_argument_group("instead of a run")
+    instead.add_argument("--plan", action="store_true", help="print and draw how the run would use the card: make plan")
+    instead.add_argument("--dry-run", action="store_true", help="a few steps with random weights: make dryrun")
+    # Flags of a plan, which a run refuses with a reason.
+    parser.add_argument("--seq-len", help=argparse.SUPPRESS)
+    parser.add_argument("--card-gib", help=argparse.SUPPRESS)
+
+
+def run_finetune(recipe: Recipe, flags: argparse.Namespace) -> int | None:
+    """Raises UserError for a flag of a plan, and as start_run."""
+    require(flags.seq_len is None, "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe")
+    require(flags.card_gib is None, "--card-gib is for a plan; a run uses what is free on the GPU of the machine")
+    return start_run(apply_run_flags(recipe, flags), flags, hint=f". Go on with: {_resume_command(flags)}")
+
+
+def _resume_command(flags: argparse.Namespace) -> str:
+    out = f' OUT="{flags.out}"' if flags.out else ""
+    data = f' DATA="{flags.data}"' if flags.data else ""
+    gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
+    return f"make finetune MODEL={flags.recipe_name}{gpus}{data}{out} ARGS=--resume"
+
+
+def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> int | None:
+    """Runs the recipe's story in this process; where --gpus or --nnodes are given, starts the processes of the run.
+
+    hint: printed behind the message when a signal stops the run. Returns the exit status; None when the run has ended.
+    Raises UserError as launch and _run_here.
+    """
+    is_launched = "WORLD_SIZE" in os.environ  # by launch or by torchrun: this is one of the run's processes
+    if (flags.gpus is not None or flags.nnodes > 1) and not is_launched:
+        return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
+    try:
+        _run_here(recipe, flags)
+    except Stopped as stop:
+        if is_main_process():  # all processes stop
+            print(f"\n{stop}{hint}", file=sys.stderr)
+        return 128 + stop.signal_number
+    return None
+
+
+def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
+    from common.machine.collectives import init_distributed, run_on_main
+    from common.machine.device import require_gpu_per_process
+
+    tracker = recipe.train.report_to
+    require(
+        tracker == "none" or importlib.util.find_spec(tracker) is not None,
+        f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
+    )
+    require_gpu_per_process()
+    init_distributed()
+    run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
+    require(
+        Path(recipe.out).is_dir(),
+        f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
+    )
+    try:
+        flags.story(recipe)
+    finally:
+        with contextlib.suppress(OSError):
+            Path(recipe.out).rmdir()  # removes the folder when nothing was written into it

@@ -1,0 +1,63 @@
+"""The flags that several commands take, and what they change in the recipe."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from common.recipe import Recipe, UserError
+
+BASES = ("4bit", "original")
+
+
+def whole_number(minimum: int) -> Callable[[str], int]:
+    """A type for argparse: int from `minimum` on. Anything else ends the command with argparse's own message."""
+
+    def parse(text: str) -> int:
+        number = int(text) if text.removeprefix("-").isdecimal() else None
+        if number is None or number < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
+        return number
+
+    return parse
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a run. A plan and a dry run take them too: they look at the same run."""
+    parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
+    parser.add_argument(
+        "--gpus", type=whole_number(1), metavar="N", help="run on N GPUs of this machine, or plan for N"
+    )
+    parser.add_argument(
+        "--nnodes", type=whole_number(1), default=1, metavar="N", help="on so many machines, with --gpus each"
+    )
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines find each other: one of them")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")
+    existing.add_argument("--overwrite", action="store_true", help="replace the run in the output folder")
+
+
+def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
+    """The recipe with what the flags of add_run_flags say. Raises UserError for a value that is out of range."""
+    if flags.data:  # the recipe's own held-out rows belong to the recipe's own data
+        recipe = replace(recipe, data=replace(recipe.data, source=flags.data, eval_source=None, revision=None))
+    if flags.max_steps is not None:
+        recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))
+    existing = "resume" if flags.resume else "overwrite" if flags.overwrite else recipe.existing_run
+    return replace(recipe, existing_run=existing)
+
+
+def add_target_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of a command that writes a merged model."""
+    parser.add_argument(
+        "--base", default="4bit", help="merge into the base as it was trained (4bit) or the original one"
+    )
+    parser.add_argument("--to", type=Path, help="where to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def require_choice(value: str, choices: Sequence[str], name: str) -> None:
+    """Raises UserError, with the name that the variable has in the Makefile, unless `value` is one of `choices`."""
+    if value not in choices:
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(choices)}")

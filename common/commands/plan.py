@@ -1,0 +1,49 @@
+"""`make plan`: prints and draws how a run would use a card, before anything is downloaded."""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from common.commands.flags import add_run_flags, apply_run_flags
+from common.recipe import Recipe
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    add_run_flags(parser)
+    parser.add_argument("--card-gib", type=float, metavar="GIB", help="plan for a card of this size")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="plan for rows of N tokens")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, for machines")
+
+
+def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
+    """Prints and draws the plan for --card-gib, else for this machine's GPU, else for the recipe's card_gib.
+
+    Raises UserError when no plan fits the card.
+    """
+    from common.machine.device import this_machine
+    from common.plan import picture as plan_picture
+    from common.plan import planner
+    from common.plan import report as plan_report
+
+    recipe = apply_run_flags(recipe, flags)
+    if flags.seq_len is not None:
+        recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
+    if flags.card_gib is not None:
+        recipe = replace(recipe, card_gib=flags.card_gib)
+    machine = this_machine()
+    if flags.card_gib is None and machine.is_gpu:
+        card, setting = planner.Card.of_machine(machine), planner.setting_of(machine)
+    elif recipe.card_gib is not None:
+        card, setting = planner.Card.of_size(recipe.card_gib), None
+    else:
+        planner.plan_for_card(recipe)
+        print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
+        return
+    report = plan_report.build_report(*planner.choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
+    print(report.text())
+    picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{flags.recipe_name}.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plan_picture.draw_plan(report, picture)
+    if flags.json:
+        plan_report.write_json(report, flags.json)
+    print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))

@@ -1,0 +1,49 @@
+"""How a command ends: its exit status, and one line on stderr for what the user can mend."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS
+from common.machine.processes import is_main_process, rank
+from common.recipe import UserError
+
+MAIN_SPEAKS_SECONDS = 3  # head start of the first process, which mostly has the same error to print
+# The disk or the quota is full, or this user may not write there.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def exit_status(action: Callable[[], int | None], folder: str) -> int:
+    """Runs `action` and returns the exit status: the one that `action` returns, 0 for None.
+
+    A UserError, and a file that cannot be written, become one line on stderr and status 2; Ctrl-C becomes status 130.
+    Any other exception passes. folder: where the action writes, named when the error names no file.
+    """
+    try:
+        return action() or 0
+    except UserError as error:
+        if not is_main_process():  # the launcher ends this process as soon as the first one has printed and ended
+            time.sleep(MAIN_SPEAKS_SECONDS)
+        process = "" if is_main_process() else f"process {rank()}: "
+        print(f"\n{process}error: {error}", file=sys.stderr)
+        return ERROR_STATUS
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        print(f"\nerror: {error.filename or folder} cannot be written: {error.strerror}", file=sys.stderr)
+        return ERROR_STATUS
+    except RuntimeError as error:
+        if "WORLD_SIZE" not in os.environ or not _lost_another_process(error):
+            raise
+        return PEER_LOST_STATUS
+
+
+def _lost_another_process(error: RuntimeError) -> bool:
+    """Whether the error is that of a collective whose other process has ended."""
+    names = ("DistBackendError", "DistNetworkError", "DistStoreError")
+    return type(error).__name__ in names or "gloo/transport" in str(error)
