@@ -1,148 +1,202 @@
-"""Draws the architecture from the imports, and lists every module with the first sentence of its docstring.
+"""Draws the packages of common/ and the imports between them, and lists every module with the first sentence it says.
 
-python -m benchmarks.draw_architecture            # docs/architecture.png, and the table in docs/architecture.md
-python -m benchmarks.draw_architecture --check    # exit status 1 where the table is not up to date
+python -m benchmarks.draw_architecture             # writes docs/architecture.svg and the table in docs/architecture.md
+python -m benchmarks.draw_architecture --check     # exit status 1 when one of the two is out of date
+
+Standard library only. benchmarks/ and tests/ import from every floor and are left out.
 """
 
-import argparse
 import ast
 import sys
-from collections import Counter
 from pathlib import Path
 
 from common import REPOSITORY
 
 PAGE = REPOSITORY / "docs" / "architecture.md"
-PICTURE = REPOSITORY / "docs" / "architecture.png"
-BEGIN, END = "<!-- modules: python -m benchmarks.draw_architecture -->", "<!-- end of modules -->"
-# From the top down, as in tests/test_structure.py.
-FLOORS = ("recipes", "commands", "adapter", "run", "plan", "model", "data", "machine", "kernels", "ground")
-NAMES = {"recipes": "recipes/", "ground": "common/*.py, imported from every floor"}
-ON_TOP = {"cli"}  # modules of common/ that belong to the floor "commands"
-COLOURS = ("#4477AA", "#66CCEE", "#228833", "#CCBB44", "#EE6677", "#AA3377")  # Paul Tol's bright palette
+DRAWING = REPOSITORY / "docs" / "architecture.svg"
+FLOORS_FILE = REPOSITORY / "tests" / "test_structure.py"
+TABLE_START = "<!-- modules: python -m benchmarks.draw_architecture -->"
+TABLE_END = "<!-- end of modules -->"
+COLORS = ("#1d6fa5", "#c0561f", "#17804a", "#8a3ea8", "#b3261e", "#52606d", "#9a7400", "#0f7c85", "#a8326f", "#3d4db7")
+
+# Sizes in the drawing, pixels
+WIDTH = 1100
+MODULES_LEFT, MODULES_RIGHT = 190, 790  # where the boxes of a floor's modules begin and end
+FIRST_LANE, LANE_WIDTH = 820, 25  # the vertical lines, one for each importing band
+BOX_HEIGHT, LINE_HEIGHT, FLOOR_GAP = 24, 31, 14
+CHARACTER_WIDTH = 6.7  # of a sans-serif font of 12 pixels, on average; boxes are sized by it
+
+Modules = dict[str, Path]  # "common.run.folder" -> its file
 
 
-def floor_of(module: str) -> str:
-    """The floor that a module such as "common.plan.count" or "recipes.tiny" stands on."""
-    first, *rest = module.split(".")
-    if first == "recipes":
-        return "recipes"
-    if not rest or rest[0] not in FLOORS:
-        return "commands" if rest and rest[0] in ON_TOP else "ground"
-    return rest[0]
-
-
-def modules() -> dict[str, Path]:
-    """Every module of common/ and recipes/ by its dotted name."""
-    paths = [path for folder in ("recipes", "common") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+def find_modules() -> Modules:
+    """Every module of common/ and recipes/; a package stands for its __init__."""
+    paths = [path for folder in ("common", "recipes") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
     return {
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in paths
     }
 
 
-def count_imports(known: dict[str, Path]) -> Counter[tuple[str, str]]:
-    """How many modules of one floor import a module of another: (importing floor, imported floor) -> count."""
-    found: Counter[tuple[str, str]] = Counter()
-    for module, path in known.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("common", "recipes"):
-                here, there = floor_of(module), floor_of(node.module)
-                if here != there and there != "ground":
-                    found[here, there] += 1
+def read_bands() -> list[tuple[str, ...]]:
+    """The bands of the drawing from the ground up: a package each, or the modules of common/ that follow each other.
+
+    The order is that of FLOORS in tests/test_structure.py, which holds it.
+    """
+    for node in ast.parse(FLOORS_FILE.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS":
+            floors = [floor for floor in ast.literal_eval(node.value) if floor != "benchmarks"]
+    bands: list[tuple[str, ...]] = []
+    for floor in floors:
+        if bands and not is_package(floor) and not is_package(bands[-1][-1]):
+            bands[-1] += (floor,)
+        else:
+            bands.append((floor,))
+    return bands
+
+
+def is_package(floor: str) -> bool:
+    return floor != "common" and (REPOSITORY / floor.replace(".", "/")).is_dir()
+
+
+def floor_of(module: str) -> str:
+    """The package of a module ("common.run" of "common.run.folder"), or the module itself directly in common/."""
+    parts = module.split(".")
+    return parts[0] if parts[0] == "recipes" else ".".join(parts[:2])
+
+
+def imported_modules(path: Path, modules: Modules) -> set[str]:
+    """Names of the modules of `modules` that a file imports, at its top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & modules.keys() or {node.module}
+    return found & modules.keys()
+
+
+def band_imports(bands: list[tuple[str, ...]], modules: Modules) -> dict[int, set[int]]:
+    """The number of each band: the numbers of the bands that it imports from."""
+    number_of = {floor: number for number, band in enumerate(bands) for floor in band}
+    found: dict[int, set[int]] = {number: set() for number in range(len(bands))}
+    for module, path in modules.items():
+        here = number_of[floor_of(module)]
+        found[here] |= {number_of[floor_of(name)] for name in imported_modules(path, modules)} - {here}
     return found
 
 
-def first_sentence(path: Path) -> str:
-    """Of the module's docstring, on one line."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    paragraph = " ".join(text.split("\n\n")[0].split())
-    end = paragraph.find(". ")
-    return (paragraph[: end + 1] if end > 0 else paragraph).replace("|", "\\|")
+def modules_of(band: tuple[str, ...], modules: Modules) -> list[str]:
+    """The names that the drawing shows in a band."""
+    paths = [path for module, path in modules.items() if floor_of(module) in band]
+    return [path.stem for path in paths if path.name != "__init__.py"]
 
 
-def table(known: dict[str, Path]) -> str:
-    lines = ["| module | what it holds |", "|---|---|"]
-    for floor in FLOORS:
-        for module, path in known.items():
-            if floor_of(module) == floor and module not in ("recipes", "recipes.__main__"):
-                place = path.relative_to(REPOSITORY).as_posix().removesuffix("/__init__.py")
-                strong = "**" if path.name == "__init__.py" else ""
-                lines.append(f"| {strong}`{place}`{strong} | {first_sentence(path)} |")
-    return "\n".join(lines)
+def lay_out_boxes(names: list[str]) -> list[tuple[int, int, int, str]]:
+    """Boxes from left to right in as many lines as needed: x, line, width, text."""
+    boxes, x, line = [], MODULES_LEFT, 0
+    for text in names:
+        width = int(len(text) * CHARACTER_WIDTH) + 16
+        if x + width > MODULES_RIGHT:
+            x, line = MODULES_LEFT, line + 1
+        boxes.append((x, line, width, text))
+        x += width + 8
+    return boxes
 
 
-def page_with(table_text: str, page: str) -> str:
-    """The page with the table between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{table_text}\n{END}{after}"
+def draw(modules: Modules) -> str:
+    """The drawing as SVG: packages as bands, modules as boxes in them, a vertical line for what each band imports."""
+    bands = read_bands()
+    imports = band_imports(bands, modules)
+    shapes: list[str] = []
+    middle, y = {}, 56
+    for number in reversed(range(len(bands))):
+        boxes = lay_out_boxes(modules_of(bands[number], modules))
+        height = LINE_HEIGHT * (1 + max((line for _, line, _, _ in boxes), default=0)) + 9
+        middle[number] = y + height // 2
+        shapes += draw_band(bands[number], boxes, y, height)
+        y += height + FLOOR_GAP
+    importing = [number for number in reversed(range(len(bands))) if imports[number]]
+    for place, number in enumerate(importing):
+        lane, color = FIRST_LANE + place * LANE_WIDTH, COLORS[place % len(COLORS)]
+        shapes += draw_imports(lane, color, middle[number], sorted(middle[target] for target in imports[number]))
+    size = f'width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}"'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="Helvetica, Arial, sans-serif" font-size="12">\n'
+        f'<rect width="{WIDTH}" height="{y}" fill="#ffffff"/>\n'
+        '<text x="16" y="24" font-size="15" font-weight="bold" fill="#1b1f24">Packages are floors; imports only go '
+        "down</text>\n"
+        '<text x="16" y="42" fill="#57606a">A line shows what one floor imports: a dot on that floor, and an arrow on '
+        "each floor that it imports from.</text>\n"
+    )
+    return head + "\n".join(shapes) + "\n</svg>\n"
 
 
-def draw(known: dict[str, Path], path: Path) -> None:
-    """Floors from the recipes down, with their modules; beside each, how many modules of the floors above import it."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch
-
-    imports, step = count_imports(known), 10
-    figure = Figure(figsize=(14, 11.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(-0.5, 100), ylim=(-step * len(FLOORS) + 6, 14))
-    axes.axis("off")
-    axes.text(0, 10, "A floor imports from the floors below it", fontsize=15, fontweight="bold")
-    columns = {floor: 72.5 + 3.3 * number for number, floor in enumerate(FLOORS[:-2])}
-    for floor, x in columns.items():
-        axes.text(x, 7.2, floor, rotation=50, fontsize=10.5, ha="left", color="0.2")
-    axes.text(100, 13, "imported by (number of imports)", fontsize=10.5, ha="right", color="0.2")
-    for number, floor in enumerate(FLOORS):
-        top, colour = -step * number, _colour_of(floor)
-        rounded = "round,pad=0,rounding_size=0.8"
-        axes.add_patch(
-            FancyBboxPatch((0, top - 3), 70, 8.6, rounded, facecolor=f"{colour}22", edgecolor=colour, linewidth=1.4)
+def draw_band(band: tuple[str, ...], boxes: list[tuple[int, int, int, str]], y: int, height: int) -> list[str]:
+    name = band[0].replace(".", "/") + "/" if is_package(band[0]) else "common/*.py"
+    frame = f'<rect x="8" y="{y}" width="{WIDTH - 16}" height="{height}" rx="6" fill="#f3f5f8" stroke="#d0d7de"/>'
+    middle = y + height // 2 + 5
+    shapes = [frame, f'<text x="20" y="{middle}" font-size="13" font-weight="bold" fill="#1b1f24">{name}</text>']
+    for x, line, width, text in boxes:
+        top = y + 8 + line * LINE_HEIGHT
+        shapes.append(
+            f'<rect x="{x}" y="{top}" width="{width}" height="{BOX_HEIGHT}" rx="4" fill="#ffffff" stroke="#b6bfca"/>'
+            f'<text x="{x + width / 2:g}" y="{top + 16}" text-anchor="middle" fill="#24292f">{text}</text>'
         )
-        axes.text(1.2, top + 3.2, NAMES.get(floor, f"common/{floor}/"), fontsize=12.5, fontweight="bold", color="0.1")
-        names = [module.split(".")[-1] for module in known if floor_of(module) == floor and not _is_face(module)]
-        for row, line in enumerate(_lines(names, 100)):
-            axes.text(1.2, top + 1.0 - 1.7 * row, line, fontsize=9.5, color="0.15")
-        for other, x in columns.items():
-            if count := imports[other, floor]:
-                look = {"boxstyle": "round,pad=0.3", "facecolor": f"{_colour_of(other)}33", "edgecolor": "none"}
-                axes.text(x + 1, top + 1.2, str(count), fontsize=10.5, ha="center", va="center", bbox=look)
-    figure.savefig(path, dpi=100)
+    return shapes
 
 
-def _is_face(module: str) -> bool:
-    return module in ("recipes", "recipes.__main__", "common") or module.removeprefix("common.") in FLOORS
+def draw_imports(lane: int, color: str, start: int, targets: list[int]) -> list[str]:
+    """A vertical line: a dot at `start`, an arrow at each of `targets`, which are sorted and lie below it."""
+    shapes = [
+        f'<path d="M {lane} {start} V {targets[-1]}" fill="none" stroke="{color}" stroke-width="1.6"/>',
+        f'<circle cx="{lane}" cy="{start}" r="6" fill="{color}"/>',
+    ]
+    return shapes + [f'<path d="M {lane} {y + 7} l -7 -12 h 14 z" fill="{color}"/>' for y in targets]
 
 
-def _colour_of(floor: str) -> str:
-    return COLOURS[FLOORS.index(floor) % len(COLOURS)]
+def first_sentence(path: Path) -> str:
+    """The first sentence of a module's docstring, without its full stop."""
+    paragraph = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+    return " ".join(paragraph.split()).split(". ")[0].removesuffix(".")
 
 
-def _lines(names: list[str], width: int) -> list[str]:
-    lines, line = [], ""
-    for name in names:
-        if line and len(line) + len(name) + 3 > width:
-            lines.append(line)
-            line = ""
-        line = f"{line} · {name}" if line else name
-    return [*lines, line]
+def module_table(modules: Modules) -> str:
+    """A table for each band from the top down, with a row for each of its modules."""
+    lines: list[str] = []
+    for band in reversed(read_bands()):
+        title = f"{band[0].replace('.', '/')}/" if is_package(band[0]) else "common/*.py"
+        lines += ["", f"| `{title}` | |", "|---|---|"]
+        for module, path in modules.items():
+            if floor_of(module) in band and (sentence := first_sentence(path)):
+                text = sentence.replace("|", "\\|")
+                lines.append(f"| [`{path.name}`](../{path.relative_to(REPOSITORY)}) | {text} |")
+    return "\n".join(lines[1:])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the table is old")
-    args = parser.parse_args()
-    known = modules()
+def page_with_table(page: str, table: str) -> str:
+    before, rest = page.split(TABLE_START)
+    after = rest.split(TABLE_END)[1]
+    return f"{before}{TABLE_START}\n\n{table}\n\n{TABLE_END}{after}"
+
+
+def main(arguments: list[str]) -> int:
+    modules = find_modules()
     page = PAGE.read_text(encoding="utf-8")
-    wanted = page_with(table(known), page)
-    if args.check:
-        if wanted != page:
-            print("docs/architecture.md is not up to date: python -m benchmarks.draw_architecture", file=sys.stderr)
-        return int(wanted != page)
-    PAGE.write_text(wanted, encoding="utf-8")
-    draw(known, PICTURE)
+    wanted = {PAGE: page_with_table(page, module_table(modules)), DRAWING: draw(modules)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if arguments == ["--check"]:
+        for path in stale:
+            print(
+                f"{path.relative_to(REPOSITORY)} is out of date: python -m benchmarks.draw_architecture",
+                file=sys.stderr,
+            )
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(wanted[path], encoding="utf-8")
+        print(f"written: {path.relative_to(REPOSITORY)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
