@@ -37,10 +37,11 @@ FINITE_CHECK_ROWS = 1 << 13  # rows of a tensor that one check looks at, to keep
 class MergedWeights:
     """Gives the tensors of the base and of the merged model, one at a time, in fp32.
 
-    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does.
-    original: takes the original weights instead. packed: names of the weights that the base's files hold in 4 bits;
-    quantised: of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's adapter, which has no base; for
-    `original` of a checkpoint that holds only 4-bit weights; and as model_folder, load_config and attach_adapter.
+    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does; with
+    `original`, the original weights are taken instead. `packed` has the names of the weights that the base's files hold
+    in 4 bits, `quantised` of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's
+    adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as model_folder,
+    load_config and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
