@@ -37,9 +37,11 @@ FINITE_CHECK_ROWS = 1 << 13  # rows of a tensor that one check looks at, to keep
 class MergedWeights:
     """Gives the tensors of the base and of the merged model, one at a time, in fp32.
 
-    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does.
-    original: takes the original weights instead. Raises UserError for a dry run's adapter, which has no base; for
-    `original` of a checkpoint that holds only 4-bit weights; and as model_folder, load_config and attach_adapter.
+    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does; with
+    `original`, the original weights are taken instead. `packed` has the names of the weights that the base's files hold
+    in 4 bits, `quantised` of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's
+    adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as model_folder,
+    load_config and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
@@ -56,7 +58,6 @@ class MergedWeights:
         self.config.dtype = torch.float32
         self.stored = Shards(self.folder)
         self.skeleton = self._skeleton()
-        # Names of weights: stored in 4 bits, and 4-bit in the run's model.
         self.packed = {name.removesuffix(NF4_STATE) for name in self.stored.entries if name.endswith(NF4_STATE)}
         if original and self.packed:
             raise UserError(f"{spec.name} is a 4-bit checkpoint: it has no original weights to merge into")
@@ -67,7 +68,7 @@ class MergedWeights:
         self.dtype_of = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
 
     def _skeleton(self) -> PeftModel:
-        """Builds the model on the meta device, with the adapter's weights on the real one."""
+        """The model on meta, with the adapter's own weights."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
         return attach_adapter(model, self.adapter, self.device).eval()
