@@ -144,27 +144,30 @@ def _show_plan(recipe: Recipe, flags: argparse.Namespace, name: str) -> None:
     """Prints the plan for the card asked for, else the machine's GPU, else the recipe's card, and draws it."""
     quiet_libraries()
     from common.machine.device import this_machine
-    from common.plan import picture as plan_picture
-    from common.plan import planner
-    from common.plan import report as plan_report
+    from common.plan.card import Card
+    from common.plan.machine_plan import plan_for_card, setting_of
+    from common.plan.picture import draw_plan
+    from common.plan.plan import choose_option
+    from common.plan.report import build_report
+    from common.plan.report_json import write_json
 
     machine = this_machine()
     if flags.card_gib is None and machine.is_gpu:
-        card, setting = planner.Card.of_machine(machine), planner.setting_of(machine)
+        card, setting = Card.of_machine(machine), setting_of(machine)
     elif recipe.card_gib is not None:
-        card, setting = planner.Card.of_size(recipe.card_gib), None
+        card, setting = Card.of_size(recipe.card_gib), None
     else:
-        planner.plan_for_card(recipe)
+        plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
-    report = plan_report.build_report(*planner.choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
+    report = build_report(*choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{name}.png"
     if not flags.json:
         picture.parent.mkdir(exist_ok=True)
-    plan_picture.draw_plan(report, picture)
+    draw_plan(report, picture)
     if flags.json:
-        plan_report.write_json(report, flags.json)
+        write_json(report, flags.json)
     print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))
 
 
@@ -181,7 +184,8 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
     if not this_machine().is_gpu:
         layers = layers or 2
         if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as its own cards would have it
-            from common.plan.planner import Card, fits_whole
+            from common.plan.card import Card
+            from common.plan.plan import fits_whole
 
             whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
             train = replace(train, sharding="never" if whole else "always")

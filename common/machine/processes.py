@@ -6,8 +6,7 @@ The first one ("main") speaks, and writes what is written once; all of them load
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -174,28 +173,6 @@ def _group_here() -> Any:
 
 def world_mesh(device_type: str) -> DeviceMesh:
     return init_device_mesh(device_type, (world_size(),))
-
-
-@contextmanager
-def fake_process_group(processes: int) -> Iterator[DeviceMesh]:
-    """A mesh of so many processes, this one among them, in which nothing is sent: what is received is not computed."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore  # the backend "fake" is registered with it
-
-    if distributed.is_initialized():
-        yield DeviceMesh.from_group(_fake_group(), "cpu")
-        return
-    hook = sys.excepthook
-    distributed.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (processes,))
-    finally:
-        distributed.destroy_process_group()
-        sys.excepthook = hook  # which torch has put its own around
-
-
-@cache
-def _fake_group() -> Any:
-    return distributed.new_group(backend="fake")
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
