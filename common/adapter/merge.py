@@ -8,6 +8,7 @@ model by the quantisation error of the base, which is some hundred times larger.
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class MergedWeights:
         if not self.packed:
             return in_16_bits(self.stored.shards, dtype)
         entries = []
-        for entry in self.stored.entries.values():
+        for entry in _report_reading(list(self.stored.entries.values())):
             if entry.name in self.packed:
                 shape = stored_4bit(self.stored, entry.name, self.device)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
@@ -169,6 +170,14 @@ class MergedWeights:
             "merged_into": self.describe_base(),
         }
         path.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+
+
+def _report_reading(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Yields the entries, and prints how far their reader is when it is slow."""
+    with report_slow_work("reading the 4-bit base", len(entries), "tensors") as work:
+        for entry in entries:
+            yield entry
+            work.done += 1
 
 
 def write_merged(weights: MergedWeights, folder: Path) -> None:
