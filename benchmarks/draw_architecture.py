@@ -188,13 +188,13 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--check"]:
         for path in stale:
             print(
-                f"{path.relative_to(REPOSITORY)} is out of date: python -m benchmarks.draw_architecture",
+                f"docs/{path.name} is out of date: python -m benchmarks.draw_architecture",
                 file=sys.stderr,
             )
         return 1 if stale else 0
     for path in stale:
         path.write_text(wanted[path], encoding="utf-8")
-        print(f"written: {path.relative_to(REPOSITORY)}")
+        print(f"written: docs/{path.name}")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The README's tables of plans: what a layer saves, each recipe on cards of 24, 16 and 12 GiB, what each policy costs.
+"""Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
 
-python -m benchmarks.plan_table        # about a minute; tests/benchmarks/test_plan_table.py holds the README to it
+python -m benchmarks.plan_table        # about a minute; tests/benchmarks/test_plan_table.py holds the pages to it
 """
 
 import sys

@@ -11,7 +11,7 @@ from common.recipe import UserError
 
 CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on cards of this size; not measured by us
 # cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG, common/process_state.py), once for the forward and once
-# the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
+# for the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
 WORKSPACE_BYTES = 3 * (32 << 20)
 NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others; assumed, not measured
 # Of the card: blocks whose size the allocator cannot use, with expandable segments.

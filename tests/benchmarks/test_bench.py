@@ -62,8 +62,8 @@ def test_the_flops_of_a_token_are_those_without_recompute():
 
 def test_the_page_shows_the_committed_results():
     report = json.loads((ROOT / "benchmarks" / "results" / "bench_cpu.json").read_text())
-    page = (ROOT / "docs" / "speed.md").read_text().replace("\n", " ")
-    assert table(report).replace("\n", " ") in page
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    assert table(report) in page
     assert report["command"] in page and report["machine"] in page and report["date"] in page
 
 

@@ -7,8 +7,8 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_tables_in_the_pages_are_what_the_planner_says():
-    pages = "".join((ROOT / "docs" / name).read_text() for name in ("memory.md", "speed.md"))
-    lines = [*activation_lines(), *plan_lines(), *policy_lines(), *published_lines()]
-    missing = [line for line in lines if line not in pages]
+def test_the_tables_of_plans_are_what_the_planner_says():
+    memory, speed = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("memory.md", "speed.md"))
+    missing = [line for line in activation_lines() if line not in speed]
+    missing += [line for line in (*plan_lines(), *policy_lines(), *published_lines()) if line not in memory]
     assert not missing, "python -m benchmarks.plan_table prints them: " + "\n".join(missing)
