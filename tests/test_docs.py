@@ -140,7 +140,7 @@ def test_the_drawing_and_the_table_of_modules_are_up_to_date(capsys):
 
 def test_a_stale_drawing_or_table_is_found_and_made_anew(tmp_path, monkeypatch, capsys):
     page, drawing = tmp_path / "architecture.md", tmp_path / "architecture.svg"
-    page.write_text(f"before\n{draw_architecture.TABLE_START}\nold\n{draw_architecture.TABLE_END}\nafter\n")
+    page.write_text(f"before\n{draw_architecture.TABLE_START}\na stale row\n{draw_architecture.TABLE_END}\nafter\n")
     monkeypatch.setattr(draw_architecture, "PAGE", page)
     monkeypatch.setattr(draw_architecture, "DRAWING", drawing)
     assert draw_architecture.main(["--check"]) == 1
@@ -148,5 +148,5 @@ def test_a_stale_drawing_or_table_is_found_and_made_anew(tmp_path, monkeypatch, 
     assert draw_architecture.main([]) == 0
     assert draw_architecture.main(["--check"]) == 0
     text = page.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "a stale row" not in text
     assert "common/recipe.py" in text and "<svg" in drawing.read_text()
