@@ -179,7 +179,7 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
 
 def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite: bool) -> None:
     from common.adapter.gguf import write_adapter
-    from common.model.files import load_config
+    from common.model.config import load_config
     from common.run.folder import ADAPTER_WEIGHTS
 
     size = (adapter.folder / ADAPTER_WEIGHTS).stat().st_size

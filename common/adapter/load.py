@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from common.machine.disk import sha256_of
-from common.model.files import check_complete
+from common.model.integrity import check_complete
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError

@@ -13,7 +13,7 @@ from common.adapter.load import TrainedAdapter, trained_tokenizer
 from common.adapter.merge import MergedWeights
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
-from common.model.safetensors_files import Shards
+from common.model.safetensors_files import SafetensorsFolder
 from common.recipe import UserError
 
 # Mean KL divergence from the trained to the merged model, in nats, both computed in fp32. Rounding to bf16 makes 5e-7
@@ -89,7 +89,7 @@ def compare(
 
     rounded: beside one with the weights of the trained one added up and rounded, which is what merging should make.
     """
-    merged = Shards(folder)
+    merged = SafetensorsFolder(folder)
 
     def read_merged(name: str, rows: Any = None) -> Tensor:
         return merged.read(name, rows).to(weights.device).float()

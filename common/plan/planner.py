@@ -17,7 +17,7 @@ from common.machine.device import GIB, Machine, available_ram, require_gpu, this
 from common.machine.processes import ONE_PROCESS, Layout, all_gather, broadcast_from_main, local_world_size, world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.sharding import refuse_unshardable
 from common.plan.forecast import Forecast, Setting, speed_of
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, OPTIMIZER, WEIGHTS, Step, peak_between

@@ -12,7 +12,7 @@ from typing import Any
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
-from common.model.files import load_config
+from common.model.config import load_config
 from common.plan.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, make_plan
 from common.plan.step import GATHERED, KINDS, WEIGHTS, Speed, Step
 from common.recipe import Recipe, UserError

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from common.data.packing import halve, split_into_examples
 from common.machine.processes import all_reduce_max, all_reduce_sum, is_main_process, rank, run_on_main, world_size
 from common.model.activation_checkpointing import (
-    TRAINER_ARGUMENTS,
+    TRAINER_FLAG,
     Policy,
     RecomputeWatch,
     checkpoint_activations,
@@ -376,7 +376,7 @@ def refuse_two_checkpointings(sharded: bool, arguments: Any) -> None:
 
     With the trainer's flag beside FSDP's own checkpointing each layer is gathered once more (transformers issue 30404).
     """
-    flag = next(iter(TRAINER_ARGUMENTS))
+    flag = TRAINER_FLAG
     if sharded and getattr(arguments, flag):
         raise UserError(
             f"{flag}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each would be "

@@ -9,7 +9,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.machine.device import GIB, Machine
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
 from tests.conftest import ARCHITECTURES, FP32, ROOT
