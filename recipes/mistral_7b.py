@@ -35,5 +35,5 @@ def main(recipe: Recipe = RECIPE) -> None:
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # on several GPUs that are too small for it
+    shard_layers(model, plan.layout)  # if the plan shards: reads the layers that load_4bit left empty, shards each
     train(model, tokenizer, rows, recipe, plan)

@@ -32,7 +32,7 @@ def _(host: Tensor, device: torch.device) -> Tensor:
     return torch.empty_like(host, device=device)
 
 
-_streams: dict[torch.device, torch.cuda.Stream] = {}
+_streams: dict[torch.device, torch.cuda.Stream] = {}  # one for each GPU, as long as the process lives
 
 
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
@@ -46,7 +46,7 @@ def _copy(source: Tensor, target: Tensor) -> Tensor:
     if gpu is None:
         return target.copy_(source)
     stream = _copy_stream(gpu)
-    # Until the source is computed, and earlier work on the target's memory is done.
+    # The copy begins when the source is computed, and when earlier work on the target's memory is done.
     stream.wait_stream(torch.cuda.current_stream(gpu))
     with torch.cuda.stream(stream):
         return target.copy_(source, non_blocking=True)

@@ -68,9 +68,8 @@ class _LeanAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        return lora_linear_add(output.reshape(len(hidden), -1), read_lora_linear(self.o_proj), hidden).view_as(
-            hidden_states
-        )
+        output = lora_linear_add(output.reshape(len(hidden), -1), read_lora_linear(self.o_proj), hidden)
+        return output.view_as(hidden_states)
 
 
 class _LeanMLP(nn.Module):
@@ -99,13 +98,12 @@ def _norm_heads(states: Tensor, norm: Any) -> Tensor:
 
 def _define_lean_classes() -> dict[type, type]:
     """By stock class: its lean subclass, such as LeanLlamaMLP of LlamaMLP."""
-    return {
-        (stock := architecture.layer_class(part)): type(
-            f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__}
-        )
-        for architecture in ARCHITECTURES.values()
-        for part, lean in (("DecoderLayer", _LeanLayer), ("Attention", _LeanAttention), ("MLP", _LeanMLP))
-    }
+    found = {}
+    for architecture in ARCHITECTURES.values():
+        for part, lean in (("DecoderLayer", _LeanLayer), ("Attention", _LeanAttention), ("MLP", _LeanMLP)):
+            stock = architecture.layer_class(part)
+            found[stock] = type(f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__})
+    return found
 
 
 LEAN_CLASS_OF = _define_lean_classes()

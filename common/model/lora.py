@@ -11,8 +11,9 @@ from common.recipe import LoraSpec, UserError
 def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftModel:
     """Puts fp32 adapters on every target module; nothing else is trainable.
 
-    A starts from Kaiming-uniform noise drawn from `seed`, B from zero, so the model's outputs are unchanged until the
-    first step. Raises UserError when the model has no module of a target's name, and when a target is the head.
+    A starts from Kaiming-uniform noise, B from zero, so the model's outputs are unchanged until the first step. The
+    noise is drawn from torch's global generator, which is seeded with `seed`. Raises UserError when the model has no
+    module of a target's name, and when a target is the head.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in spec.target_modules if target not in names]

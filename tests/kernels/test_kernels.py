@@ -150,7 +150,7 @@ from common.kernels import rms_norm, rope, swiglu
 
 sizes = {"size": "i32", "eps": "fp32", "query_heads": "i32", "key_heads": "i32", "half": "i32"}
 constants = {"HAS_RESIDUAL": True, "INVERSE": True, "BLOCK": 8192, "QUERY_BLOCK": 64, "KEY_BLOCK": 8, "HALF_BLOCK": 64}
-for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, rope._kernel,
+for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, rope._rotate_kernel,
                swiglu._swiglu_kernel, swiglu._swiglu_backward_kernel):
     names = kernel.arg_names
     known = {name: constants[name] for name in names if name in constants}
