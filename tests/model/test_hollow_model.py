@@ -17,7 +17,7 @@ TWO = Layout(2, sharded=True)
 
 
 def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(small_llama):
-    """What FSDP cuts must be of one floating dtype; bytes are what bitsandbytes stores by default."""
+    """FSDP2 shards parameters of one floating dtype; bitsandbytes stores bytes by default."""
     model = attach_lora(load_4bit(ModelSpec(str(small_llama)), layout=TWO), LoraSpec(4, 4))
     layer = decoder_layers(model)[0]
     fill_layer(layer, "model.layers.0", take_layer_weights(model.get_base_model()))

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.machine.device import GIB, Machine
+from common.machine.processes import ONE_PROCESS, Layout
 from common.model.config import load_config
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
@@ -128,6 +130,24 @@ def test_evaluation_does_not_change_the_weights(small_llama):
     for name, module in four_bit_modules(model).items():
         assert torch.equal(module.weight.data, before[name])
         assert module.weight.quant_state.nested
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, r"loading .*: \d+ files, \d+\.\d MiB, quantized to NF4 as they are read\n"),
+        ({"bits": 16}, r"loading .*: \d+ files, \d+\.\d MiB\n"),
+        ({"weights": "random"}, r"loading .*: random weights, \d+\.\d MiB, quantized to NF4 as they are drawn\n"),
+    ],
+)
+@pytest.mark.parametrize("layout", [ONE_PROCESS, Layout(2, sharded=True)], ids=str)
+def test_what_takes_long_to_load_is_announced(small_model, monkeypatch, capsys, values, line, layout):
+    spec = ModelSpec(str(small_model("llama", max_shard_size="100KB")), **values)
+    load_4bit(spec, FP32, layout=layout)
+    assert capsys.readouterr().out == ""  # it loads in a second
+    monkeypatch.setattr("common.model.loading_progress.MIN_ANNOUNCED_BYTES", 1000)
+    load_4bit(spec, FP32, layout=layout)
+    assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_the_adapter_will_name_the_hub_model_not_the_cache(small_llama):

@@ -1,4 +1,4 @@
-"""Layers that lie cut over several cards: what one card holds of them, what a run makes of them, what is refused."""
+"""Layers sharded over several cards: what one card holds of them, what a run makes of them, what is refused."""
 
 import json
 import subprocess
@@ -180,7 +180,7 @@ def test_a_few_layers_give_the_bytes_of_eight_whatever_the_policy(processes, acc
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_models_of_one_and_two_layers_count_when_cut(layers):
+def test_models_of_one_and_two_layers_count_when_sharded(layers):
     forecast = Forecast(cut(layers), layout=TWO)
     for policy in (Policy(layers), Policy(layers, layers), Policy(layers, 1), Policy(layers, offload=True)):
         same(forecast, policy)
@@ -190,10 +190,10 @@ def test_a_card_holds_its_part_of_the_layers_and_all_that_is_outside(eight):
     one, part = Forecast(cut(8)).step(2048, Policy(8)).base, eight.step(2048, Policy(8)).base
     for kind in (ADAPTERS, GRADIENTS, OPTIMIZER):
         assert part[kind] / one[kind] == pytest.approx(1 / 2, rel=1e-3), kind
-    # Of a 4-bit weight 4 bits are cut, and its scales, 8/64 + 32/(64 * 256) bits, are not.
+    # Of a 4-bit weight the 4 bits are sharded; its scales, 8/64 + 32/(64 * 256) bits, are not.
     scales = 8 / 64 + 32 / (64 * 256)
     assert part[WEIGHTS] / one[WEIGHTS] == pytest.approx((4 / 2 + scales) / (4 + scales), rel=1e-3)
-    norms = 8 * 2 * 4096 * 2  # the layers' own, in bf16: cut too
+    norms = 8 * 2 * 4096 * 2  # the layers' own, in bf16: sharded too
     assert one[EMBEDDINGS] - part[EMBEDDINGS] == norms / 2
 
 
@@ -229,6 +229,6 @@ def test_gathering_crosses_the_link(eight):
     assert link == pytest.approx(8 * (2 * part + step.cut[ADAPTERS]), rel=0.01)
 
 
-def test_a_part_of_what_is_not_cut_is_all_of_it():
+def test_the_local_tensor_of_what_is_not_sharded_is_the_tensor():
     tensor = torch.ones(3)
     assert local_tensor(tensor) is tensor
