@@ -1,12 +1,16 @@
-"""The forms that compete for a place in common/kernels, timed beside each other: the faster stays.
+"""Times the forms in which an operator can be written beside each other; common/kernels has the faster one.
 
     python -m benchmarks.kernels            # shapes of Llama 3 8B on a GPU, small ones on a CPU
 
-How LoRA joins the frozen matmul: after it (clone, scale, add, as PEFT does), before it with the matmul adding in place
-(`addmm_`, what common.kernels.lora_linear does), or inside it, as `rank` more columns of the inner size (x beside
-x A^T, W beside scale * B): with the copies that takes, and at best, were both laid out so already. Then each operator
-of ours beside its PyTorch reference and liger-kernel, where that is installed.
-Results go to benchmarks/results/kernels_<machine>.json.
+LoRA can join the frozen matmul in three ways:
+
+- after it: clone, scale, add, as PEFT does;
+- before it: the matmul accumulates into the LoRA branch (`addmm_`), as common.kernels.lora_linear does;
+- inside it, as `rank` more columns of the inner size: x beside x A^T, W beside scale * B. Timed with the copies that
+  this takes, and at best, as if both were laid out so already.
+
+Then each operator is timed beside its PyTorch reference and liger-kernel, where that is installed. Results go to
+benchmarks/results/kernels_<machine>.json.
 """
 
 import argparse
@@ -33,7 +37,7 @@ SHAPES = {"llama": LLAMA, "small": SMALL}
 
 
 def microseconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of the median of `repeats` runs, after three that do not count."""
+    """Of one run: the median of `repeats`, after three that warm up."""
     gpu = torch.cuda.is_available()
     times = []
     for _ in range(3 + repeats):
@@ -67,7 +71,7 @@ def lora_forms(
 def operator_forms(
     tokens: int, small: bool, dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, str, Callable[[], Any]]]:
-    """Operator, implementation, and a run of it."""
+    """Yields operator, implementation, and a function that runs it."""
     hidden, inner, heads, key_heads, dim = (192, 512, 4, 2, 48) if small else (4096, 14336, 32, 8, 128)
 
     def random(*shape: int) -> Tensor:

@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path, write_result
 from common.machine.device import GIB
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.loading import TINY, load_tokenizer
 from common.model.lora import attach_lora
-from common.model.safetensors_files import Entry, split, write_shards
+from common.model.safetensors_files import Entry, split_into_files, write_files
 from common.recipe import ModelSpec
 
 # A command, run in a process of its own, which prints the peak of its host memory at the end.
@@ -57,13 +57,13 @@ def write_base(name: str, folder: Path, layers: int | None) -> int:
         return noise.repeat(-(-size // len(noise)))[:size].view(entry.shape)
 
     folder.mkdir(parents=True)
-    shards = split(entries)
-    write_shards(folder, shards, tensor_of)
+    files = split_into_files(entries)
+    write_files(folder, files, tensor_of)
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(TINY / file, folder / file)
-    return sum(shard.size for shard in shards)
+    return sum(file.size for file in files)
 
 
 def write_noise_adapter(name: str, base: Path, folder: Path) -> None:

@@ -37,5 +37,5 @@ def main(recipe: Recipe = RECIPE) -> None:
     model = attach_lora(model, recipe.lora, recipe.train.seed)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # FSDP2, where the plan shards it; else nothing
+    shard_layers(model, plan.layout)  # where the plan shards: reads each layer that load_4bit left empty, shards it
     train(model, tokenizer, rows, recipe, plan)

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 
 from common.machine.disk import sha256_of
-from common.model.files import check_complete
+from common.model.integrity import check_complete
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
 

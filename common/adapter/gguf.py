@@ -23,6 +23,7 @@ from common.adapter.find import TrainedAdapter
 from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.machine.slow_work import report_slow_work
+from common.model.architectures import ARCHITECTURES
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
@@ -32,12 +33,6 @@ QUANT_KINDS = {
     "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
-GGUF_ARCHITECTURES = {
-    "llama": "llama",
-    "mistral": "llama",
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-}  # by config.json's model_type
 BYTES_OF_32_VALUES = {"f16": 64, "bf16": 64, "q8_0": 34}  # q8_0: 32 int8 and their fp16 scale
 CONVERTED_ROWS = 1 << 13  # rows of a tensor that are converted at a time
 
@@ -91,7 +86,7 @@ class GgufModel:
 
     def write(self, path: Path) -> None:
         config, weights = self.weights.config, self.weights
-        arch = GGUF_ARCHITECTURES[config.model_type]
+        arch = ARCHITECTURES[config.model_type].gguf_name
         kind, file_type = QUANT_KINDS[self.quant]
         writer = GGUFWriter(path, arch)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -127,7 +122,7 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
         raise UserError("an adapter with ranks of its own for some layers cannot be exported alone; take FORMAT=gguf")
     rank, alpha = adapter.config.r, adapter.config.lora_alpha
-    writer = GGUFWriter(path, GGUF_ARCHITECTURES[config.model_type])
+    writer = GGUFWriter(path, ARCHITECTURES[config.model_type].gguf_name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -146,7 +141,7 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
 
 def gguf_names(config: PretrainedConfig) -> gguf.TensorNameMap:
     """The map from transformers' names of a model's tensors to GGUF's."""
-    arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == GGUF_ARCHITECTURES[config.model_type])
+    arch = next(a for a, text in gguf.MODEL_ARCH_NAMES.items() if text == ARCHITECTURES[config.model_type].gguf_name)
     return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
 
@@ -158,7 +153,7 @@ def permute_heads(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     part = name.split(".")[-2] if "." in name else ""
-    if part not in heads or GGUF_ARCHITECTURES[config.model_type] != "llama":
+    if part not in heads or ARCHITECTURES[config.model_type].gguf_name != "llama":
         return tensor
     return tensor.view(heads[part], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 

@@ -14,20 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from common.adapter.find import TrainedAdapter
 from common.adapter.load import attach_adapter
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
-from common.model.base_weights import NF4_STATE, stored_4bit
-from common.model.files import load_config, model_folder
-from common.model.safetensors_files import Entry, Shard, Shards, in_16_bits, split, write_shards
+from common.model.config import load_config
+from common.model.download import model_folder
+from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
+from common.model.safetensors_files import (
+    Entry,
+    SafetensorsFile,
+    SafetensorsFolder,
+    narrow_to_16_bits,
+    split_into_files,
+    write_files,
+)
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
@@ -57,46 +63,42 @@ class MergedWeights:
         self.folder = model_folder(spec, weights=True)
         self.config = load_config(spec, self.folder)
         self.config.dtype = torch.float32
-        self.stored = Shards(self.folder)
-        self.skeleton = self._skeleton()
-        self.packed = {name.removesuffix(NF4_STATE) for name in self.stored.entries if name.endswith(NF4_STATE)}
+        self.stored = SafetensorsFolder(self.folder)
+        base = self._base_skeleton()
+        linears = {f"{name}.weight" for name in names_of_4bit_linears(base)}
+        self.skeleton = attach_adapter(base, adapter, self.device).eval()
+        self.packed = {
+            name.removesuffix(STORED_SETTINGS) for name in self.stored.entries if name.endswith(STORED_SETTINGS)
+        }
         if original and self.packed:
             raise UserError(f"{spec.name} is a 4-bit checkpoint: it has no original weights to merge into")
         self.quantised = self.packed
         if spec.bits == 4 and not original and not self.packed:
-            self.quantised = {f"{name}.weight" for name in self._linears()}
+            self.quantised = linears
         self.shards = self._layout()
         self.dtype_of = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
 
-    def _skeleton(self) -> PeftModel:
-        """The model on meta, with the adapter's own weights."""
+    def _base_skeleton(self) -> PreTrainedModel:
+        """The base model on meta; attach_adapter gives it the adapter's own weights."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
-        return attach_adapter(model, self.adapter, self.device).eval()
+            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
 
-    def _linears(self) -> list[str]:
-        """Names of the layers that are 4-bit when the base is loaded in 4 bits: all linear ones but the head."""
-        head = self.skeleton.get_output_embeddings()
-        names = [name for name, module in self.skeleton.named_modules() if isinstance(module, nn.Linear)]
-        names = [name.removeprefix(PEFT_PREFIX).removesuffix(".base_layer") for name in names if ".lora_" not in name]
-        return [name for name in names if self.skeleton.get_submodule(PEFT_PREFIX + name) is not head]
-
-    def _layout(self) -> list[Shard]:
+    def _layout(self) -> list[SafetensorsFile]:
         """Lays out the files of the merged model: those of the base, in 16 bits.
 
         The files of a 4-bit base hold packed weights of other shapes, so its tensors are laid out anew.
         """
         dtype = self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
         if not self.packed:
-            return in_16_bits(self.stored.shards, dtype)
+            return narrow_to_16_bits(self.stored.files, dtype)
         entries = []
         for entry in _report_reading(list(self.stored.entries.values())):
             if entry.name in self.packed:
-                shape = stored_4bit(self.stored, entry.name, self.device)[1].shape
+                shape = read_4bit(self.stored, entry.name, self.device)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
             elif not any(entry.name.startswith(f"{name}.") for name in self.packed):  # no part of an NF4 state
                 entries.append(entry)
-        return in_16_bits(split(entries), dtype)
+        return narrow_to_16_bits(split_into_files(entries), dtype)
 
     def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
         """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device.
@@ -104,11 +106,11 @@ class MergedWeights:
         rows: only these rows, of a tensor that is not 4-bit.
         """
         if name in self.packed:
-            weight, state = stored_4bit(self.stored, name, self.device)
-            return bnb.dequantize_4bit(weight, state).to(self.dtype).float()
+            weight, state = read_4bit(self.stored, name, self.device)
+            return dequantize(weight, state).to(self.dtype).float()
         tensor = self.stored.read(name, rows).to(self.device, self.dtype)
         if name in self.quantised:
-            tensor = bnb.dequantize_4bit(*bnb.quantize_4bit(tensor, compress_statistics=True, quant_type="nf4"))
+            tensor = dequantize(*quantize(tensor))
         return tensor.float()
 
     def merged(self, name: str) -> Tensor:
@@ -188,7 +190,7 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
             work.done += 1
             return weights.merged(entry.name)
 
-        write_shards(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
+        write_files(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     config.pop("torch_dtype", None)  # the older name of `dtype`

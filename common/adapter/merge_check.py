@@ -18,7 +18,7 @@ from common.adapter.merge import MergedWeights
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
 from common.machine.slow_work import WorkDone, report_slow_work
-from common.model.safetensors_files import Shards
+from common.model.safetensors_files import SafetensorsFolder
 from common.recipe import UserError
 
 # The check measures the mean KL divergence from the trained to the merged model, in nats per token. Both run in fp32:
@@ -104,7 +104,7 @@ def compare(
     rounded: instead of the trained model, runs one whose weights are base and adapter added up and rounded to 16 bits,
     which is what the merged files should hold. prompts: token ids.
     """
-    merged = Shards(folder)
+    merged = SafetensorsFolder(folder)
 
     def read_merged(name: str, rows: Any = None) -> Tensor:
         return merged.read(name, rows).to(weights.device).float()

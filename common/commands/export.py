@@ -74,7 +74,7 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
 def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, flags: argparse.Namespace) -> None:
     """Writes a GGUF file of the adapter alone."""
     from common.adapter.gguf import write_adapter
-    from common.model.files import load_config
+    from common.model.config import load_config
     from common.run.folder import ADAPTER_WEIGHTS
 
     size = (adapter.folder / ADAPTER_WEIGHTS).stat().st_size

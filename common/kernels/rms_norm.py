@@ -1,7 +1,8 @@
-"""RMSNorm (arXiv:1910.07467) with a frozen weight. Saves its input alone; backward computes the rest again.
+"""RMSNorm (arXiv:1910.07467) with a frozen weight. Saves only its input; backward recomputes the rest.
 
-y = weight * (x * rstd), rstd = 1 / sqrt(mean(x^2) + eps), in fp32, rounded to x's dtype before and after the weight
-as transformers does.
+    y = weight * (x * rstd),  rstd = 1 / sqrt(mean(x^2) + eps)
+
+It computes in fp32, and rounds to x's dtype before and after the multiplication by weight, as transformers does.
 """
 
 from typing import Any
@@ -58,7 +59,7 @@ def _rms_norm_backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def _launch(kernel: Any, x: Tensor, *tensors: Tensor, eps: float, **constants: bool) -> None:
-    """One program a row of x, which holds it in registers."""
+    """Launches one program for each row of x, which holds the row in registers."""
     size = x.shape[-1]
     block = next_power_of_2(size)
     warps = min(max(block // 512, 1), 16)
@@ -77,19 +78,20 @@ def rms_norm_backward_triton(
 ) -> Tensor:
     grad, x = grad.contiguous(), x.contiguous()
     out = torch.empty_like(x)
-    more = x if residual is None else residual.contiguous()
-    _launch(_rms_norm_backward_kernel, x, grad, x, weight, more, out, eps=eps, HAS_RESIDUAL=residual is not None)
+    # A kernel takes a pointer in any case; with HAS_RESIDUAL=False it does not read it.
+    pointer = x if residual is None else residual.contiguous()
+    _launch(_rms_norm_backward_kernel, x, grad, x, weight, pointer, out, eps=eps, HAS_RESIDUAL=residual is not None)
     return out
 
 
-# y (rows, size) of x (rows, size) and weight (size,); contiguous, in x's dtype.
+# Returns y (rows, size) for x (rows, size) and weight (size,): contiguous, in x's dtype.
 rms_norm_forward = register(
     "rms_norm_forward(Tensor x, Tensor weight, float eps) -> Tensor",
     _rms_norm,
     lambda x, weight, eps: torch.empty_like(x, memory_format=torch.contiguous_format),
     rms_norm_triton,
 )
-# The gradient of x from that of y; plus `residual`, the gradient that x has from elsewhere.
+# Returns the gradient of x from `grad`, that of y; plus `residual`, the gradient that x has from elsewhere.
 rms_norm_backward = register(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, Tensor? residual=None) -> Tensor",
     _rms_norm_backward,
@@ -114,6 +116,6 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Each row of x (rows, size) over its root mean square, times weight (size,). Differentiable in x."""
+    """Each row of x (rows, size) divided by its root mean square, times weight (size,). Differentiable in x."""
     y: Tensor = _RmsNorm.apply(x, weight, eps)
     return y

@@ -1,5 +1,8 @@
-"""Rotary position embedding (arXiv:2104.09864) of queries and keys in one pass, in transformers' layout: the first
-half of a head is rotated with its second half. Saves nothing but the cosines and sines that all layers share."""
+"""Rotary position embedding (arXiv:2104.09864) of queries and keys in one pass over memory.
+
+The layout is transformers': the first half of a head is rotated with its second half. Only the cosines and sines are
+saved for backward, which all layers share.
+"""
 
 from typing import Any
 
@@ -24,7 +27,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 @jit
-def _kernel(  # type: ignore[no-untyped-def]
+def _rotate_kernel(  # type: ignore[no-untyped-def]
     query_ptr,
     key_ptr,
     cos_ptr,
@@ -66,20 +69,21 @@ def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse:
     heads = [x.shape[-1] // dim for x in (query, key)]
     blocks = {"QUERY_BLOCK": next_power_of_2(heads[0]), "KEY_BLOCK": next_power_of_2(heads[1])}
     blocks["HALF_BLOCK"] = next_power_of_2(dim // 2)
-    _kernel[(tokens,)](query, key, cos, sin, *outputs, *heads, dim // 2, **blocks, INVERSE=inverse)
+    _rotate_kernel[(tokens,)](query, key, cos, sin, *outputs, *heads, dim // 2, **blocks, INVERSE=inverse)
     return outputs
 
 
-def _fake(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, ...]:
+def _fake_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key))
 
 
-# query (tokens, heads * dim) and key (tokens, fewer heads * dim) rotated, in fp32, rounded once; contiguous. cos, sin:
-# (tokens, dim), both halves of a row alike. inverse: by the opposite angle, which is the gradient.
+# Returns query (tokens, heads * dim) and key (tokens, fewer heads * dim) rotated: computed in fp32, rounded once,
+# contiguous. cos, sin: (tokens, dim), both halves of a row alike. inverse: rotates by the opposite angle, which is what
+# backward does with the gradients.
 rotate = register(
     "rotate(Tensor query, Tensor key, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)",
     _rotate_both,
-    _fake,
+    _fake_rotate,
     rotate_triton,
 )
 
@@ -98,7 +102,7 @@ class _Rope(torch.autograd.Function):
 
 
 def rope(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """query (tokens, heads * dim) and key (tokens, fewer heads * dim) at their positions; differentiable in both.
+    """Rotates query (tokens, heads * dim) and key (tokens, fewer heads * dim); differentiable in both.
 
     cos, sin: (tokens, dim), both halves of a row alike, as transformers gives them.
     """

@@ -1,11 +1,11 @@
-"""SwiGLU (arXiv:2002.05202): silu(gate) * up, and its backward pass, which also computes the product again."""
+"""SwiGLU (arXiv:2002.05202): silu(gate) * up, and its backward pass, which also recomputes the product."""
 
 import torch
 from torch import Tensor
 
 from common.kernels import constexpr, jit, register, tl, triton
 
-BLOCK = 1024  # entries a program
+BLOCK = 1024  # entries that one program computes
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -65,12 +65,12 @@ def swiglu_backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     return product, grad_gate
 
 
-# silu(gate) * up, of equal shapes, in fp32, rounded once; contiguous. Its gradient: swiglu_backward_.
+# Returns silu(gate) * up for tensors of equal shapes: computed in fp32, rounded once, contiguous.
 swiglu = register(
     "swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate), swiglu_triton
 )
-# The product again, and the gradient of gate, from `grad`, the product's gradient, which becomes that of up. All of one
-# shape; grad is contiguous.
+# Returns the product again, and the gradient of gate. grad: the product's gradient, which is overwritten with that of
+# up. All have one shape; grad is contiguous.
 swiglu_backward_ = register(
     "swiglu_backward_(Tensor(a!) grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
     _swiglu_backward_,

@@ -1,10 +1,11 @@
-"""Activation checkpointing: which layers throw their activations away and recompute them in backward.
+"""Activation checkpointing: which layers free their activations in forward and recompute them in backward.
 
-Non-reentrant only (torch.utils.checkpoint, use_reentrant=False): the reentrant form loses gradients when no input
-requires them, and cannot stop a recompute early. *Recompute* is activation checkpointing; a *checkpoint* is a file.
+Only the non-reentrant form is used (torch.utils.checkpoint, use_reentrant=False): the reentrant one loses gradients
+when no input requires them, and cannot stop a recompute early. To *recompute* is activation checkpointing; a
+*checkpoint* is a file.
 
-The layers that keep their activations are the last ones: backward begins with them, so what they kept is gone before
-the first layer recomputes, and the two never stand beside each other in memory.
+The layers that keep their activations are the last ones. Backward begins with them, so it has freed what they kept
+before the first layer recomputes: the two never take memory at the same time.
 """
 
 from collections import Counter
@@ -23,19 +24,19 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.model.activation_offload import OffloadedInputs
 from common.model.attention import ATTENTION_OPERATORS
-from common.model.host_memory import HostTensors
 from common.recipe import Checkpointing
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What the layers of a model do with their activations."""
+    """Which layers of a model recompute, and what a recomputing layer keeps."""
 
     layers: int
-    kept: int = 0  # the last so many layers keep their activations, the others recompute them
-    keep_attention: bool = False  # a recomputing layer keeps attention's output and log-sum-exp
-    offload: bool = False  # a recomputing layer's input waits in host memory
+    kept: int = 0  # layers that keep their activations: the last ones; the others recompute
+    keep_attention: bool = False  # recomputing layers keep attention's output and log-sum-exp
+    offload: bool = False  # the inputs of recomputing layers wait in host memory
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept <= self.layers:
@@ -43,7 +44,7 @@ class Policy:
 
     @classmethod
     def named(cls, name: Checkpointing, layers: int) -> "Policy":
-        """The policy that a recipe asks for by name. Raises ValueError for "auto", which the plan decides."""
+        """The policy of a recipe's TrainSpec.checkpointing. Raises ValueError for "auto", which the plan decides."""
         if name == "auto":
             raise ValueError("the plan decides what 'auto' is")
         kept = layers if name == "none" else 0
@@ -63,11 +64,12 @@ class Policy:
         return which + "".join(extras)
 
 
-# The trainer's own setting, which would make every layer recompute; transformers called it "gradient" up to 5.17.
-_NAME = "activation_checkpointing"
-if not hasattr(PreTrainedModel, f"{_NAME}_enable"):
-    _NAME = "gradient_checkpointing"
-TRAINER_ARGUMENTS: dict[str, Any] = {_NAME: False}
+# The flag of transformers' TrainingArguments that makes every layer recompute; up to 5.17 it is called "gradient".
+TRAINER_FLAG = (
+    "activation_checkpointing"
+    if hasattr(PreTrainedModel, "activation_checkpointing_enable")
+    else "gradient_checkpointing"
+)
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -79,10 +81,10 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -> None:
-    """The layers recompute in training as `policy` says, whatever they did before; the model keeps no cache.
+    """Makes the layers recompute in training as `policy` says, whatever they did before, and switches the cache off.
 
-    Raises ValueError when the policy is for another number of layers. `watch_recompute` tells what really happens.
-    The trainer gets TRAINER_ARGUMENTS, so that it leaves this alone.
+    Raises ValueError when the policy is for another number of layers. `watch_recompute` counts what really happens.
+    The trainer's own flag, TRAINER_FLAG, must be False, or it would make every layer recompute.
     """
     layers = decoder_layers(model)
     if len(layers) != policy.layers:
@@ -93,23 +95,30 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
     contexts: dict[str, Any] = {}
     if policy.keep_attention:
         contexts["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
-    host = HostTensors() if policy.offload else None
+    offloaded = OffloadedInputs() if policy.offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < policy.recomputed
-        layer._gradient_checkpointing_func = partial(_run_and_forget, index, host, contexts)
+        layer._gradient_checkpointing_func = partial(_run_checkpointed, index, offloaded, contexts)
 
 
-def _run_and_forget(
-    index: int, host: HostTensors | None, contexts: dict[str, Any], layer: Callable[..., Tensor], *inputs: Tensor
+def _run_checkpointed(
+    index: int,
+    offloaded: OffloadedInputs | None,
+    contexts: dict[str, Any],
+    layer: Callable[..., Tensor],
+    *inputs: Tensor,
 ) -> Tensor:
-    """The layer's output; of its activations only its inputs stay, and only they meet the hooks around it."""
-    hooks = saved_tensors_hooks(partial(host.pack, index), host.unpack) if host else nullcontext()
+    """The layer's output. Only its inputs are saved, so the hooks that offload see nothing else."""
+    hooks = saved_tensors_hooks(partial(offloaded.pack, index), offloaded.unpack) if offloaded else nullcontext()
     with hooks:
         return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
 
 
 class RecomputeWatch(TorchDispatchMode):
-    """Counts the micro-batches, how often each layer and attention ran, and how often with gradients switched off."""
+    """Counts the micro-batches, and how often each layer and attention ran in them, with and without gradients.
+
+    A dispatch mode sees every operator; `watch_recompute` adds the hooks that count layers and micro-batches.
+    """
 
     def __init__(self, layers: list[GradientCheckpointingLayer]) -> None:
         super().__init__()
@@ -135,7 +144,7 @@ class RecomputeWatch(TorchDispatchMode):
             if self.runs_without_grad[index]:
                 raise RuntimeError(f"layer {index} ran without gradients: activation checkpointing is reentrant")
         attentions = policy.layers + (0 if policy.keep_attention else policy.recomputed)
-        if self.attentions not in (0, self.micro_batches * attentions):  # 0: an attention that is none of ours
+        if self.attentions not in (0, self.micro_batches * attentions):  # 0: an attention of other operators
             raise RuntimeError(
                 f"attention ran {self.attentions} times in {self.micro_batches} micro-batches, expected "
                 f"{self.micro_batches * attentions}: {policy}"
@@ -144,7 +153,7 @@ class RecomputeWatch(TorchDispatchMode):
 
 @contextmanager
 def watch_recompute(model: PreTrainedModel | PeftModel) -> Iterator[RecomputeWatch]:
-    """Watches the block: the embedding runs once per micro-batch, a layer's attention once more in a recompute."""
+    """Counts what runs in the block: the embedding once a micro-batch, a layer's attention again in a recompute."""
     watch = RecomputeWatch(decoder_layers(model))
 
     def count_micro_batch(*_: Any) -> None:

@@ -1,8 +1,12 @@
-"""Attention over packed rows that lets no token see another example, registered with transformers as "packed".
+"""Attention over packed rows in which no token sees another example, registered with transformers as "packed".
 
-The rows of a micro-batch lie behind one another, (1, tokens), and flash attention is told where each example begins:
-no mask, no padding, and memory that grows with the tokens, not with their square. It comes with torch (2.10 or newer,
-NVIDIA GPUs from the RTX 30 series on). Elsewhere transformers' SDPA with a block-diagonal mask gives the same result.
+The rows of a micro-batch lie one after another, (1, tokens), and flash attention takes the places where examples begin.
+It needs no mask and no padding, and its memory grows with the tokens, not with their square. It comes with torch (2.10
+or newer, NVIDIA GPUs from the RTX 30 series on). Elsewhere transformers' SDPA with a block-diagonal mask gives the same
+result.
+
+Importing this module adds "packed" to transformers' attention functions, for the whole process. It changes none of
+those that are there, and only a model whose config names "packed" uses it.
 """
 
 import inspect
@@ -16,13 +20,13 @@ from transformers import AttentionInterface
 from common.machine.device import Machine
 
 PACKED_ATTENTION = "packed"
-FLASH_CAPABILITY = (8, 0)  # compute capability that torch's flash attention needs (ATen/native/transformers/cuda)
+MIN_FLASH_CAPABILITY = (8, 0)  # CUDA compute capability; torch, ATen/native/transformers/cuda
 _ARGUMENTS = inspect.signature(varlen_attn).parameters
-# torch 2.10 has is_causal and lets key and value have fewer heads; later versions ask for both in other words.
+# torch 2.10 takes is_causal, and key and value with fewer heads; later versions have other arguments for both.
 _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _ARGUMENTS else {"window_size": (-1, 0)}
 if "enable_gqa" in _ARGUMENTS:
     _CAUSAL["enable_gqa"] = True
-# What "keep attention" keeps: the operators whose outputs are attention's output and log-sum-exp.
+# The operators that compute attention's output and log-sum-exp, which the policy "keep attention" keeps.
 ATTENTION_OPERATORS = (
     torch.ops.torch_attn._varlen_attn.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -33,8 +37,8 @@ ATTENTION_OPERATORS = (
 
 
 def attention_implementation(machine: Machine) -> str:
-    """What transformers shall use on this machine: "packed", or "sdpa" where torch has no flash attention."""
-    if machine.is_gpu and torch.cuda.get_device_capability(machine.device) >= FLASH_CAPABILITY:
+    """transformers' name of the attention for this machine: "packed", or "sdpa" where torch has no flash attention."""
+    if machine.is_gpu and torch.cuda.get_device_capability(machine.device) >= MIN_FLASH_CAPABILITY:
         return PACKED_ATTENTION
     return "sdpa"
 
@@ -55,10 +59,11 @@ def packed_attention(
     """Causal attention within each example, in transformers' form.
 
     query: bf16 or fp16 (1, heads, tokens, dim); key and value: the same with the model's fewer heads. cu_seq_lens_q:
-    int32 (examples + 1,), where each begins, and the end; max_length_q: tokens in the longest. sliding_window: tokens
-    that each one sees, itself among them. Returns (1, tokens, heads, dim). transformers makes no mask for an attention
-    that it does not know, so generating from prompts of several lengths needs "sdpa". Raises ValueError without the
-    lengths, and for a window that this torch cannot do.
+    int32 (examples + 1,), where each example begins, and the end. max_length_q: tokens in the longest. sliding_window:
+    tokens that each token sees, itself among them. Returns (1, tokens, heads, dim).
+
+    transformers makes no mask for an attention that it does not know, so generating from prompts of several lengths
+    needs "sdpa". Raises ValueError without the lengths, for another scaling, and for a window that this torch lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.data.batches.collate")
@@ -72,12 +77,12 @@ def packed_attention(
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
     output = varlen_attn(q, k, v, *lengths, **causal)
-    assert isinstance(output, Tensor)  # the log-sum-exp was not asked for
+    assert isinstance(output, Tensor)  # and not a pair with the log-sum-exp, which needs return_aux
     return output.unsqueeze(0), None
 
 
 def uses_packed_attention(model: Any) -> bool:
-    """Whether its attention wants micro-batches laid padding_free, common.data.batches.collate."""
+    """Whether the model takes micro-batches in the form of common.data.batches.collate(padding_free=True)."""
     return bool(model.config._attn_implementation == PACKED_ATTENTION)
 
 

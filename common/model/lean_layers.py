@@ -1,8 +1,8 @@
-"""Lean decoder layers for Llama, Mistral, Qwen2 and Qwen3: the modules that were loaded, with a leaner forward pass.
+"""Lean decoder layers: the modules that were loaded, with a forward pass that saves less and launches fewer kernels.
 
-A lean module is the loaded one under a subclass of its own class (as torch's fully_shard does it): parameters, names,
-hooks and what PEFT attached stay as they are, so an adapter loads in plain peft and transformers. What the lean pass
-does not cover, such as generation with a cache or a merged adapter, goes through the stock one.
+`use_lean_layers` replaces the class of each loaded module by a subclass of it, as torch's fully_shard does. Parameters,
+names, hooks and what PEFT attached stay as they are, so an adapter loads in plain peft and transformers. What the lean
+pass does not cover, such as generation with a cache or a merged adapter, goes through the stock forward pass.
 """
 
 from typing import Any
@@ -12,28 +12,26 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer, MistralMLP
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer, Qwen2MLP
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 from common.kernels import HAS_TRITON
 from common.kernels.lora_linear import LoraLinear, lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from common.kernels.rms_norm import rms_norm
 from common.kernels.rope import rope
+from common.model.architectures import ARCHITECTURES
 from common.recipe import Kernels
 
-PROJECTIONS = (
+# A decoder layer's linear modules.
+LINEAR_NAMES = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 
 
 class _LeanLayer(nn.Module):
-    """Attention and MLP, each with the norm before it and the residual after it."""
+    """Lets attention and MLP compute the norm before them and the residual connection after them too."""
 
     def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        if past_key_values is not None or any(_unsupported_linear(self.get_submodule(name)) for name in PROJECTIONS):
+        if past_key_values is not None or any(_unsupported_linear(self.get_submodule(name)) for name in LINEAR_NAMES):
             output: Tensor = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
             return output
         hidden = self.self_attn(hidden_states, norm=self.input_layernorm, **kwargs)
@@ -42,14 +40,17 @@ class _LeanLayer(nn.Module):
 
 
 class _LeanAttention(nn.Module):
-    """Saves its input, what attention itself saves, and with norms of queries and keys (Qwen3) their inputs."""
+    """Saves for backward: its input, what attention itself saves, and queries and keys before their norms (Qwen3)."""
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, **kwargs: Any) -> Any:
-        """The residual stream after attention, where the lean layer names the norm before it; else the stock pass."""
+        """norm: the RMS norm before attention. With it, returns the hidden states after the residual connection.
+
+        Without norm, as a stock layer calls it, this is the stock forward pass. Hidden states: (rows, tokens, size).
+        """
         if norm is None:
             return super().forward(hidden_states, **kwargs)
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
-        linears = [lora_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        linears = [read_lora_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
         query, key, value, hidden = rms_norm_lora_linears(
             hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
         )
@@ -67,45 +68,51 @@ class _LeanAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        return lora_linear_add(output.reshape(len(hidden), -1), lora_linear(self.o_proj), hidden).view_as(hidden_states)
+        output = lora_linear_add(output.reshape(len(hidden), -1), read_lora_linear(self.o_proj), hidden)
+        return output.view_as(hidden_states)
 
 
 class _LeanMLP(nn.Module):
-    """Saves its input, gate and up."""
+    """Saves for backward: its input, and the outputs of the gate and the up projection."""
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None) -> Tensor:
-        """The residual stream after the MLP, where the lean layer names the norm before it; else the stock pass."""
+        """norm: the RMS norm before the MLP. With it, returns the hidden states after the residual connection.
+
+        Without norm, as a stock layer calls it, this is the stock forward pass. Hidden states: (rows, tokens, size).
+        """
         if norm is None:
             output: Tensor = super().forward(hidden_states)
             return output
-        linears = [lora_linear(module) for module in (self.gate_proj, self.up_proj)]
+        linears = [read_lora_linear(module) for module in (self.gate_proj, self.up_proj)]
         gate, up, hidden = rms_norm_lora_linears(
             hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
         )
-        return swiglu_lora_linear_add(gate, up, lora_linear(self.down_proj), hidden).view_as(hidden_states)
+        return swiglu_lora_linear_add(gate, up, read_lora_linear(self.down_proj), hidden).view_as(hidden_states)
 
 
 def _norm_heads(states: Tensor, norm: Any) -> Tensor:
+    """The RMS norm of each head of states (tokens, heads * dim)."""
     size = len(norm.weight)
     return rms_norm(states.view(-1, size), norm.weight, norm.variance_epsilon).view_as(states)
 
 
-_STOCK = {
-    _LeanLayer: (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer, Qwen3DecoderLayer),
-    _LeanAttention: (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention),
-    _LeanMLP: (LlamaMLP, MistralMLP, Qwen2MLP, Qwen3MLP),
-}
-LEAN_CLASSES = {
-    stock: type(f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__})
-    for lean, classes in _STOCK.items()
-    for stock in classes
-}
+def _define_lean_classes() -> dict[type, type]:
+    """By stock class: its lean subclass, such as LeanLlamaMLP of LlamaMLP."""
+    found = {}
+    for architecture in ARCHITECTURES.values():
+        for part, lean in (("DecoderLayer", _LeanLayer), ("Attention", _LeanAttention), ("MLP", _LeanMLP)):
+            stock = architecture.layer_class(part)
+            found[stock] = type(f"Lean{stock.__name__}", (lean, stock), {"__module__": __name__})
+    return found
+
+
+LEAN_CLASS_OF = _define_lean_classes()
 
 
 def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
-    """With "lean" the model's decoder layers compute as common.kernels does, with "stock" as the libraries do.
+    """Makes the model's decoder layers lean for kernels="lean"; leaves them as they are for "stock".
 
-    Says in a line where "lean" is not to be had: for other architectures, and with LoRA dropout or DoRA.
+    Leaves them stock, and prints why, for other architectures, and with LoRA dropout or DoRA.
     """
     if kernels == "stock":
         return
@@ -118,9 +125,14 @@ def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
 
 
 def swap_in_lean_classes(model: nn.Module) -> None:
-    """Every module that has a lean class takes it; `obstacle` must be None."""
+    """Gives every module that has a lean class that class. `unsupported_reason(model)` must be None."""
     for module in model.modules():
-        module.__class__ = LEAN_CLASSES.get(type(module), type(module))
+        module.__class__ = _lean_class(module)
+
+
+def _lean_class(module: nn.Module) -> type:
+    """The lean subclass of the module's class; its own class where there is none, or where it is lean already."""
+    return LEAN_CLASS_OF.get(type(module), type(module))
 
 
 def is_lean(model: nn.Module) -> bool:
@@ -128,9 +140,8 @@ def is_lean(model: nn.Module) -> bool:
 
 
 def unsupported_reason(model: Any) -> str | None:
-    """Why the model's layers cannot be lean, in words; None if they can."""
-    known = _STOCK[_LeanLayer]
-    layers = [module for module in model.modules() if type(module) in known or isinstance(module, _LeanLayer)]
+    """Why the model's layers cannot be lean, in words for "because ..."; None if they can."""
+    layers = [module for module in model.modules() if issubclass(_lean_class(module), _LeanLayer)]
     if not layers:
         return f"there are no lean layers for {model.config.model_type}"
     if model.config.hidden_act != "silu":
@@ -139,7 +150,7 @@ def unsupported_reason(model: Any) -> str | None:
         (
             reason
             for layer in layers
-            for name in PROJECTIONS
+            for name in LINEAR_NAMES
             if (reason := _unsupported_linear(layer.get_submodule(name)))
         ),
         None,
@@ -147,7 +158,7 @@ def unsupported_reason(model: Any) -> str | None:
 
 
 def _unsupported_linear(module: Any) -> str | None:
-    """Why a LoraLinear cannot express the module, in words; None if it can."""
+    """Why a LoraLinear cannot express the module, in words for "because ..."; None if it can."""
     base = module.base_layer if isinstance(module, LoraLayer) else module
     if not isinstance(base, Linear4bit) and type(base) is not nn.Linear:
         return f"they cannot read a {type(base).__name__}"
@@ -163,12 +174,12 @@ def _unsupported_linear(module: Any) -> str | None:
     return None
 
 
-def lora_linear(module: Any) -> LoraLinear:
-    """The module's weights, with the adapter that is active now, as the lean pass reads them."""
+def read_lora_linear(module: Any) -> LoraLinear:
+    """The module's weights and the adapter that is active now, in the form that common.kernels takes."""
     base = module.base_layer if isinstance(module, LoraLayer) else module
-    state = getattr(base, "quant_state", None)  # under FSDP the weight that is gathered has none of its own
+    quant_state = getattr(base, "quant_state", None)  # a weight that FSDP2 has gathered has none of its own
     if base is module or module.disable_adapters:
-        return LoraLinear(base.weight, base.bias, state=state)
+        return LoraLinear(base.weight, base.bias, quant_state=quant_state)
     (name,) = module.active_adapters
     adapter = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    return LoraLinear(base.weight, base.bias, *adapter, state)
+    return LoraLinear(base.weight, base.bias, *adapter, quant_state)

@@ -9,10 +9,11 @@ from common.recipe import LoraSpec, UserError
 
 
 def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftModel:
-    """The model with fp32 adapters on every target module, and nothing else trainable.
+    """Puts fp32 adapters on every target module; nothing else is trainable.
 
-    A starts from Kaiming-uniform noise drawn from `seed`, B from zero, so the model's outputs are unchanged until the
-    first step. Raises UserError when a target module does not occur in the model.
+    A starts from Kaiming-uniform noise, B from zero, so the model's outputs are unchanged until the first step. The
+    noise is drawn from torch's global generator, which is seeded with `seed`. Raises UserError when the model has no
+    module of a target's name, and when a target is the head.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in spec.target_modules if target not in names]
@@ -35,7 +36,7 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
         bias="none",
     )
     torch.manual_seed(seed)
-    # fp32: in bf16 half of lora_A does not move at all in 100 steps at 2e-5, updates are rounded away.
+    # fp32: in bf16 half of lora_A does not move at all in 100 steps at 2e-5, because updates are rounded away.
     peft_model = get_peft_model(
         model, config, autocast_adapter_dtype=True, low_cpu_mem_usage=model.device.type == "meta"
     )

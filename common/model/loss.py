@@ -1,9 +1,9 @@
-"""The head and the loss in one: cross-entropy over the vocabulary without ever holding its logits.
+"""Head and loss fused: cross-entropy over the vocabulary, computed in tiles, without the logits of all tokens.
 
-The head is frozen, so the gradient that training needs is that of the hidden states, and it is known in the forward
-pass: a tile of logits becomes probabilities, then its gradient, in place. Two matmuls with the head instead of three
-(TRL 1.16 computes each tile again in backward), nothing saved but a gradient of the hidden states' size, and the same
-code on a GPU, on a CPU and on the fake tensors that a plan is made with.
+The head is frozen, so training needs the gradient of the hidden states alone, and the forward pass can compute it: a
+tile of logits becomes probabilities, and those become its gradient, in place. That takes two matmuls with the head
+instead of three (TRL 1.16 computes each tile again in backward), and saves only a gradient of the hidden states' size.
+The same code runs on a GPU, on a CPU, and on the fake tensors of a plan.
 """
 
 from functools import wraps
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from common.data.labels import trained_positions
+from common.data.labels import trained_positions as find_trained_positions
 
 # A tile of logits in fp32. 2^26 entries are 512 tokens of Llama 3's vocabulary: enough rows for a saturated matmul.
 TILE_ENTRIES = 1 << 26
@@ -37,9 +37,9 @@ class _HeadLoss(torch.autograd.Function):
             logits = torch.mm(hidden[here].to(weight.dtype), weight.t())
             probabilities.copy_(logits)
             highest = probabilities.amax(-1, keepdim=True)
-            of_target = probabilities.gather(-1, target)
+            target_logit = probabilities.gather(-1, target)
             partition = probabilities.sub_(highest).exp_().sum(-1, keepdim=True)
-            total += (partition.log() + highest - of_target).sum()
+            total += (partition.log() + highest - target_logit).sum()
             if gradient is not None:
                 # d loss / d logits = softmax - 1 at the target
                 probabilities.div_(partition)
@@ -69,10 +69,10 @@ def head_loss(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor
 
 
 def fuse_head_and_loss(model: PreTrainedModel) -> None:
-    """`model(..., labels=labels)` now returns the loss without logits; without labels the model is what it was.
+    """Replaces the model's forward: with labels it returns the loss without logits, else it is the stock forward.
 
-    labels: int64 (rows, tokens), not shifted, IGNORED where nothing is trained. trained_positions: optional, as the
-    function of that name gives them; without them the labels are searched, which on a GPU waits for it.
+    labels: int64 (rows, tokens), not shifted, IGNORED where nothing is trained. trained_positions: optional, from
+    common.data.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
     num_items_in_batch: what the summed loss is divided by; None divides by the trained tokens of this batch.
     """
     stock = model.forward
@@ -88,7 +88,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
     ) -> Any:
         if labels is None:
             return stock(*args, **kwargs)
-        positions = _search(labels) if trained_positions is None else trained_positions
+        positions = find_trained_positions(labels) if trained_positions is None else trained_positions
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         targets = labels.flatten()[positions + 1]
         total = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets)
@@ -96,6 +96,3 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         return CausalLMOutput(loss=total / count)
 
     model.forward = MethodType(forward, model)
-
-
-_search = trained_positions  # `forward` has an argument of this name

@@ -1,4 +1,4 @@
-"""The optimizer of a recipe, built here for the run and for the plan alike."""
+"""Builds a recipe's optimizer, for the run and for the plan."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from common.recipe import TrainSpec
 
 
 def build_optimizer(model: nn.Module, train: TrainSpec) -> torch.optim.Optimizer:
-    """AdamW over what is trainable (adapters, fp32), with the betas and epsilon of its paper, arXiv:1711.05101."""
+    """AdamW for the trainable parameters (adapters, fp32), with betas and epsilon of its paper, arXiv:1711.05101."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     values: dict[str, Any] = {
         "lr": train.learning_rate,

@@ -1,10 +1,15 @@
-"""Checkpoints of many GiB in the memory of one tensor: safetensors folders, read and written tensor by tensor."""
+"""Reads and writes the safetensors files of a model, tensor by tensor: many GiB in the memory of one tensor.
+
+A model is one file, or several with an index that says which tensor lies in which file. transformers calls those
+files "shards"; here *shard* is what FSDP2 makes of a layer (common.model.sharding).
+"""
 
 import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +18,7 @@ from common.machine.disk import format_bytes
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-# Names of safetensors' format (huggingface.co/docs/safetensors, "Format") that a checkpoint of ours may hold.
+# Names of safetensors' format (huggingface.co/docs/safetensors, "Format") that a model of ours may hold.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -22,8 +27,8 @@ DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_SHARD_BYTES = 5 * 10**9  # of the shards that transformers writes
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
+MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them
 
 
 @dataclass(frozen=True)
@@ -36,18 +41,20 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """Bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file and what it holds, in its order."""
+class SafetensorsFile:
+    """A file, and the tensors in it in their order."""
 
-    file: str
+    name: str
     entries: tuple[Entry, ...]
 
     @property
     def size(self) -> int:
+        """Bytes, with the header."""
         return len(self.header()) + sum(entry.size for entry in self.entries)
 
     def header(self) -> bytes:
@@ -55,37 +62,37 @@ class Shard:
         head: dict[str, object] = {"__metadata__": {"format": "pt"}}
         at = 0
         for entry in self.entries:
-            place = [at, at + entry.size]
-            head[entry.name] = {"dtype": NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": place}
+            offsets = [at, at + entry.size]
+            head[entry.name] = {
+                "dtype": NAME_OF_DTYPE[entry.dtype],
+                "shape": list(entry.shape),
+                "data_offsets": offsets,
+            }
             at += entry.size
         text = json.dumps(head, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         return struct.pack("<Q", len(text)) + text
 
 
-class Shards:
-    """The tensors of a model's folder; the files must be complete (common.model.files.check_safetensors)."""
+class SafetensorsFolder:
+    """The tensors of a model's folder. Its files must be complete: common.model.integrity.check_safetensors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        index = folder / INDEX
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        else:
-            files = [SINGLE]
-        self.shards, self.places = [], dict[str, tuple[Path, int]]()
-        for file in files:
-            start, entries = _read_header(folder / file)
-            self.shards.append(Shard(file, tuple(entries)))
+        self.files, self.places = [], dict[str, tuple[Path, int]]()
+        for file in list_files(folder):
+            start, header = read_header(folder / file)
+            entries = [Entry(name, DTYPES[part["dtype"]], tuple(part["shape"])) for name, part in header.items()]
+            self.files.append(SafetensorsFile(file, tuple(entries)))
             for entry in entries:
                 self.places[entry.name] = folder / file, start
                 start += entry.size
-        self.entries = {entry.name: entry for shard in self.shards for entry in shard.entries}
+        self.entries = {entry.name: entry for file in self.files for entry in file.entries}
 
     def read(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
         """A tensor, or rows of it (a slice without a step), as it is stored, on the CPU.
 
-        Read, not mapped: what a mapped file has shown counts as memory of the process, beside the copy of it.
+        The file is read and not mapped: the pages of a mapped file count as memory of the process, beside the copy.
         """
         entry, (path, start) = self.entries[name], self.places[name]
         if rows is None:
@@ -107,60 +114,83 @@ def _read(path: Path, offset: int, entry: Entry) -> Tensor:
     return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
 
-def _read_header(path: Path) -> tuple[int, list[Entry]]:
-    """Where the data begins, and the tensors in their order there; they lie side by side."""
+def list_files(folder: Path) -> list[str]:
+    """Names of the files that hold the folder's weights, whether they are there or not.
+
+    Raises ValueError, KeyError or AttributeError when the index is damaged.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        return [SINGLE]
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
+
+def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Where the data of a file begins, in bytes, and the header's entry of each tensor, in the order of the data.
+
+    An entry has "dtype" (a key of DTYPES), "shape" and "data_offsets". The tensors lie side by side. Raises EOFError
+    when the file is shorter than its header, and ValueError, KeyError, TypeError or AttributeError when the header is
+    damaged.
+    """
     with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise EOFError(path)
+        (length,) = struct.unpack("<Q", prefix)
+        if 8 + length > path.stat().st_size:
+            raise EOFError(path)
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    parts = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    return 8 + length, [Entry(name, DTYPES[part["dtype"]], tuple(part["shape"])) for name, part in parts]
+    return 8 + length, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
 
 
-def split(entries: list[Entry]) -> list[Shard]:
-    """Entries laid into files of at most MAX_SHARD_BYTES, in their order, named as transformers names them."""
+def split_into_files(entries: list[Entry]) -> list[SafetensorsFile]:
+    """Files of at most MAX_FILE_BYTES with the entries in their order, named as transformers names them."""
     groups: list[list[Entry]] = [[]]
     for entry in entries:
-        if groups[-1] and sum(e.size for e in groups[-1]) + entry.size > MAX_SHARD_BYTES:
+        if groups[-1] and sum(e.size for e in groups[-1]) + entry.size > MAX_FILE_BYTES:
             groups.append([])
         groups[-1].append(entry)
     if len(groups) == 1:
-        return [Shard(SINGLE, tuple(groups[0]))]
+        return [SafetensorsFile(SINGLE, tuple(groups[0]))]
     return [
-        Shard(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
+        SafetensorsFile(f"model-{number:05d}-of-{len(groups):05d}.safetensors", tuple(group))
         for number, group in enumerate(groups, 1)
     ]
 
 
-def write_shards(
-    folder: Path, shards: list[Shard], tensor_of: Callable[[Entry], Tensor], say: Callable[[str], None] = print
+def write_files(
+    folder: Path, files: list[SafetensorsFile], tensor_of: Callable[[Entry], Tensor], say: Callable[[str], None] = print
 ) -> None:
-    """Every shard, and the index of several; `tensor_of` gives each tensor when its turn comes, in any float dtype."""
-    for number, shard in enumerate(shards, 1):
-        with (folder / shard.file).open("wb") as file:
-            file.write(shard.header())
-            for entry in shard.entries:
+    """Writes every file, and the index of several. tensor_of: gives each tensor in turn, in any float dtype.
+
+    Raises RuntimeError when a tensor has another shape than its entry.
+    """
+    for number, layout in enumerate(files, 1):
+        with (folder / layout.name).open("wb") as file:
+            file.write(layout.header())
+            for entry in layout.entries:
                 tensor = tensor_of(entry).to("cpu", entry.dtype).contiguous()
                 if tuple(tensor.shape) != entry.shape:
                     raise RuntimeError(f"{entry.name} is {tuple(tensor.shape)}, not {entry.shape}")
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
-        say(f"  {shard.file}: {format_bytes(shard.size)} ({number} of {len(shards)})")
-    if len(shards) > 1:
-        total = sum(entry.size for shard in shards for entry in shard.entries)
-        places = {entry.name: shard.file for shard in shards for entry in shard.entries}
+        say(f"  {layout.name}: {format_bytes(layout.size)} ({number} of {len(files)})")
+    if len(files) > 1:
+        total = sum(entry.size for layout in files for entry in layout.entries)
+        places = {entry.name: layout.name for layout in files for entry in layout.entries}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def in_16_bits(shards: list[Shard], dtype: torch.dtype) -> list[Shard]:
-    """The same layout, with `dtype` for tensors of more than 16 bits."""
+def narrow_to_16_bits(files: list[SafetensorsFile], dtype: torch.dtype) -> list[SafetensorsFile]:
+    """The same files, with `dtype` for the floating tensors of 32 and 64 bits."""
     return [
         replace(
-            shard,
+            file,
             entries=tuple(
                 replace(entry, dtype=dtype) if entry.dtype in (torch.float32, torch.float64) else entry
-                for entry in shard.entries
+                for entry in file.entries
             ),
         )
-        for shard in shards
+        for file in files
     ]

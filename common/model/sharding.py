@@ -1,9 +1,10 @@
-"""Decoder layers cut over the cards of a run by PyTorch's FSDP2: each card holds a part of every layer, and has the
-whole of the one that computes and of the next, gathered from all.
+"""Decoder layers sharded over the cards of a run with PyTorch's FSDP2.
+
+Each card holds a shard of every layer. For its computation a layer is all-gathered, and the next one while it computes.
 
 What is outside the layers (embedding, head, norm) stays whole on each card: gathering it would take twice its memory at
-the worst moment. So do the scales of 4-bit weights, which are no parameters. The adapters are cut with their layers,
-and with them their gradients and the optimizer's states.
+the worst moment. The scales of 4-bit weights stay whole too, because they are no parameters. The adapters are sharded
+with their layers, and so are their gradients and the optimizer's states.
 """
 
 import math
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,16 +29,16 @@ from torch.distributed.tensor import DTensor
 from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
 from common.machine.layout import Layout
-from common.machine.shared_memory import read_once_per_machine
+from common.machine.slow_work import report_slow_work
 from common.model.activation_checkpointing import decoder_layers
-from common.model.base_weights import BaseWeights, state_of
+from common.model.hollow_model import fill_layer, take_layer_weights
 from common.recipe import LoraSpec, TrainSpec, require
 
-ADAPTER = "default"  # PEFT's name of the one that is trained
+ADAPTER_NAME = "default"  # that PEFT gives the adapter, and leaves out in its files
 
 
 def refuse_unshardable(lora: LoraSpec, train: TrainSpec) -> None:
-    """Raises UserError for what does not work on layers that are cut into parts."""
+    """Raises UserError for settings that do not work with sharded layers."""
     require(not lora.dora, "LoraSpec.dora reads whole weights, which sharded layers do not have: use plain LoRA")
     require(
         "8bit" not in train.optimizer,
@@ -52,87 +52,78 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard_layers(model: PeftModel, layout: Layout) -> None:
-    """The layers of a model that `load_4bit` left hollow are filled, and each is cut over the cards as soon as it is.
+    """Reads the weights of the decoder layers, and shards each layer as soon as it has them.
 
-    Nothing for a layout that does not shard. Each machine reads and quantises a weight once, for all of its cards.
+    model: from `load_4bit` with the same layout, which leaves the layers without weights (common.model.hollow_model).
+    Does nothing for a layout that does not shard. Each machine reads and quantizes a weight once, for all of its cards.
     Raises UserError when the weights are damaged or others than the config says.
     """
     if not layout.sharded:
         return
     base, machine = model.get_base_model(), this_machine()
+    weights = take_layer_weights(base)
     names = {module: name for name, module in base.named_modules()}
     mesh = world_mesh(machine.device.type)
     layers = decoder_layers(model)
-    for index, layer in enumerate(layers):
-        fill_layer(layer, names[layer], base.base_weights)
-        # Spread over the model, so that one layer comes from the host while others compute.
-        on_host = (index + 1) * layout.on_host // len(layers) > index * layout.on_host // len(layers)
-        shard_layer(layer, mesh, on_host=on_host)
-    del base.base_weights
-    base.is_loaded_in_4bit = False  # TRL would cast what is trained of such a model to bf16
+    with report_slow_work("reading and sharding", len(layers), "layers") as work:
+        for index, layer in enumerate(layers):
+            fill_layer(layer, names[layer], weights)
+            # Spread over the model, so that one layer comes from the host while others compute.
+            on_host = (index + 1) * layout.on_host // len(layers) > index * layout.on_host // len(layers)
+            shard_layer(layer, mesh, on_host=on_host)
+            work.done += 1
+    base.is_loaded_in_4bit = False  # TRL would cast the adapters of a 4-bit model to bf16
     shard_root(model, mesh)
-    parts = sum(part.nbytes for part in map(local_tensor, model.parameters()) if part.device == machine.device)
+    local = sum(part.nbytes for part in map(local_tensor, model.parameters()) if part.device == machine.device)
     print(
-        f"weights: read once on each machine; {parts / GIB:.2f} GiB on each card, "
+        f"weights: read once on each machine; {local / GIB:.2f} GiB on each card, "
         f"{peak_ram() / GIB:.2f} GiB of host memory at most so far"
     )
 
 
-def fill_layer(layer: nn.Module, prefix: str, weights: BaseWeights) -> None:
-    """The layer's weights are on the machine's device; `prefix` is its name in the checkpoint."""
-    device = weights.machine.device
-    for path, module in layer.named_modules():
-        name = ".".join(part for part in (prefix, path) if part).replace(".base_layer", "")  # PEFT's
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.requires_grad:
-                continue
-            if isinstance(module, Linear4bit) and key == "weight":
-                shape = torch.Size((module.out_features, module.in_features))
-                packed, *scales = read_once_per_machine(device, weights.in_4_bit, f"{name}.weight", shape)
-                # FSDP2 could cut bytes too; bitsandbytes reads a gathered weight in the dtype of the model only.
-                value, module.quant_state = packed.flatten().view(module.quant_storage)[:, None], state_of(scales)
-            else:
-                (value,) = read_once_per_machine(device, weights.in_16_bit, f"{name}.{key}", parameter.shape)
-            setattr(module, key, nn.Parameter(value, requires_grad=False))
-
-
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, *, on_host: bool = False) -> None:
-    """Of the layer's parameters only this process's part stays, on the card or in host memory."""
+    """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in pinned host memory."""
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
     fully_shard(layer, mesh=mesh, offload_policy=host if on_host else OffloadPolicy())
 
 
 def shard_root(model: PeftModel, mesh: DeviceMesh) -> None:
-    """The model's forward pass, and `generate`, gather each cut layer in turn; what is outside them stays whole."""
-    inside = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p not in inside})
+    """Applies fully_shard to the model around its sharded layers, so that forward and `generate` gather each in turn.
+
+    The parameters outside the layers are left out, and stay whole on each card.
+    """
+    in_layers = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
+    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p not in in_layers})
     register_fsdp_forward_method(model, "generate")
 
 
 def copy_to_local_shard(value: Tensor, into: Tensor) -> None:
-    """Of a whole value, which each process has, this process's part is in `into`, cut or not."""
-    if isinstance(into, DTensor):  # FSDP2 cuts along the first dimension, as chunk does
+    """Copies this process's shard of `value`, a full tensor, to `into`; all of it where `into` is not sharded."""
+    if isinstance(into, DTensor):  # FSDP2 shards along the first dimension, as torch.chunk does
         chunks, place = value.chunk(into.device_mesh.size()), into.device_mesh.get_local_rank()
         value = chunks[place] if place < len(chunks) else value[:0]
     local_tensor(into).copy_(value)
 
 
 def gather_adapter(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter's tensors by name, whole, on the CPU; all processes must ask."""
+    """The adapter's full tensors by name, on the CPU. All processes must call it."""
     return {name: full_tensor(p.detach()).cpu() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
 def load_adapter_shards(model: PeftModel, file: Path) -> None:
-    """The adapter is what the file of an adapter holds, each process with its part of it."""
+    """Copies an adapter file into the model, each process its shards of it."""
     stored = load_file(file)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            copy_to_local_shard(stored[name.replace(f".{ADAPTER}.", ".")], parameter)
+            copy_to_local_shard(stored[name.replace(f".{ADAPTER_NAME}.", ".")], parameter)
 
 
 def gather_states_when_saved(optimizer: torch.optim.Optimizer) -> None:
-    """Its state_dict, which all processes must ask for, is that of a run on one card, and it reads such a one."""
+    """Makes the optimizer's state_dict that of a run on one card: full tensors when saved, sharded again when loaded.
+
+    All processes must call state_dict.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def gather(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
@@ -142,27 +133,28 @@ def gather_states_when_saved(optimizer: torch.optim.Optimizer) -> None:
         }
         return saved | {"state": states}
 
-    def cut_states(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    def shard_again(_: Any, saved: dict[str, Any]) -> dict[str, Any]:
         states = {
-            index: {key: _cut_like(parameters[index], value) for key, value in state.items()}
+            index: {key: _shard_like(parameters[index], value) for key, value in state.items()}
             for index, state in saved["state"].items()
         }
         return saved | {"state": states}
 
     optimizer.register_state_dict_post_hook(gather)
-    optimizer.register_load_state_dict_pre_hook(cut_states)
+    optimizer.register_load_state_dict_pre_hook(shard_again)
 
 
-def _cut_like(parameter: Tensor, value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:  # the number of steps
+def _shard_like(parameter: Tensor, value: Any) -> Any:
+    """A full state of a parameter, sharded like it; other values, such as the number of steps, as they are."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
-    mine = torch.empty_like(parameter, dtype=value.dtype)
-    copy_to_local_shard(value, mine)
-    return mine
+    local = torch.empty_like(parameter, dtype=value.dtype)
+    copy_to_local_shard(value, local)
+    return local
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """The norm of all gradients, over all cards, before they are scaled to `max_norm` at most."""
+    """Scales the gradients so that their norm over all cards is at most `max_norm`; returns the norm before that."""
     gradients = [local_tensor(parameter.grad) for parameter in parameters if parameter.grad is not None]
     own = torch.nn.utils.get_total_norm(gradients)
     (square,) = all_reduce_sum([float(own) ** 2])

@@ -15,14 +15,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from common.model.base_weights import make_linears_4bit
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.lean_layers import swap_in_lean_classes, unsupported_reason
 from common.model.lora import attach_lora
 from common.model.loss import fuse_head_and_loss
+from common.model.nf4 import QUANT_TYPE, SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE, make_linears_4bit
 from common.recipe import Kernels, LoraSpec, ModelSpec
-
-NF4_BLOCK, ABSMAX_BLOCK = 64, 256  # values a scale, scales a scale of scales: arXiv:2305.14314 section 3
 
 
 def fake_lora_model(
@@ -112,11 +110,11 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
 def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
     """An ordinary parameter with the quant_state of Params4bit, which cannot hold a fake tensor."""
     values = module.in_features * module.out_features
-    blocks = -(-values // NF4_BLOCK)
+    blocks = -(-values // VALUES_PER_SCALE)
     scales = bnb.QuantState(
-        absmax=torch.empty(-(-blocks // ABSMAX_BLOCK)),
+        absmax=torch.empty(-(-blocks // SCALES_PER_OUTER_SCALE)),
         code=torch.empty(256),
-        blocksize=ABSMAX_BLOCK,
+        blocksize=SCALES_PER_OUTER_SCALE,
         dtype=torch.float32,
     )
     weight = nn.Parameter(torch.empty((-(-values // 2), 1), dtype=torch.uint8), requires_grad=False)
@@ -124,8 +122,8 @@ def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
         absmax=torch.empty(blocks, dtype=torch.uint8),
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
-        blocksize=NF4_BLOCK,
-        quant_type="nf4",
+        blocksize=VALUES_PER_SCALE,
+        quant_type=QUANT_TYPE,
         dtype=dtype,
         offset=torch.empty(()),
         state2=scales,

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.attention import PACKED_ATTENTION
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.optimizer import build_optimizer
 from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step

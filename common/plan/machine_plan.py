@@ -6,7 +6,7 @@ from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
-from common.model.files import load_config
+from common.model.config import load_config
 from common.model.sharding import refuse_unshardable
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting

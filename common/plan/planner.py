@@ -11,7 +11,7 @@ from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy
-from common.model.files import load_config
+from common.model.config import load_config
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
-from common.model.files import load_config
+from common.model.config import load_config
 from common.plan.card import Card
 from common.plan.plan import Plan, make_plan
 from common.plan.planner import Option, Planner

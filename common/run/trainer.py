@@ -21,7 +21,7 @@ from common.data.batches import Batch, halve, split_into_examples
 from common.machine.collectives import all_reduce_max, all_reduce_sum, run_on_main
 from common.machine.processes import is_main_process, rank, world_size
 from common.model.activation_checkpointing import (
-    TRAINER_ARGUMENTS,
+    TRAINER_FLAG,
     Policy,
     RecomputeWatch,
     checkpoint_activations,
@@ -376,7 +376,7 @@ def refuse_two_checkpointings(sharded: bool, arguments: Any) -> None:
 
     With the trainer's flag beside FSDP's own checkpointing each layer is gathered once more (transformers issue 30404).
     """
-    flag = next(iter(TRAINER_ARGUMENTS))
+    flag = TRAINER_FLAG
     if sharded and getattr(arguments, flag):
         raise UserError(
             f"{flag}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each would be "

@@ -25,7 +25,7 @@ from common.machine.collectives import barrier, run_on_main
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of
 from common.machine.processes import world_size
-from common.model.activation_checkpointing import TRAINER_ARGUMENTS
+from common.model.activation_checkpointing import TRAINER_FLAG
 from common.model.attention import uses_packed_attention
 from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.lora import trainable_params
@@ -80,7 +80,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         ddp_backend="gloo" if world_size() > 1 and not machine.is_gpu else None,
         ddp_find_unused_parameters=False,  # each adapter gets a gradient in each micro-batch
         ddp_broadcast_buffers=False,  # they never change
-        **TRAINER_ARGUMENTS,
+        **{TRAINER_FLAG: False},  # the plan decides which layers recompute
     )
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,9 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.machine.device import GIB, Machine
-from common.model.files import load_config
-from common.model.loading import load_4bit, load_tokenizer
+from common.machine.layout import ONE_PROCESS, Layout
+from common.model.config import load_config
+from common.model.loading import announce_loading, load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
 from tests.conftest import ARCHITECTURES, FP32, ROOT
 
@@ -130,6 +132,24 @@ def test_evaluation_does_not_change_the_weights(small_llama):
         assert module.weight.quant_state.nested
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({}, r"loading .*: \d+ files, \d+\.\d MiB, quantized to NF4 as they are read\n"),
+        ({"bits": 16}, r"loading .*: \d+ files, \d+\.\d MiB\n"),
+        ({"weights": "random"}, r"loading .*: random weights, \d+\.\d MiB, quantized to NF4 as they are drawn\n"),
+    ],
+)
+@pytest.mark.parametrize("layout", [ONE_PROCESS, Layout(2, sharded=True)], ids=str)
+def test_what_takes_long_to_load_is_announced(small_model, monkeypatch, capsys, values, line, layout):
+    spec = ModelSpec(str(small_model("llama", max_shard_size="100KB")), **values)
+    load_4bit(spec, FP32, layout=layout)
+    assert capsys.readouterr().out == ""  # it loads in a second
+    monkeypatch.setattr("common.model.loading.MIN_ANNOUNCED_BYTES", 1000)
+    load_4bit(spec, FP32, layout=layout)
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
 def test_the_adapter_will_name_the_hub_model_not_the_cache(small_llama):
     assert load_4bit(ModelSpec(str(small_llama)), FP32).name_or_path == str(small_llama)
 
@@ -202,3 +222,17 @@ def test_loading_needs_little_more_host_memory_than_the_result(small_model, weig
     assert bf16_bytes > 0.09 * GIB
     # Above what stays: one tensor being quantised, and the allocator's slack.
     assert peak - after < 0.35 * bf16_bytes, f"{(peak - after) / 2**20:.0f} MiB above the result"
+
+
+@pytest.mark.parametrize(
+    ("files", "size", "quantizes", "line"),
+    [
+        (4, 15 * GIB, True, "loading owner/model: 4 files, 15.00 GiB, quantized to NF4 as they are read\n"),
+        (1, 2 * GIB, False, "loading owner/model: 1 file, 2.00 GiB\n"),
+        (0, 15 * GIB, True, "loading owner/model: random weights, 15.00 GiB, quantized to NF4 as they are drawn\n"),
+        (4, GIB - 1, True, ""),  # is there within a few seconds
+    ],
+)
+def test_a_large_model_is_announced_and_a_small_one_is_not(files, size, quantizes, line, capsys):
+    announce_loading(ModelSpec("owner/model"), files, size, quantizes=quantizes)
+    assert capsys.readouterr().out == line

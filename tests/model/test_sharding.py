@@ -1,4 +1,4 @@
-"""Layers that lie cut over several cards: what one card holds of them, what a run makes of them, what is refused."""
+"""Layers sharded over several cards: what one card holds of them, what a run makes of them, what is refused."""
 
 import json
 import subprocess
@@ -11,21 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
 
 from common.machine.collectives import local_tensor
 from common.machine.layout import Layout
-from common.model.activation_checkpointing import TRAINER_ARGUMENTS, Policy, decoder_layers
-from common.model.lean_layers import use_lean_layers
+from common.model.activation_checkpointing import TRAINER_FLAG, Policy
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
-from common.model.sharding import fill_layer, refuse_unshardable, shard_layers
+from common.model.sharding import refuse_unshardable, shard_layers
 from common.plan import ledger, operators
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
 from common.run.trainer import refuse_two_checkpointings
-from tests.conftest import ROOT, TINY
+from tests.conftest import ROOT
 from tests.machine.test_processes import CPU, launcher
 from tests.model import fully_sharded
 from tests.plan.test_count import REFERENCES, recipe_for
@@ -108,76 +106,6 @@ def test_sharded_layers_give_the_losses_of_one_process(steps, processes, kernels
         assert many["losses"] == pytest.approx(one["losses"], rel=1e-5)
 
 
-def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(steps):
-    """What FSDP cuts must be of one floating dtype; bytes are what bitsandbytes stores by default."""
-    model = attach_lora(load_4bit(ModelSpec(steps.folder), layout=TWO), LoraSpec(4, 4))
-    layer = decoder_layers(model)[0]
-    fill_layer(layer, "model.layers.0", model.get_base_model().base_weights)
-    linears = [module for module in layer.modules() if isinstance(module, Linear4bit)]
-    assert len(linears) == 7
-    assert {module.weight.dtype for module in linears} == {torch.float32}  # of the compute on a CPU
-
-
-@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "random", "tied"])
-def spec(request, steps, small_model, tmp_path) -> ModelSpec:
-    """A model of each kind that can be loaded."""
-    match request.param:
-        case "16 bit":
-            return ModelSpec(steps.folder, bits=16)
-        case "stored in 4 bit":
-            load_4bit(ModelSpec(steps.folder)).save_pretrained(tmp_path)
-        case "random":
-            return ModelSpec(str(TINY), weights="random", layers=2)
-        case "tied":
-            return ModelSpec(str(small_model("qwen2", tie_word_embeddings=True)))
-        case _:
-            return ModelSpec(steps.folder)
-    return ModelSpec(str(tmp_path))
-
-
-def test_a_filled_layer_is_what_load_4bit_loads(spec):
-    ordinary = attach_lora(load_4bit(spec), LoraSpec(4, 4), seed=3)
-    hollow = attach_lora(load_4bit(spec, layout=TWO), LoraSpec(4, 4), seed=3)
-    use_lean_layers(ordinary, "lean")
-    use_lean_layers(hollow, "lean")
-    for index, layer in enumerate(decoder_layers(hollow)):
-        fill_layer(layer, f"model.layers.{index}", hollow.get_base_model().base_weights)
-    ids = torch.arange(10, 40)[None]
-    with torch.no_grad():
-        expected, given = (model.eval()(input_ids=ids, labels=ids).loss for model in (ordinary, hollow))
-    assert given == expected
-    assert hollow.generation_config.eos_token_id == ordinary.generation_config.eos_token_id
-    for (name, one), (other_name, other) in zip(ordinary.named_parameters(), hollow.named_parameters(), strict=True):
-        assert name == other_name
-        assert one.requires_grad == other.requires_grad
-        assert not one.requires_grad or torch.equal(one, other)  # the very adapters that a run on one card begins with
-
-
-def test_a_hollow_model_takes_the_memory_of_what_is_outside_its_layers(steps):
-    model = load_4bit(ModelSpec(steps.folder), layout=TWO)
-    for layer in decoder_layers(model):
-        assert sum(parameter.untyped_storage().nbytes() for parameter in layer.parameters()) < 100
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"hidden_size": 128}, r"does not fit its config.json: .*embed_tokens.weight is \(\d+, 64\), the config says"),
-        ({"num_hidden_layers": 9}, r"is incomplete: model.layers.\d.* is missing"),
-        ({"intermediate_size": 256}, r"does not fit its config.json: model.layers.0.mlp.gate_proj.weight is"),
-    ],
-)
-def test_weights_that_are_not_those_of_the_config_are_refused(small_model, values, message):
-    folder = small_model("llama")
-    config = json.loads((folder / "config.json").read_text())
-    layer_types = {"layer_types": None} if "layer_types" in config else {}
-    (folder / "config.json").write_text(json.dumps(config | values | layer_types))
-    with pytest.raises(UserError, match=message):
-        model = load_4bit(ModelSpec(str(folder)), layout=TWO)
-        for index, layer in enumerate(decoder_layers(model)):
-            fill_layer(layer, f"model.layers.{index}", model.base_weights)
-
-
 @pytest.mark.slow
 def test_16_bit_weights_and_fp32_adapters_are_gathered_together(steps):
     """As on a GPU, where FSDP2 gathers them as bytes."""
@@ -207,15 +135,14 @@ def test_what_cannot_be_sharded_is_refused_by_name(lora, optimizer, message):
 
 
 def test_pitfall_24_the_trainers_checkpointing_and_the_plans_at_once_are_refused(monkeypatch):
-    (flag,) = TRAINER_ARGUMENTS
-    both = SimpleNamespace(**{flag: True})
+    both = SimpleNamespace(**{TRAINER_FLAG: True})
     with pytest.raises(UserError, match="gathered once more"):
         refuse_two_checkpointings(True, both)
     refuse_two_checkpointings(False, both)
-    refuse_two_checkpointings(True, SimpleNamespace(**{flag: False}))
+    refuse_two_checkpointings(True, SimpleNamespace(**{TRAINER_FLAG: False}))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="ACCELERATE_USE_FSDP"):
-        refuse_two_checkpointings(False, SimpleNamespace(**{flag: False}))
+        refuse_two_checkpointings(False, SimpleNamespace(**{TRAINER_FLAG: False}))
 
 
 # What one card of several holds, counted.
@@ -245,7 +172,7 @@ def test_a_few_layers_give_the_bytes_of_eight_whatever_the_policy(processes, acc
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_models_of_one_and_two_layers_count_when_cut(layers):
+def test_models_of_one_and_two_layers_count_when_sharded(layers):
     forecast = Forecast(cut(layers), layout=TWO)
     for policy in (Policy(layers), Policy(layers, layers), Policy(layers, 1), Policy(layers, offload=True)):
         same(forecast, policy)
@@ -255,10 +182,10 @@ def test_a_card_holds_its_part_of_the_layers_and_all_that_is_outside(eight):
     one, part = Forecast(cut(8)).step(2048, Policy(8)).resident, eight.step(2048, Policy(8)).resident
     for kind in (ADAPTERS, GRADIENTS, OPTIMIZER):
         assert part[kind] / one[kind] == pytest.approx(1 / 2, rel=1e-3), kind
-    # Of a 4-bit weight 4 bits are cut, and its scales, 8/64 + 32/(64 * 256) bits, are not.
+    # Of a 4-bit weight the 4 bits are sharded; its scales, 8/64 + 32/(64 * 256) bits, are not.
     scales = 8 / 64 + 32 / (64 * 256)
     assert part[WEIGHTS] / one[WEIGHTS] == pytest.approx((4 / 2 + scales) / (4 + scales), rel=1e-3)
-    norms = 8 * 2 * 4096 * 2  # the layers' own, in bf16: cut too
+    norms = 8 * 2 * 4096 * 2  # the layers' own, in bf16: sharded too
     assert one[EMBEDDINGS] - part[EMBEDDINGS] == norms / 2
 
 
@@ -294,6 +221,6 @@ def test_gathering_crosses_the_link(eight):
     assert link == pytest.approx(8 * (2 * part + step.sharded_per_layer[ADAPTERS]), rel=0.01)
 
 
-def test_a_part_of_what_is_not_cut_is_all_of_it():
+def test_the_local_tensor_of_what_is_not_sharded_is_the_tensor():
     tensor = torch.ones(3)
     assert local_tensor(tensor) is tensor

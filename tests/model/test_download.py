@@ -1,4 +1,4 @@
-"""Trouble with the hub, against a small server here that plays it: one clear line, and nothing half loaded."""
+"""Downloads from a small server here that plays the hub: trouble gives one clear line, and nothing half loaded."""
 
 import hashlib
 import http.server
@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from common.model.files import model_folder
+from common.model.download import model_folder
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
 from tests.conftest import FP32
@@ -172,7 +172,7 @@ def test_a_corrupt_shard_is_named_before_anything_is_loaded(hub, spoil, message)
 def test_a_flipped_bit_in_the_weights_is_found_once_and_for_all(hub, monkeypatch):
     folder = model_folder(ModelSpec(NAME), weights=True)
     with monkeypatch.context() as patch:  # what was checked is not read again
-        patch.setattr("common.run.checkpoints.hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
+        patch.setattr("hashlib.file_digest", lambda *_: pytest.fail("it was read again"))
         model_folder(ModelSpec(NAME), weights=True)
     blob = (folder / shard(hub)).resolve()
     content = bytearray(blob.read_bytes())
@@ -217,3 +217,63 @@ def test_an_access_token_goes_to_the_hub_and_into_no_message(hub, monkeypatch, c
     assert all(token not in str(part) for part in chain)
     captured = capsys.readouterr()
     assert token not in captured.out + captured.err
+
+
+def test_a_name_that_is_neither_folder_nor_hub_id_says_so():
+    for name in ("./nowhere", "/nowhere/model", "just-a-name", "a/b/c"):
+        with pytest.raises(UserError, match="there is no folder .*, and it is no hub id"):
+            model_folder(ModelSpec(name), weights=False)
+
+
+@pytest.fixture
+def refusing_hub(monkeypatch):
+    """refusing_hub(status, **headers): a server on this machine that plays the hub and refuses every request so."""
+    servers = []
+
+    def start(status: int, **headers: str) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None: ...
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (401, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
+        (403, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
+        (404, "RepoNotFound", "the hub has no model owner/none that you may read"),
+        (404, "RevisionNotFound", "owner/none has no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line_with_the_way_out(refusing_hub, tmp_path, monkeypatch, status, code, message):
+    refusing_hub(status, X_Error_Code=code)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError) as error:
+        model_folder(ModelSpec("owner/none", revision="v9"), weights=False)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_without_network_and_cache_the_error_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="is not in the local cache and the hub cannot be reached"):
+        model_folder(ModelSpec("owner/none"), weights=False)

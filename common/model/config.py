@@ -1,0 +1,63 @@
+"""Reads a model's config.json, and refuses architectures that the recipes do not fine-tune."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from common import REPOSITORY
+from common.model.architectures import ARCHITECTURES
+from common.model.download import model_folder
+from common.recipe import ModelSpec, UserError
+
+SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, so that a plan needs no network
+
+
+def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig:
+    """The model's config: from `folder` where given, else from its own folder, models/configs (no network), or the hub.
+
+    Raises UserError for an architecture that is not one of ARCHITECTURES, and for a config that cannot be read.
+    """
+    shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
+    if folder is None and shipped.exists() and not Path(spec.name).is_dir():
+        path = shipped
+    else:
+        path = (folder or model_folder(spec, weights=False)) / "config.json"
+    if not path.exists():
+        raise UserError(f"{spec.name} has no config.json: it is not a transformers model")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        model_type = values["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable model config: {error}") from error
+    if model_type not in ARCHITECTURES:
+        raise UserError(
+            f"{spec.name} is of type {model_type!r}; the recipes fine-tune {', '.join(ARCHITECTURES)} models"
+        )
+    config = AutoConfig.for_model(**values)
+    if spec.layers is not None:
+        config.num_hidden_layers = min(spec.layers, config.num_hidden_layers)
+        config.layer_types = config.layer_types[: spec.layers] if getattr(config, "layer_types", None) else None
+    return config
+
+
+def is_4bit_checkpoint(config: PretrainedConfig, spec: ModelSpec) -> bool:
+    """Whether the weights are stored in bitsandbytes' 4-bit form. Raises UserError for any other quantization."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
+        kind = stored.get("quant_method", "an unknown method")
+        raise UserError(f"{spec.name} is quantised with {kind}; take the original, or a bitsandbytes 4-bit checkpoint")
+    return True
+
+
+def refuse_other_shape(spec: ModelSpec, name: str, stored: torch.Size, config_shape: torch.Size) -> None:
+    """Raises UserError when a stored tensor, or the weight of a layer, has another shape than the config says."""
+    if stored != config_shape:
+        raise UserError(
+            f"{spec.name} does not fit its config.json: {name} is {tuple(stored)}, the config says "
+            f"{tuple(config_shape)}"
+        )

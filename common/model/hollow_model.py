@@ -1,0 +1,102 @@
+"""A model whose decoder layers have no weights yet, and the functions that give them their weights.
+
+No card of a sharded run has room for the whole model. So the work is split over two calls of a recipe:
+
+1. `load_4bit`, with a layout that shards, calls `build_hollow_model`. The embedding, the last norm and the head have
+   their weights. The decoder layers have tensors of the right shapes that take no memory, which is all that LoRA, the
+   lean layers and activation checkpointing need. The model's attribute `layer_weights`, a `TensorSource`, says where
+   the missing weights are to be read.
+2. `common.model.sharding.shard_layers` takes that attribute off the model with `take_layer_weights`. Then it fills
+   one layer with `fill_layer`, shards it, and goes on with the next, so that at most one layer is whole at a time.
+"""
+
+from pathlib import Path
+
+import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from common.machine.device import Machine
+from common.machine.shared_memory import read_once_per_machine
+from common.model.activation_checkpointing import decoder_layers
+from common.model.attention import attention_implementation
+from common.model.nf4 import QUANT_TYPE, keep_packed_form, make_linears_4bit, state_from_tensors
+from common.model.tensor_source import TensorSource, WeightsOrigin
+from common.recipe import ModelSpec
+
+
+def build_hollow_model(
+    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine
+) -> PreTrainedModel:
+    """The model without the weights of its decoder layers, and with `layer_weights` to read them from.
+
+    The empty layers are on the CPU, where PEFT makes its adapters. Raises UserError when
+    the weights outside the layers are missing, or have other shapes than the config says.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=machine.dtype, attn_implementation=attention_implementation(machine)
+        )
+        if spec.bits == 4:
+            make_linears_4bit(model, machine.dtype)
+    model.is_loaded_in_4bit = spec.bits == 4
+    model.layer_weights = source = TensorSource(spec, weights, machine)
+    in_layers = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        if parameter in in_layers:
+            made = _without_memory(parameter)
+        else:
+            (value,) = read_once_per_machine(machine.device, source.read_16bit, name, parameter.shape)
+            made = nn.Parameter(value)
+        setattr(model.get_submodule(owner), key, made.requires_grad_(False))
+    model.tie_weights()
+    model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config).to(machine.device)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            keep_packed_form(module)
+    if isinstance(weights, Path) and (weights / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(weights)
+    return model.eval()
+
+
+def _without_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of the same shape, all of whose values are one number in memory."""
+    hollow = torch.empty((), dtype=parameter.dtype).expand(parameter.shape)
+    # PEFT asks a 4-bit weight how it was quantized.
+    return Params4bit(hollow, quant_type=QUANT_TYPE) if isinstance(parameter, Params4bit) else nn.Parameter(hollow)
+
+
+def take_layer_weights(model: PreTrainedModel) -> TensorSource:
+    """The `layer_weights` that build_hollow_model left on the model, which then no longer has them.
+
+    Raises RuntimeError for a model that is not hollow.
+    """
+    source = model.__dict__.pop("layer_weights", None)
+    if source is None:
+        raise RuntimeError("the layers have their weights already; a recipe calls load_4bit with layout=plan.layout")
+    assert isinstance(source, TensorSource)
+    return source
+
+
+def fill_layer(layer: nn.Module, prefix: str, source: TensorSource) -> None:
+    """Reads the layer's frozen weights onto the machine's device, once for all processes of a machine.
+
+    prefix: the layer's name in the base model, such as "model.layers.3". Raises UserError as TensorSource does.
+    """
+    device = source.machine.device
+    for path, module in layer.named_modules():
+        name = ".".join(part for part in (prefix, path) if part).replace(".base_layer", "")  # PEFT's
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                continue
+            if isinstance(module, Linear4bit) and key == "weight":
+                shape = torch.Size((module.out_features, module.in_features))
+                packed, *scales = read_once_per_machine(device, source.read_4bit, f"{name}.weight", shape)
+                # FSDP2 can shard bytes too, but bitsandbytes reads a gathered weight only in the dtype of the model.
+                value = packed.flatten().view(module.quant_storage)[:, None]
+                module.quant_state = state_from_tensors(scales)
+            else:
+                (value,) = read_once_per_machine(device, source.read_16bit, f"{name}.{key}", parameter.shape)
+            setattr(module, key, nn.Parameter(value, requires_grad=False))
