@@ -30,7 +30,8 @@ def prose_of(page: Path) -> str:
 
 def links(page: Path) -> list[str]:
     """Targets of the page's links and pictures, those of other sites left out."""
-    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)) if "://" not in target]
+    found = re.findall(r"\]\(([^)\s]+)\)", prose_of(page)) + re.findall(r'<img src="([^"]+)"', prose_of(page))
+    return [target for target in found if "://" not in target]
 
 
 def anchor_of(heading: str) -> str:
