@@ -31,8 +31,10 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.plan.forecast import Forecast, full_batch, speed_of
-from common.plan.planner import WORKSPACE_BYTES, setting_of
+from common.plan.card import WORKSPACE_BYTES
+from common.plan.forecast import Forecast, full_batch
+from common.plan.machine_plan import setting_of
+from common.plan.speed import speed_of
 from common.recipe import Recipe, UserError
 
 MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")

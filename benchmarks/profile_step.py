@@ -26,8 +26,9 @@ from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
-from common.plan.forecast import Forecast, speed_of
-from common.plan.planner import setting_of
+from common.plan.forecast import Forecast
+from common.plan.machine_plan import setting_of
+from common.plan.speed import speed_of
 
 # What a kernel does: the first pattern that its name matches. Names differ between cards and versions.
 KERNEL_KINDS = {

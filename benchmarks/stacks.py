@@ -45,7 +45,7 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
     from common.model.lean_layers import use_lean_layers
     from common.model.loading import load_4bit, load_tokenizer
     from common.model.lora import attach_lora
-    from common.plan.planner import plan_for_card
+    from common.plan.machine_plan import plan_for_card
     from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
     from common.run.training import build_trainer
 

@@ -68,7 +68,7 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The training data and the held-out data. Row formats are recognised: README.md, "Your own data"."""
+    """The training data and the held-out data. Row formats are recognised: docs/data.md."""
 
     source: str  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
     _: KW_ONLY

@@ -14,7 +14,7 @@ RECIPE = Recipe(
     # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct, because the base model's chat tokens
     # were never trained.
     model=ModelSpec("meta-llama/Meta-Llama-3-70B-Instruct"),
-    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: README.md, "Your own data"
+    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: docs/data.md
     lora=LoraSpec(
         rank=16,  # on all linear layers, which helps far more than a higher rank (QLoRA, arXiv:2305.14314, figure 2)
         alpha=16,  # alpha = rank: scale 1, so that the learning rate alone sets the size of a step

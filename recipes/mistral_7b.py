@@ -12,7 +12,7 @@ from common.run import train
 
 RECIPE = Recipe(
     model=ModelSpec("mistralai/Mistral-7B-Instruct-v0.3"),  # its template takes a system message, unlike v0.1
-    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: README.md, "Your own data"
+    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: docs/data.md
     lora=LoraSpec(
         rank=16,  # on all linear layers, which helps far more than a higher rank (QLoRA, arXiv:2305.14314, figure 2)
         alpha=16,  # alpha = rank: scale 1, so that the learning rate alone sets the size of a step

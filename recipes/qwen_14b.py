@@ -14,7 +14,7 @@ RECIPE = Recipe(
     # Qwen3's own template strips and adds thoughts; this one renders each message as it stands.
     # Qwen2.5 is a one-line edit: model=ModelSpec("Qwen/Qwen2.5-14B-Instruct"),
     model=ModelSpec("Qwen/Qwen3-14B", chat_template="models/chat_templates/qwen3.jinja"),
-    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: README.md, "Your own data"
+    data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: docs/data.md
     lora=LoraSpec(
         rank=16,  # on all linear layers, which helps far more than a higher rank (QLoRA, arXiv:2305.14314, figure 2)
         alpha=16,  # alpha = rank: scale 1, so that the learning rate alone sets the size of a step

@@ -25,7 +25,8 @@ from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.loss import head_loss
 from common.plan.forecast import Forecast
-from common.plan.planner import Plan, plan_for_card, setting_of
+from common.plan.machine_plan import plan_for_card, setting_of
+from common.plan.plan import Plan
 from common.recipe import DataSpec
 from common.run.progress import read_metrics
 from common.run.training import train

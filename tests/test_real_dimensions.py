@@ -15,7 +15,7 @@ from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora, trainable_params
-from common.plan.planner import Plan
+from common.plan.plan import Plan
 from common.recipe import DataSpec
 from common.run.training import train
 from recipes.llama3_8b import RECIPE

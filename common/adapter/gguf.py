@@ -65,7 +65,7 @@ class _TensorQueue:
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
         self.writer.write_ti_data_to_file()
-        with report_slow_work("writing", len(self.sources), "tensors") as work:
+        with report_slow_work("writing GGUF", len(self.sources), "tensors") as work:
             for kind, source in self.sources:
                 tensor = source()
                 parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]

@@ -8,6 +8,7 @@ model by the quantisation error of the base, which is some hundred times larger.
 import contextlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,11 @@ FINITE_CHECK_ROWS = 1 << 13  # rows of a tensor that one check looks at, to keep
 class MergedWeights:
     """Gives the tensors of the base and of the merged model, one at a time, in fp32.
 
-    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does.
-    original: takes the original weights instead. Raises UserError for a dry run's adapter, which has no base; for
-    `original` of a checkpoint that holds only 4-bit weights; and as model_folder, load_config and attach_adapter.
+    Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does; with
+    `original`, the original weights are taken instead. `packed` has the names of the weights that the base's files hold
+    in 4 bits, `quantised` of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's
+    adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as model_folder,
+    load_config and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
@@ -56,7 +59,6 @@ class MergedWeights:
         self.config.dtype = torch.float32
         self.stored = Shards(self.folder)
         self.skeleton = self._skeleton()
-        # Names of weights: stored in 4 bits, and 4-bit in the run's model.
         self.packed = {name.removesuffix(NF4_STATE) for name in self.stored.entries if name.endswith(NF4_STATE)}
         if original and self.packed:
             raise UserError(f"{spec.name} is a 4-bit checkpoint: it has no original weights to merge into")
@@ -67,7 +69,7 @@ class MergedWeights:
         self.dtype_of = {entry.name: entry.dtype for shard in self.shards for entry in shard.entries}
 
     def _skeleton(self) -> PeftModel:
-        """Builds the model on the meta device, with the adapter's weights on the real one."""
+        """The model on meta, with the adapter's own weights."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, attn_implementation="sdpa")
         return attach_adapter(model, self.adapter, self.device).eval()
@@ -88,7 +90,7 @@ class MergedWeights:
         if not self.packed:
             return in_16_bits(self.stored.shards, dtype)
         entries = []
-        for entry in self.stored.entries.values():
+        for entry in _report_reading(list(self.stored.entries.values())):
             if entry.name in self.packed:
                 shape = stored_4bit(self.stored, entry.name, self.device)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
@@ -168,6 +170,14 @@ class MergedWeights:
             "merged_into": self.describe_base(),
         }
         path.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
+
+
+def _report_reading(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Yields the entries, and prints how far their reader is when it is slow."""
+    with report_slow_work("reading the 4-bit base", len(entries), "tensors") as work:
+        for entry in entries:
+            yield entry
+            work.done += 1
 
 
 def write_merged(weights: MergedWeights, folder: Path) -> None:

@@ -24,6 +24,8 @@ from common.recipe import Recipe
 
 
 class Command(NamedTuple):
+    """What common.cli calls for a command. The parsed flags also hold `recipe_name` and `story`, the recipe's main."""
+
     run: Callable[[Recipe, argparse.Namespace], int | None]  # returns an exit status; None stands for 0
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None  # beside --out, which every command has
 

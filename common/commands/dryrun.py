@@ -35,7 +35,8 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
     if not this_machine().is_gpu:
         layers = layers or 2
         if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as on the recipe's own cards
-            from common.plan.planner import Card, fits_whole
+            from common.plan.card import Card
+            from common.plan.plan import fits_whole
 
             whole = fits_whole(recipe, Card.of_size(recipe.card_gib), world_size())
             train = replace(train, sharding="never" if whole else "always")

@@ -26,12 +26,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a run. A plan and a dry run take them too: they look at the same run."""
     parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
-    parser.add_argument(
-        "--gpus", type=whole_number(1), metavar="N", help="run on N GPUs of this machine, or plan for N"
-    )
-    parser.add_argument(
-        "--nnodes", type=whole_number(1), default=1, metavar="N", help="on so many machines, with --gpus each"
-    )
+    count = whole_number(1)
+    parser.add_argument("--gpus", type=count, metavar="N", help="run on N GPUs of this machine, or plan for N")
+    parser.add_argument("--nnodes", type=count, default=1, metavar="N", help="on so many machines, with --gpus each")
     parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines find each other: one of them")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on with the run in the output folder")

@@ -21,9 +21,12 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
     Raises UserError when no plan fits the card.
     """
     from common.machine.device import this_machine
-    from common.plan import picture as plan_picture
-    from common.plan import planner
-    from common.plan import report as plan_report
+    from common.plan.card import Card
+    from common.plan.machine_plan import plan_for_card, setting_of
+    from common.plan.picture import draw_plan
+    from common.plan.plan import choose_option
+    from common.plan.report import build_report
+    from common.plan.report_json import write_json
 
     recipe = apply_run_flags(recipe, flags)
     if flags.seq_len is not None:
@@ -32,18 +35,18 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
         recipe = replace(recipe, card_gib=flags.card_gib)
     machine = this_machine()
     if flags.card_gib is None and machine.is_gpu:
-        card, setting = planner.Card.of_machine(machine), planner.setting_of(machine)
+        card, setting = Card.of_machine(machine), setting_of(machine)
     elif recipe.card_gib is not None:
-        card, setting = planner.Card.of_size(recipe.card_gib), None
+        card, setting = Card.of_size(recipe.card_gib), None
     else:
-        planner.plan_for_card(recipe)
+        plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
-    report = plan_report.build_report(*planner.choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
+    report = build_report(*choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{flags.recipe_name}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    plan_picture.draw_plan(report, picture)
+    draw_plan(report, picture)
     if flags.json:
-        plan_report.write_json(report, flags.json)
+        write_json(report, flags.json)
     print(f"drawn in {picture}" + (f", written in {flags.json}" if flags.json else ""))

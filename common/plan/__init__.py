@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from common.plan.planner import Plan, plan_for_card
+    from common.plan.machine_plan import plan_for_card
+    from common.plan.plan import Plan
 
 _MODULE_OF = {
-    "Plan": "planner",
-    "plan_for_card": "planner",
+    "Plan": "plan",
+    "plan_for_card": "machine_plan",
 }
 __all__ = ["Plan", "plan_for_card"]
 __getattr__ = lazy_names(__name__, _MODULE_OF)

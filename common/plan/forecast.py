@@ -19,76 +19,79 @@ from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
-from common.plan.step import Speed, Step, splice
+from common.plan.speed import SPEEDS, Speed
+from common.plan.splice import Part, layers_to_copy, splice_layers
+from common.plan.step import Step
 from common.recipe import Recipe
 
-# Dense bf16 matmul with fp32 sums, and memory bandwidth, of the cards that we know: their data sheets; the H200's
-# matmul speed is measured. Any other card is taken for the first: what a plan compares depends on the ratio alone.
-SPEEDS = (
-    Speed("RTX 4090", 165e12, 1.01e12),
-    Speed("RTX 3090", 71e12, 0.94e12),
-    Speed("H100", 790e12, 3.35e12),
-    Speed("H200", 790e12, 4.8e12),
-)
-
-SHORT_EXAMPLE = 64  # tokens; data of shorter ones is rare
-
-
-def speed_of(gpu: str | None) -> Speed:
-    return next((speed for speed in SPEEDS if gpu and speed.name in gpu), SPEEDS[0])
+SHORT_EXAMPLE_TOKENS = 64  # data of shorter examples is rare
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a step's memory depends on beside the recipe."""
 
-    dtype: torch.dtype = torch.bfloat16
-    attention: str = PACKED_ATTENTION
+    dtype: torch.dtype = torch.bfloat16  # of the compute
+    attention: str = PACKED_ATTENTION  # its name in transformers
 
 
 class Forecast:
-    """Counts steps of one recipe; each count is made once."""
+    """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
         self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0], layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers
-        self._count, self._splice = cache(self.count), cache(self._spliced)
-        # bitsandbytes reads its values one by one when it makes this table, which fake tensors have none of.
+        self._count, self._step = cache(self.count), cache(self._splice)
+        # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
     def step(self, tokens: int, policy: Policy, *, accumulates: bool = True, on_host: int = 0) -> Step:
-        """The step of the whole model, every token trained, with micro-batches of so many tokens; what one card holds
-        and does of it. on_host: of a model cut over cards, the layers whose parts wait in host memory.
+        """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
-        Counted on a few layers that recompute and a few that do not, and spliced. On a GPU with flash attention only
-        the number of tokens matters, not the rows they lie in; elsewhere they are one row. Raises ValueError for an
-        offload of one or two layers of a larger model: it saves nothing, and its layers are like no others.
+        Counted on a few layers and spliced. With flash attention only the number of tokens matters, not the rows they
+        lie in; with another attention they are one row. on_host: layers whose shards wait in host memory.
+
+        Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
+        are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._splice(tokens, policy, accumulates).with_parts_on_host(on_host)
+        return self._step(tokens, policy, accumulates).with_shards_on_host(on_host)
 
-    def _spliced(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
+    def _splice(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
         parts = []
         if policy.recomputed:
-            edges = 2 if policy.offload else 1  # the first layer's input is the embedding's output, which stays
-            few = replace(policy, layers=min(self.layers, edges + 2), kept=0)
-            origin = copies(policy.recomputed, few.layers, edges)
-            if policy.kept and self.layout.sharded:  # then none of them is the last, whose backward pass gathers itself
-                origin = [min(i, max(0, few.layers - 2)) for i in range(policy.recomputed)]
-            parts.append((self._count(tokens, few, accumulates), origin))
+            parts.append(self._layers_that_recompute(tokens, policy, accumulates))
         if policy.kept:
-            few = Policy(min(self.layers, 3), min(self.layers, 3))
-            origin = copies(policy.kept, few.layers, 1)
-            if policy.recomputed:  # then none of them is the first
-                origin = [max(1, i) if few.layers > 2 else i for i in origin]
-            parts.append((self._count(tokens, few, accumulates), origin))
-        return splice(parts)
+            parts.append(self._layers_that_keep(tokens, policy, accumulates))
+        return splice_layers(parts)
+
+    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool) -> Part:
+        # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
+        # stays on the card.
+        repeated = 2 if policy.offload else 1
+        counted = min(self.layers, repeated + 2)
+        step = self._count(tokens, replace(policy, layers=counted, kept=0), accumulates)
+        if policy.kept and self.layout.sharded:
+            # None of them is the model's last layer, which gathers itself in its backward pass.
+            return Part(step, [min(i, max(0, counted - 2)) for i in range(policy.recomputed)])
+        return Part(step, layers_to_copy(policy.recomputed, counted, repeated))
+
+    def _layers_that_keep(self, tokens: int, policy: Policy, accumulates: bool) -> Part:
+        counted = min(self.layers, 3)
+        step = self._count(tokens, Policy(counted, counted), accumulates)
+        copied = layers_to_copy(policy.kept, counted, 1)
+        if policy.recomputed and counted > 2:  # none of them is the model's first layer
+            copied = [max(1, i) for i in copied]
+        return Part(step, copied)
 
     def count(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
-        """The step of a model of `policy.layers` layers, counted."""
+        """Counts the step of a model of `policy.layers` layers.
+
+        It makes a new model each time: the first step may change one (bitsandbytes casts biases).
+        """
         recipe = self.recipe
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         model = fake_lora_model(
@@ -111,46 +114,40 @@ class Forecast:
             return self._count_with(model, mode, tokens, accumulates)
 
     def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool) -> Step:
-        recipe = self.recipe
-        if recipe.train.optimizer == "paged_adamw_8bit":  # pages out when it must; planned as if it never did
-            recipe = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
-        optimizer = build_optimizer(model, recipe.train)  # not under the mode: bitsandbytes makes tables of values
+        train, dtype = self.recipe.train, self.setting.dtype
+        if train.optimizer == "paged_adamw_8bit":  # it moves pages to the host when it must; planned as if it never did
+            train = replace(train, optimizer="adamw_8bit")
+        optimizer = build_optimizer(model, train)  # not under the mode: bitsandbytes makes tables of values
         with mode, patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
-            batch = full_batch(
-                tokens, min(tokens, recipe.train.seq_len), padding_free=self.setting.attention == PACKED_ATTENTION
-            )
+            padding_free = self.setting.attention == PACKED_ATTENTION
+            batch = full_batch(tokens, min(tokens, train.seq_len), padding_free=padding_free)
 
             def loss() -> torch.Tensor:
-                with torch.autocast("cpu", self.setting.dtype, enabled=self.setting.dtype != torch.float32):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                     value: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
                 return value
 
-            return count_step(model, loss, optimizer, accumulates=accumulates, max_grad_norm=recipe.train.max_grad_norm)
+            return count_step(model, loss, optimizer, accumulates=accumulates, max_grad_norm=train.max_grad_norm)
 
 
-_stock = torch.is_autocast_enabled
+_stock_is_autocast_enabled = torch.is_autocast_enabled
 
 
 def _is_autocast_enabled(device_type: str = "cpu") -> bool:
-    """PEFT asks without naming a device, and so about CUDA; here the CPU's autocast stands in for it."""
-    return _stock(device_type)
-
-
-def copies(layers: int, counted: int, edge: int) -> list[int]:
-    """Which of the counted layers each of `layers` layers is a copy of: the one numbered `edge` is repeated."""
-    if layers <= counted:
-        return [*range(layers - 1), counted - 1]
-    return [*range(edge), *[edge] * (layers - counted), *range(edge, counted)]
+    """PEFT asks without naming a device, which asks about CUDA. Here the CPU's autocast stands in for it."""
+    return _stock_is_autocast_enabled(device_type)
 
 
 def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
-    """A micro-batch in the form of common.data.batches.collate, every token trained; as a rectangle it is one row.
+    """A micro-batch in the form of common.data.batches.collate: int64 (1, tokens), every token trained.
 
-    Without padding it has the scratch memory of many short examples, and the attention of examples of `longest` tokens.
+    padding_free: as many short examples (SHORT_EXAMPLE_TOKENS), for the scratch memory of attention, but with the
+    attention of examples of `longest` tokens. Otherwise one row.
     """
     names = ("input_ids", "labels", "position_ids")
     batch: dict[str, Any] = {name: torch.zeros((1, tokens), dtype=torch.int64) for name in names}
     batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)
     if padding_free:
-        batch |= {"cu_seq_lens_q": torch.zeros(tokens // SHORT_EXAMPLE + 2, dtype=torch.int32), "max_length_q": longest}
+        starts = torch.zeros(tokens // SHORT_EXAMPLE_TOKENS + 2, dtype=torch.int32)
+        batch |= {"cu_seq_lens_q": starts, "max_length_q": longest}
     return batch

@@ -5,8 +5,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.machine.device import GIB
-from common.plan.report import CHOICE, EVERY_LAYER, NONE, UNSEEN, PlanReport, PolicyRow, label_of, room_on, writing
-from common.plan.step import KINDS, Speed, Step
+from common.plan.report import (
+    CHOICE,
+    EVERY_LAYER,
+    NO_CHECKPOINTING,
+    OVERHEAD,
+    PlanReport,
+    PolicyRow,
+    label_of,
+    room_on,
+    writing,
+)
+from common.plan.speed import Speed
+from common.plan.step import KINDS, Step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +36,7 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     chosen, card = report.row(CHOICE), report.card
-    pair = [report.row(NONE), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
+    pair = [report.row(NO_CHECKPOINTING), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
     titles = [
         "no checkpointing" + (": our choice" if not chosen.policy.recomputed else ""),
         f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
@@ -61,9 +72,9 @@ def _draw_panel(axes: "Axes", row: PolicyRow, report: PlanReport) -> None:
     labels = [label_of(kind, report.recipe) for kind in KINDS]
     axes.stackplot(times, kinds, labels=labels, colors=COLOURS, step="post", linewidth=0)
     totals = [sum(values) for values in zip(*kinds, strict=True)]
-    on_card = [total + card.unseen / GIB for total in totals]
+    on_card = [total + card.overhead_bytes / GIB for total in totals]
     grey: dict[str, Any] = {"facecolor": "0.9", "edgecolor": "0.6", "hatch": "////", "linewidth": 0}
-    axes.fill_between(times, totals, on_card, step="post", label=UNSEEN, **grey)
+    axes.fill_between(times, totals, on_card, step="post", label=OVERHEAD, **grey)
     axes.step(times, on_card, where="post", color="0.3", linewidth=0.7)
     axes.axhline(card.size / GIB, color="black", linewidth=1.6)
     axes.axhline(card.budget / GIB, color="black", linewidth=0.8, linestyle="--")
@@ -107,7 +118,7 @@ def curve(step: Step, speed: Speed) -> tuple[list[float], list[list[float]]]:
     """
     total = step.seconds(speed)
     moments = step.timeline()
-    start, worst = 0.0, [(0.0, step.base)]  # seconds, bytes
+    start, worst = 0.0, [(0.0, step.resident)]  # seconds, bytes
     interval = -1
     for segment in step.segments:
         length = speed.seconds(segment.work)

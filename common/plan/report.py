@@ -1,30 +1,29 @@
-"""A plan in words for people and in JSON for machines, before anything is downloaded."""
+"""The report of a plan in words, before anything is downloaded: the choice beside the three plain policies."""
 
-import json
-import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.model.files import load_config
-from common.plan.planner import WORKSPACE_BYTES, Card, Option, Plan, Planner, make_plan
-from common.plan.step import GATHERED, KINDS, WEIGHTS, Speed, Step
+from common.plan.card import Card
+from common.plan.plan import Plan, make_plan
+from common.plan.planner import Option, Planner
+from common.plan.speed import Speed
+from common.plan.step import GATHERED, KINDS, WEIGHTS, Step
 from common.recipe import Recipe, UserError
 
-UNSEEN = "context and reserve"  # Card.unseen: what no step can use
-NONE, EVERY_LAYER, OFFLOAD, CHOICE = (
+OVERHEAD = "context and reserve"  # Card.overhead: what no step can use
+# Names of the rows of the report.
+NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE = (
     "no checkpointing",
     "every layer",
     "every layer + boundaries on the host",
     "our choice",
 )
-PLANNING_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
 
 
@@ -35,7 +34,7 @@ class PolicyRow:
     name: str
     policy: Policy
     step: Step
-    parts: dict[str, int]  # bytes at the worst moment by kind, and UNSEEN; together the peak on the card
+    parts: dict[str, int]  # bytes at the worst moment by kind, and OVERHEAD; together the peak on the card
     seconds_per_token: float  # modelled
     relative_time: float  # per token; 1 is no checkpointing
     fits: bool
@@ -51,7 +50,7 @@ class PlanReport:
     card: Card
     speed: Speed
     plan: Plan
-    rows: tuple[PolicyRow, ...]  # NONE, EVERY_LAYER, OFFLOAD, CHOICE
+    rows: tuple[PolicyRow, ...]  # NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE
     longest: dict[str, int]  # tokens of the longest single row that fits, by name of the row
     positions: int | None  # of the model
 
@@ -64,7 +63,7 @@ class PlanReport:
         return "\n".join([*(part for line in lines for part in _wrap(line)), *self._longest_rows()])
 
     def _why(self) -> str:
-        wanted, free = self.recipe.train.checkpointing, self.row(NONE)
+        wanted, free = self.recipe.train.checkpointing, self.row(NO_CHECKPOINTING)
         if wanted != "auto":
             return (
                 f"why: the recipe asks for checkpointing={wanted!r}; of the micro-batches that fit, this is the fastest"
@@ -79,9 +78,9 @@ class PlanReport:
         speed = self.speed
         assumed = "" if self.card.gpu and speed.name in self.card.gpu else " assumed"
         return (
-            f"times are modelled, not measured: {speed.name}{assumed}, {speed.flops / 1e12:,.0f} TFLOP/s, memory "
-            f"{speed.bandwidth / GIB:,.0f} GiB/s, host link {speed.host_link / GIB:.0f} GiB/s, "
-            f"{speed.launch * 1e6:.0f} µs a launch"
+            f"times are modelled, not measured: {speed.name}{assumed}, {speed.flops_per_second / 1e12:,.0f} TFLOP/s, "
+            f"memory {speed.memory_bytes_per_second / GIB:,.0f} GiB/s, "
+            f"host link {speed.link_bytes_per_second / GIB:.0f} GiB/s, {speed.launch_seconds * 1e6:.0f} µs a launch"
         )
 
     def _table(self) -> list[str]:
@@ -92,7 +91,7 @@ class PlanReport:
         rule = "─" * (LABEL_WIDTH + COLUMN_WIDTH * len(self.rows))
         lines = [*(_line(*head) for head in heads), rule]
         shared = self.plan.layout.sharded
-        for kind in (*KINDS, UNSEEN):
+        for kind in (*KINDS, OVERHEAD):
             if kind == GATHERED and not shared:
                 continue
             lines.append(_line(label_of(kind, self.recipe), *(_gib(row.parts[kind]) for row in self.rows)))
@@ -106,7 +105,7 @@ class PlanReport:
         return [line.rstrip() for line in lines]
 
     def _budget(self) -> str:
-        minus = "".join(f" - {size / GIB:.2f} {name}" for name, size in unseen_parts(self.card).items() if size)
+        minus = "".join(f" - {size / GIB:.2f} {name}" for name, size in self.card.overhead().items() if size)
         return f"budget: {self.card.size / GIB:.2f} GiB{minus} = {self.card.budget / GIB:.2f} GiB for the step"
 
     def _longest_rows(self) -> Iterator[str]:
@@ -122,19 +121,19 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     """The option beside the three plain ways to run micro-batches of as many rows."""
     layers, card = planner.layers, planner.card
     policies = {
-        NONE: Policy.named("none", layers),
+        NO_CHECKPOINTING: Policy.named("none", layers),
         EVERY_LAYER: Policy.named("every layer", layers),
         OFFLOAD: Policy.named("offload", layers),
         CHOICE: option.policy,
     }
     counted = {name: planner.exact(option.rows, policy, option.on_host) for name, policy in policies.items()}
-    plain = counted[NONE][0].seconds_per_token
+    plain = counted[NO_CHECKPOINTING][0].seconds_per_token
     rows = tuple(
         PolicyRow(
             name,
             policies[name],
             step,
-            step.at_peak() | {UNSEEN: card.unseen},
+            step.at_peak() | {OVERHEAD: card.overhead_bytes},
             exact.seconds_per_token,
             exact.seconds_per_token / plain,
             planner.fits(exact),
@@ -148,74 +147,9 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     )
 
 
-def unseen_parts(card: Card) -> dict[str, int]:
-    """Card.unseen by name, in bytes."""
-    context = card.unseen - WORKSPACE_BYTES - card.reserve - card.nccl
-    return {"CUDA context": context, "workspaces": WORKSPACE_BYTES, "NCCL": card.nccl, "reserve": card.reserve}
-
-
-def write_json(report: PlanReport, path: Path) -> None:
-    """The report for machines. Raises UserError where it cannot be written."""
-    with writing(path):
-        path.write_text(json.dumps(_values(report), indent=2) + "\n", encoding="utf-8")
-
-
-def _values(report: PlanReport) -> dict[str, Any]:
-    card, plan, speed = report.card, report.plan, report.speed
-    return {
-        "recipe": asdict(report.recipe),
-        "card": {
-            "name": card.name,
-            "size_bytes": card.size,
-            "reserve_bytes": card.reserve,
-            "unseen_bytes": {_key(name): size for name, size in unseen_parts(card).items()},
-            "budget_bytes": card.budget,
-        },
-        "choice": {
-            "micro_batch_rows": plan.micro_batch_rows,
-            "accumulation": plan.accumulation,
-            **asdict(plan.layout),
-            **_policy_values(plan.checkpointing),
-            "predicted_peak_allocated_bytes": plan.peak_bytes,
-            "predicted_peak_on_card_bytes": report.row(CHOICE).peak,
-        },
-        "table": [
-            {
-                "name": row.name,
-                **_policy_values(row.policy),
-                "peak_on_card_bytes": row.peak,
-                "parts_bytes": {_key(kind): size for kind, size in row.parts.items()},
-                "fits": row.fits,
-                "host_memory_bytes": row.step.host_peak(),
-                "seconds_per_token": row.seconds_per_token,
-                "relative_time_per_token": row.relative_time,
-            }
-            for row in report.rows
-        ],
-        "longest_rows": [{"name": name, "tokens": tokens} for name, tokens in report.longest.items()],
-        "model_positions_tokens": report.positions,
-        "speed": {
-            "name": speed.name,
-            "matmul_flop_per_second": speed.flops,
-            "memory_bytes_per_second": speed.bandwidth,
-            "host_link_bytes_per_second": speed.host_link,
-            "launch_seconds": speed.launch,
-        },
-        "versions": {name: version(name) for name in PLANNING_LIBRARIES},
-    }
-
-
-def _policy_values(policy: Policy) -> dict[str, int | bool]:
-    return {
-        "kept_layers": policy.kept,
-        "recomputed_layers": policy.recomputed,
-        "keep_attention": policy.keep_attention,
-        "offload": policy.offload,
-    }
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that names the path."""
     try:
         yield
     except OSError as error:
@@ -229,10 +163,6 @@ def label_of(kind: str, recipe: Recipe) -> str:
 def room_on(card: Card, row: PolicyRow) -> str:
     room = (card.size - row.peak) / GIB
     return f"{room:.1f} GiB free" if row.fits else f"{-room:.1f} GiB over"
-
-
-def _key(name: str) -> str:
-    return re.sub(r"\W+", "_", name).lower()
 
 
 def _gib(size: int) -> str:

@@ -31,7 +31,7 @@ from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.lora import trainable_params
 from common.model.optimizer import build_optimizer
 from common.model.sharding import gather_adapter, is_sharded
-from common.plan.planner import Plan
+from common.plan.plan import Plan
 from common.process_state import make_deterministic, set_tensorboard_folder
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.checkpoints import go_back_to, newest_intact, read_run_identity, remove_unfinished

@@ -209,6 +209,8 @@ def test_merging_takes_the_place_that_it_is_given_and_says_its_peak(adapted, tmp
     assert run_command("merge", "x", recipe, ["--to", str(target)]) == 0
     out = capsys.readouterr().out
     assert "merging into the 4-bit base, dequantised" in out
+    assert out.startswith(f"reading the adapter in {recipe.out}\n")  # before the imports, which take seconds
+    assert "self-check: the trained and the merged model read a few prompts" in out
     assert "self-check: KL" in out and "peak of host memory" in out
     assert run_command("merge", "x", recipe, ["--to", str(target)]) == 2
     assert "merged exists. Replace it: ARGS=--overwrite" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.sharding import fill_layer, refuse_unshardable, shard_layers
-from common.plan import count as memory
+from common.plan import ledger, operators
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
@@ -63,16 +63,16 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 
 
 def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
-    monkeypatch.setattr(memory, "TO_HOST", None)  # as in test_memory
+    monkeypatch.setattr(ledger, "TO_HOST", None)  # as in tests/plan/test_count.py
     for operator, reference in REFERENCES.items():
-        monkeypatch.setitem(memory.DECOMPOSITIONS, operator, reference)
+        monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
     forecast = Forecast(recipe, Setting(torch.float32, "sdpa"), layout=TWO)
     lines = steps(2, kernels, policies)
     assert [line["policy"] for line in lines] == list(fully_sharded.POLICIES)[:policies]
     for line in lines:
         step = forecast.step(fully_sharded.TOKENS, fully_sharded.POLICIES[line["policy"]])
-        counted = step.peak() - sum(step.base.values())
+        counted = step.peak() - sum(step.resident.values())
         print(f"{kernels}, {line['policy']}: {counted / line['peak']:.4f} of the real")
         assert counted == pytest.approx(line["peak"], rel=0.02)
 
@@ -252,7 +252,7 @@ def test_models_of_one_and_two_layers_count_when_cut(layers):
 
 
 def test_a_card_holds_its_part_of_the_layers_and_all_that_is_outside(eight):
-    one, part = Forecast(cut(8)).step(2048, Policy(8)).base, eight.step(2048, Policy(8)).base
+    one, part = Forecast(cut(8)).step(2048, Policy(8)).resident, eight.step(2048, Policy(8)).resident
     for kind in (ADAPTERS, GRADIENTS, OPTIMIZER):
         assert part[kind] / one[kind] == pytest.approx(1 / 2, rel=1e-3), kind
     # Of a 4-bit weight 4 bits are cut, and its scales, 8/64 + 32/(64 * 256) bits, are not.
@@ -274,11 +274,11 @@ def test_a_layer_is_gathered_beside_what_others_are_gathered_into(eight):
 def test_parts_in_host_memory_leave_the_card_and_cross_the_link(eight):
     step = eight.step(2048, Policy(8))
     moved = eight.step(2048, Policy(8), on_host=3)
-    part = sum(step.cut.values())
+    part = sum(step.sharded_per_layer.values())
     assert part > 50 << 20
     for kind in KINDS:
-        left = 3 * step.cut[kind]
-        assert step.base[kind] - moved.base[kind] == (left if kind != GATHERED else -part)
+        left = 3 * step.sharded_per_layer[kind]
+        assert step.resident[kind] - moved.resident[kind] == (left if kind != GATHERED else -part)
     assert step.peak() - moved.peak() == 2 * part  # one of the three counts as on its way
     assert moved.host_peak() - step.host_peak() == 3 * part
     link, more = (sum(segment.work.link_bytes for segment in s.segments) for s in (step, moved))
@@ -290,8 +290,8 @@ def test_gathering_crosses_the_link(eight):
     """Twice a layer, what the others hold: packed weights and fp32 adapters; and the adapters' gradients once."""
     step = eight.step(2048, Policy(8))
     link = sum(segment.work.link_bytes for segment in step.segments)
-    part = sum(step.cut[kind] for kind in (WEIGHTS, EMBEDDINGS, ADAPTERS))
-    assert link == pytest.approx(8 * (2 * part + step.cut[ADAPTERS]), rel=0.01)
+    part = sum(step.sharded_per_layer[kind] for kind in (WEIGHTS, EMBEDDINGS, ADAPTERS))
+    assert link == pytest.approx(8 * (2 * part + step.sharded_per_layer[ADAPTERS]), rel=0.01)
 
 
 def test_a_part_of_what_is_not_cut_is_all_of_it():

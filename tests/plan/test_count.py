@@ -16,23 +16,20 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.plan import count as memory
-from common.plan.count import count_step, round_up
-from common.plan.forecast import Forecast, Setting, copies, full_batch
+from common.plan import ledger, operators
+from common.plan.count import count_step
+from common.plan.forecast import Forecast, Setting, full_batch
+from common.plan.resident import round_up
+from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
     ADAPTERS,
     EMBEDDINGS,
     GRADIENTS,
-    KINDS,
     OPTIMIZER,
     SAVED,
     WEIGHTS,
     WORKING,
-    Segment,
-    Speed,
     Step,
-    Work,
-    splice,
 )
 from common.recipe import DataSpec, Kernels, LoraSpec, ModelSpec, Optimizer, Recipe, TrainSpec
 from tests.conftest import ARCHITECTURES, FP32
@@ -115,13 +112,13 @@ def cases() -> Iterator[tuple[str, str, Kernels]]:
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
-    monkeypatch.setattr(memory, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
     for operator, reference in REFERENCES.items():
         # On a CPU it is its reference that runs, which allocates more than the Triton kernel that a plan counts.
-        monkeypatch.setitem(memory.DECOMPOSITIONS, operator, reference)
+        monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
-    counted = step.peak() - sum(step.base.values())
+    counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
@@ -134,7 +131,8 @@ def two_layers():
 
 def test_a_count_is_repeatable(two_layers):
     first, second = (two_layers.count(256, Policy(2, 1), True) for _ in range(2))
-    assert (first.outside, first.of_layer) == (second.outside, second.of_layer)
+    assert first.resident_outside_layers == second.resident_outside_layers
+    assert first.resident_per_layer == second.resident_per_layer
     assert (first.peak(), first.at_peak()) == (second.peak(), second.at_peak())
     for one, other in zip(first.segments, second.segments, strict=True):
         # Sorted: autocast drops its copies of the adapters in the order of their addresses.
@@ -159,7 +157,7 @@ def test_after_a_step_there_is_what_was_there_before(two_layers):
 def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_layers):
     gradients = 4 * LLAMA_ADAPTER // 32 * 2
     first, later = (two_layers.count(256, Policy(2), accumulates) for accumulates in (False, True))
-    assert (first.base[GRADIENTS], later.base[GRADIENTS]) == (0, gradients)
+    assert (first.resident[GRADIENTS], later.resident[GRADIENTS]) == (0, gradients)
     assert max(now[GRADIENTS] for _, now in first.timeline()) == gradients
     after_step = next(reversed([now.copy() for _, now in first.timeline()]))
     assert after_step[GRADIENTS] == 0
@@ -170,12 +168,12 @@ def test_every_allocation_is_rounded_up_to_512_bytes(small_llama):
     assert [round_up(size) for size in (1, 512, 513)] == [512, 512, 1024]
     step = Forecast(recipe_for(str(small_llama), lora=LoraSpec(1, 1))).count(64, Policy(2), True)
     # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step
-    assert (step.base[ADAPTERS], step.base[GRADIENTS]) == (28 * 512, 28 * 512)
-    assert step.base[OPTIMIZER] == 28 * 3 * 512
+    assert (step.resident[ADAPTERS], step.resident[GRADIENTS]) == (28 * 512, 28 * 512)
+    assert step.resident[OPTIMIZER] == 28 * 3 * 512
 
 
 def test_the_bytes_of_llama3_8b_before_a_step():
-    base = Forecast(recipe_for(LLAMA)).step(64, Policy(32)).base
+    base = Forecast(recipe_for(LLAMA)).step(64, Policy(32)).resident
     # 32 layers * (2 * 4096^2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) = 6,979,321,856 weights: half a byte, a byte a block
     # of 64 for its scale, and 4 a block of 256 scales (arXiv:2305.14314 section 3). Beside each of the 224 matrices
     # the 16 and 256 numbers of two code books in fp32, and an offset: 512 + 1024 + 512 bytes.
@@ -189,12 +187,12 @@ def test_the_bytes_of_llama3_8b_before_a_step():
 
 
 def test_the_bytes_of_llama3_8b_in_16_bits():
-    assert Forecast(recipe_for(LLAMA, bits=16)).step(64, Policy(32)).base[WEIGHTS] == 2 * 6_979_321_856
+    assert Forecast(recipe_for(LLAMA, bits=16)).step(64, Policy(32)).resident[WEIGHTS] == 2 * 6_979_321_856
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_an_8_bit_optimizer_keeps_its_moments_in_a_byte_each_and_a_scale_a_block(optimizer):
-    base = Forecast(recipe_for(LLAMA, optimizer=optimizer)).step(64, Policy(32)).base
+    base = Forecast(recipe_for(LLAMA, optimizer=optimizer)).step(64, Policy(32)).resident
     # 4 bytes a block of 256 (arXiv:2110.02861 section 2), for the moments of k's and v's B, 64 blocks, rounded up from
     # 256 bytes to 512; and two tables of 256 numbers in fp32 that all of them share
     assert base[OPTIMIZER] == 2 * LLAMA_ADAPTER * (1 + 4 / 256) + 32 * 2 * 2 * 256 + 2 * 1024
@@ -277,53 +275,6 @@ def test_with_offload_every_layer_input_waits_in_host_memory():
     assert there_and_back == 2 * 32 * 1024 * 2 * H
 
 
-# A step by hand: segments of one kind, bytes up and down.
-def segment(name: str, *deltas: tuple[int, str], seconds: float = 0.0, host: int = 0) -> Segment:
-    return Segment(name, tuple((WORKING, delta, origin) for delta, origin in deltas), Work([(seconds, 0.0)]), host)
-
-
-def by_hand(*segments: Segment) -> Step:
-    return Step(dict.fromkeys(KINDS, 0) | {WEIGHTS: 100}, dict.fromkeys(KINDS, 0) | {WEIGHTS: 10}, 1, segments)
-
-
-def test_the_peak_is_the_worst_moment_not_the_worst_end():
-    step = by_hand(
-        segment("embedding", (5, "embedding"), host=3),
-        segment("forward 0", (50, "forward 0"), (-50, "forward 0"), (7, "forward 0"), host=-1),
-        segment("head and loss", (20, "head and loss"), (-20, "head and loss"), (-5, "embedding"), host=2),
-    )
-    assert sum(step.base.values()) == 110
-    assert step.peak() == 110 + 5 + 50
-    assert step.at_peak() == step.base | {WORKING: 55}
-    assert step.host_peak() == 4
-    assert [part.net for part in step.segments] == [5, 7, -5]
-
-
-def test_an_operator_takes_as_long_as_its_slower_side_and_copies_and_launches_go_beside():
-    speed = Speed("a card", flops=100.0, bandwidth=10.0, host_link=2.0, launch=0.5)
-    assert speed.seconds(Work([(300.0, 10.0), (100.0, 50.0)])) == 3 + 5
-    assert speed.seconds(Work([(300.0, 10.0)], link_bytes=10.0)) == 5
-    assert speed.seconds(Work([(300.0, 10.0)], launches=8)) == 4
-    assert Work([(300.0, 10.0)], 4.0, 8).scaled(0.5).operators == [(150.0, 5.0)]
-    assert Work([(300.0, 10.0), (1.0, 1.0)]).flops == 301.0
-
-
-def test_a_spliced_step_repeats_what_a_layer_does_and_leaves_behind():
-    one = by_hand(
-        segment("embedding", (5, "embedding")),
-        segment("forward 0", (7, "forward 0"), (2, "forward 0")),
-        segment("head and loss", (-2, "forward 0")),
-        segment("loss"),
-        segment("backward 0", (-7, "forward 0")),
-        segment("optimizer", (-5, "embedding"), seconds=4.0),
-    )
-    three = splice([(one, [0, 0, 0])])
-    assert three.base[WEIGHTS] == 100 + 3 * 10
-    assert three.peak() == 130 + 5 + 3 * 9
-    assert sum(part.net for part in three.segments) == 0
-    assert three.segment("optimizer").work.flops == 3 * 4.0
-
-
 class GpuDropout(nn.Dropout):
     """Saves a mask of one byte an entry, as on a GPU; on a CPU torch keeps the noise itself, in fp32."""
 
@@ -369,10 +320,12 @@ BERT_SAVED = 34 * 1024 + 8 * 4096 + 4 * (16 + 4)
 @pytest.mark.parametrize(("kept", "gib"), [(1, 54.07), (0, 9.44)], ids=["none", "every layer"])
 def test_bert_large_without_checkpointing_takes_54_GiB_and_with_it_less_than_a_fifth(kept, gib):
     full = count_bert(24, 24 * kept)
-    assert full.base[ADAPTERS] == pytest.approx(4 * BERT, rel=1e-3)  # all that is trained; rounded to 512 bytes each
+    assert full.resident[ADAPTERS] == pytest.approx(
+        4 * BERT, rel=1e-3
+    )  # all that is trained; rounded to 512 bytes each
     assert full.peak() / GIB == pytest.approx(gib, rel=0.01)
     saved = full.segment("forward 12").net / (64 * 512)
     assert saved == (BERT_SAVED if kept else 4 * 1024)
     three = count_bert(3, 3 * kept)
-    spliced = splice([(three, copies(24, 3, 1))])
-    assert (spliced.peak(), spliced.base) == (full.peak(), full.base)
+    spliced = splice_layers([Part(three, layers_to_copy(24, 3, 1))])
+    assert (spliced.peak(), spliced.resident) == (full.peak(), full.resident)

@@ -6,19 +6,11 @@ import pytest
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
+from common.plan.card import Card
 from common.plan.picture import POINTS, curve, draw_plan, phases
-from common.plan.planner import Card, Planner
-from common.plan.report import (
-    CHOICE,
-    EVERY_LAYER,
-    NONE,
-    OFFLOAD,
-    TEXT_WIDTH,
-    UNSEEN,
-    build_report,
-    unseen_parts,
-    write_json,
-)
+from common.plan.planner import Planner
+from common.plan.report import CHOICE, EVERY_LAYER, NO_CHECKPOINTING, OFFLOAD, OVERHEAD, TEXT_WIDTH, build_report
+from common.plan.report_json import write_json
 from common.plan.step import KINDS
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 
@@ -47,20 +39,20 @@ def values(mixture, tmp_path_factory):
 
 def test_a_plan_stands_beside_the_three_plain_policies(mixture):
     kept = {row.name: (row.policy.kept, row.policy.offload) for row in mixture.rows}
-    assert kept == {NONE: (40, False), EVERY_LAYER: (0, False), OFFLOAD: (0, True), CHOICE: (7, True)}
+    assert kept == {NO_CHECKPOINTING: (40, False), EVERY_LAYER: (0, False), OFFLOAD: (0, True), CHOICE: (7, True)}
 
 
 def test_the_parts_of_a_row_add_up_to_its_exact_peak_and_what_no_count_sees(planner, mixture):
     for row in mixture.rows:
         option, _ = planner.exact(1, row.policy)
-        assert tuple(row.parts) == (*KINDS, UNSEEN)
-        assert row.peak == sum(row.parts.values()) == option.peak + CARD.unseen
+        assert tuple(row.parts) == (*KINDS, OVERHEAD)
+        assert row.peak == sum(row.parts.values()) == option.peak + CARD.overhead_bytes
         assert row.fits == planner.fits(option) == (row.peak <= CARD.size)
 
 
 def test_time_is_relative_to_no_checkpointing(mixture):
     times = {row.name: row.relative_time for row in mixture.rows}
-    assert times[NONE] == 1.0
+    assert times[NO_CHECKPOINTING] == 1.0
     # Backward is twice forward but for the weights' gradients, which LoRA has not: forward + backward are 2 forwards, a
     # recompute makes them 3. Head and loss do not recompute, so it is below 1.5; 7 of 40 layers less are between.
     assert 1.0 < times[CHOICE] < times[EVERY_LAYER] < 1.5
@@ -68,7 +60,7 @@ def test_time_is_relative_to_no_checkpointing(mixture):
 
 def test_only_rows_that_offload_need_host_memory(mixture):
     host = {row.name: row.step.host_peak() for row in mixture.rows}
-    assert host[NONE] == host[EVERY_LAYER] == 0
+    assert host[NO_CHECKPOINTING] == host[EVERY_LAYER] == 0
     # Layer inputs of 2,048 tokens * 5,120 in bf16 are 20 MiB.
     assert host[OFFLOAD] == 40 * 20 << 20
     assert host[CHOICE] == 33 * 20 << 20
@@ -77,12 +69,6 @@ def test_only_rows_that_offload_need_host_memory(mixture):
 def test_the_longest_row_is_longer_with_the_boundaries_on_the_host(planner, mixture):
     assert 2048 < mixture.longest[EVERY_LAYER] < mixture.longest[OFFLOAD]
     assert mixture.positions == 40_960
-
-
-def test_what_no_step_can_use_has_names_and_adds_up():
-    for card in (CARD, replace(CARD, context_is_there=True)):
-        assert sum(unseen_parts(card).values()) == card.unseen
-        assert (unseen_parts(card)["CUDA context"] == 0) == card.context_is_there
 
 
 def test_the_text_names_the_choice_the_card_and_the_longest_row(mixture):
@@ -95,7 +81,7 @@ def test_the_text_names_the_choice_the_card_and_the_longest_row(mixture):
 
 
 def test_the_text_says_why_it_was_chosen(planner, mixture):
-    over = (mixture.row(NONE).peak - CARD.size) / GIB
+    over = (mixture.row(NO_CHECKPOINTING).peak - CARD.size) / GIB
     assert f"why: the fastest that fits; without checkpointing it would be {over:.1f} GiB over" in mixture.text()
     kept = replace(mixture, plan=replace(mixture.plan, checkpointing=Policy(40, 40)))
     assert "no layer needs to recompute" in kept.text()

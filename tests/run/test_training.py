@@ -21,7 +21,8 @@ from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
-from common.plan.planner import Plan, plan_for_card
+from common.plan.machine_plan import plan_for_card
+from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, UserError
 from common.run import training
 from common.run.progress import read_metrics

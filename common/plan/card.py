@@ -1,0 +1,78 @@
+"""The memory that a plan may use: of a card, what a step cannot use of it, and of the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from common.machine.device import GIB, Machine, available_ram
+from common.machine.processes import local_world_size
+from common.recipe import UserError
+
+CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on cards of this size; not measured by us
+# cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG, common/process_state.py), once for the forward and once
+# for the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
+WORKSPACE_BYTES = 3 * (32 << 20)
+NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others; assumed, not measured
+# Of the card: blocks whose size the allocator cannot use, with expandable segments.
+RESERVE_SHARE = 0.03
+# Of the available host memory: pinned blocks are powers of two, and the data needs some.
+HOST_SHARE = 0.8
+SAME_SIZE_BITS = 26  # cards that differ by less than 2**26 bytes, 64 MiB, are of one size
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card, real or assumed, and the host memory beside it."""
+
+    name: str
+    size: int  # bytes: of the card, or what is free of it
+    has_context: bool = False  # this process has its CUDA context on the card already
+    gpu: str | None = None  # its name, for its speed; None is an RTX 4090
+    uses_nccl: bool = False  # it talks to other cards
+    host_bytes: int | None = None  # of host memory that a run may use beside it; None where that is not known
+
+    @classmethod
+    def of_size(cls, gib: float) -> "Card":
+        return cls(f"a card of {gib:g} GiB", int(gib * GIB))
+
+    @classmethod
+    def of_machine(cls, machine: Machine) -> "Card":
+        """What is free on this process's GPU, and its share of the available host memory."""
+        free = machine.free_bytes()
+        ram = available_ram()
+        host_bytes = None if ram is None else int(HOST_SHARE * ram) // local_world_size()
+        name = f"{free / GIB:.1f} GiB free on {machine.name}"
+        return cls(name, free, has_context=True, gpu=machine.name, host_bytes=host_bytes)
+
+    def overhead(self) -> dict[str, int]:
+        """What the count cannot see and no step can use, in bytes, by name."""
+        return {
+            "CUDA context": 0 if self.has_context else CONTEXT_BYTES,
+            "workspaces": WORKSPACE_BYTES,
+            "NCCL": NCCL_BYTES if self.uses_nccl else 0,
+            "reserve": int(RESERVE_SHARE * self.size),
+        }
+
+    @property
+    def overhead_bytes(self) -> int:
+        return sum(self.overhead().values())
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a step may use."""
+        return self.size - self.overhead_bytes
+
+
+def smallest_of(cards: Sequence[tuple[Card, torch.dtype]]) -> Card:
+    """The card with the least free memory, which all cards must do with.
+
+    Raises UserError when the cards compute in different number formats.
+    """
+    if len({dtype for _, dtype in cards}) > 1:
+        kinds = ", ".join(f"{card.gpu} in {str(dtype).removeprefix('torch.')}" for card, dtype in cards)
+        raise UserError(f"the GPUs do not compute in one number format: {kinds}. Leave out the ones without bf16")
+    card, _ = min(cards, key=lambda pair: pair[0].size)
+    if len({card.size >> SAME_SIZE_BITS for card, _ in cards}) > 1:
+        card = replace(card, name=f"{card.name}, the smallest of {len(cards)} cards")
+    return card

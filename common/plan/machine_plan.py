@@ -1,0 +1,58 @@
+"""The plan of a run: for the GPUs of the machine that it runs on, or for its CPU."""
+
+from common.machine.collectives import all_gather, broadcast_from_main
+from common.machine.device import Machine, require_gpu, this_machine, unusable_gpu
+from common.machine.layout import Layout
+from common.machine.processes import world_size
+from common.model.activation_checkpointing import Policy
+from common.model.attention import attention_implementation
+from common.model.files import load_config
+from common.model.sharding import refuse_unshardable
+from common.plan.card import Card, smallest_of
+from common.plan.forecast import Setting
+from common.plan.plan import Plan, build_plan, plan_on
+from common.plan.planner import refuse_more_positions
+from common.recipe import Recipe, rows_per_process
+
+MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
+
+
+def plan_for_card(recipe: Recipe) -> Plan:
+    """Plans for this machine's GPU, or for its CPU where the recipe allows that, and prints the plan.
+
+    For several GPUs it plans for the smallest. It downloads nothing but the config of a model that does not ship its
+    config here. Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
+    """
+    machine = this_machine()
+    if recipe.card_gib is not None:
+        require_gpu(recipe.model.name)
+    print(f"machine: {machine}")
+    if machine.is_gpu:
+        plan = plan_on(recipe, smallest_of(all_gather((Card.of_machine(machine), machine.dtype))), setting_of(machine))
+    else:
+        if reason := unusable_gpu():
+            print(f"warning: training on the CPU: {reason}")
+        plan = _plan_for_cpu(recipe, machine)
+    plan = broadcast_from_main(plan)  # another process may count its own shards a few bytes smaller
+    print(plan.text)
+    return plan
+
+
+def setting_of(machine: Machine) -> Setting:
+    return Setting(machine.dtype, attention_implementation(machine))
+
+
+def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
+    """The recipe's policy, and the largest micro-batch within MAX_MICRO_BATCH_TOKENS_CPU; memory is not planned."""
+    refuse_more_positions(recipe)
+    train, processes = recipe.train, world_size()
+    layout = Layout(processes, sharded=processes > 1 and train.sharding == "always")
+    if layout.sharded:
+        refuse_unshardable(recipe.lora, train)
+    layers = load_config(recipe.model).num_hidden_layers
+    policy = Policy.named("none" if train.checkpointing == "auto" else train.checkpointing, layers)
+    limit = max(1, MAX_MICRO_BATCH_TOKENS_CPU // train.seq_len)
+    here = rows_per_process(train, processes)
+    rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
+    why = f"on a CPU at most {MAX_MICRO_BATCH_TOKENS_CPU:,} tokens at a time ({machine.name})"
+    return build_plan(train, layout, rows, policy, why)

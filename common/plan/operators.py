@@ -1,0 +1,102 @@
+"""What the count knows about single operators: hidden memory, hidden steps, FLOP, and whether they touch memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry
+
+TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
+
+
+def _varlen_backward_scratch(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, starts: Tensor, *_: Any
+) -> int:
+    """Bytes that the backward pass of flash attention allocates inside the operator.
+
+    In fp32: dq, and one number a token and head, each example lengthened by 128 tokens. With grouped heads also dk and
+    dv of every query head. Source: torch, flash_attn/flash_api.cpp, mha_varlen_bwd.
+    """
+    tokens, heads, dim = query.shape
+    expanded = 2 * query.element_size() * tokens * heads * dim if key.shape[1] != heads else 0
+    return 4 * (tokens + 128 * (len(starts) - 1)) * heads * (dim + 1) + expanded
+
+
+def _varlen_flops(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, _: Any, longest: int, *__: Any) -> int:
+    """FLOP of causal attention over examples of `longest` tokens: half of 2 matmuls * 2 * tokens * longest * width."""
+    tokens, heads, dim = query.shape
+    return 2 * tokens * longest * heads * dim
+
+
+def _varlen_backward_flops(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    ends: Tensor,
+    longest: int,
+    *_: Any,
+) -> int:
+    """FLOP of attention's backward pass: five matmuls instead of the two of the forward pass."""
+    return 5 * _varlen_flops(query, key, value, starts, ends, longest) // 2
+
+
+def _gemm_4bit(
+    inputs: Tensor,
+    weight: Tensor,
+    shape: Any,
+    absmax: Tensor,
+    blocksize: int,
+    quant_type: str,
+    bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None,
+    absmax_code: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Dequantizes the weight and multiplies: what the operator does from 1,536 tokens on.
+
+    Source: bitsandbytes/backends/cuda/ops.py.
+    """
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        assert absmax_offset is not None
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    dequantized = ops.dequantize_4bit(weight, absmax, blocksize, quant_type, shape, inputs.dtype)
+    return torch.nn.functional.linear(inputs, dequantized, bias)
+
+
+# Bytes that an operator allocates and frees inside itself, where the count cannot see them. From its arguments.
+SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_scratch
+}
+# Operators that allocate inside, each with a function that does the same in operators that the count sees.
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
+# FLOP of operators that torch.utils.flop_counter does not know.
+FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.linear.default: lambda inputs, weight, *_: 2 * inputs.numel() * len(weight),
+    torch.ops.aten.addmm_.default: lambda _, a, b: 2 * a.numel() * b.shape[-1],
+    torch.ops.torch_attn._varlen_attn.default: _varlen_flops,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_flops,
+}
+# Operators that read and write no memory. Views do not either, and say so themselves (`is_view`).
+OPERATORS_WITHOUT_TRAFFIC = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.detach.default,
+}
+
+
+def flops_of(operator: Any, args: Any, kwargs: Any, outputs: Any) -> float:
+    """FLOP of the operator's matmuls; 0 for an operator without any."""
+    if operator in FLOPS:
+        return FLOPS[operator](*args, **kwargs)
+    if operator._overloadpacket in flop_registry:
+        return flop_registry[operator._overloadpacket](*args, **kwargs, out_val=outputs)
+    return 0.0

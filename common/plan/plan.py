@@ -1,0 +1,120 @@
+"""From a recipe and a card to a plan: the choice between whole and sharded models, and the plan in words."""
+
+from dataclasses import dataclass, replace
+
+from common.machine.device import GIB
+from common.machine.layout import Layout
+from common.machine.processes import world_size
+from common.model.activation_checkpointing import Policy
+from common.model.sharding import refuse_unshardable
+from common.plan.card import WORKSPACE_BYTES, Card
+from common.plan.forecast import Setting
+from common.plan.misfit import choose_or_explain
+from common.plan.planner import Option, Planner
+from common.plan.step import GATHERED, OPTIMIZER, Step
+from common.recipe import Recipe, TrainSpec, UserError, rows_per_process
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one optimizer step runs."""
+
+    micro_batch_rows: int
+    accumulation: int  # micro-batches of each process
+    layout: Layout
+    checkpointing: Policy
+    text: str  # for people
+    peak_bytes: int | None = None  # predicted, as torch.cuda.max_memory_allocated counts; None on a CPU
+    optimizer_bytes: int = 0  # of the optimizer's states
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.micro_batch_rows * self.accumulation * self.layout.processes
+
+
+def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
+    """The plan for a card, real or assumed, in each process of this run. Raises UserError as choose_option."""
+    return make_plan(*choose_option(recipe, card, setting, world_size()))
+
+
+def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
+    """The fastest option that fits: with the whole model on each card, or else with the layers sharded over the cards.
+
+    Raises UserError when one row does not fit, and where the model must be sharded and the recipe asks for something
+    that cannot be.
+    """
+    sharding = recipe.train.sharding
+    if processes == 1 or sharding != "always":
+        planner = Planner(recipe, card, setting, Layout(processes))
+        try:
+            return planner, choose_or_explain(planner)
+        except UserError:
+            if processes == 1 or sharding == "never":
+                raise
+    refuse_unshardable(recipe.lora, recipe.train)
+    planner = Planner(recipe, card, setting, Layout(processes, sharded=True))
+    return planner, choose_or_explain(planner)
+
+
+def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
+    """Whether each of so many cards of this size can hold the whole model."""
+    try:
+        return Planner(recipe, card, None, Layout(processes)).choose() is not None
+    except UserError:  # the recipe cannot be planned at all
+        return False
+
+
+def make_plan(planner: Planner, option: Option) -> Plan:
+    """The option as a plan, with its words."""
+    card, policy = planner.card, option.policy
+    layout = replace(planner.layout, on_host=option.on_host)
+    _, step = planner.exact(option.rows, policy, option.on_host)
+    keep = "1 layer keeps its" if policy.kept == 1 else f"{policy.kept} layers keep their"
+    kept = f"; {keep} activations" if policy.kept and policy.recomputed else ""
+    each = " for each card" if layout.processes > 1 else ""
+    host = f"; {step.host_peak() / GIB:.1f} GiB in host memory{each}" if step.host_peak() else ""
+    why = (
+        f"predicted peak {(option.peak + WORKSPACE_BYTES) / GIB:.1f} GiB allocated, "
+        f"{(option.peak + card.overhead_bytes) / GIB:.1f} GiB of {card.name} with what a count cannot see{kept}{host}"
+    )
+    if layout.sharded:
+        why += f"\n  {_words_of_shards(step, layout)}"
+    here, more = planner.rows_here, option.rows + 1
+    if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
+        why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
+    peak_bytes, optimizer_bytes = option.peak + WORKSPACE_BYTES, step.resident[OPTIMIZER]
+    return build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+
+
+def _words_of_shards(step: Step, layout: Layout) -> str:
+    """What one of the cards that share a model holds."""
+    shards = (step.layers - layout.on_host) * sum(step.sharded_per_layer.values())
+    gathered = max(now[GATHERED] for _, now in step.timeline())
+    unsharded = sum(step.resident.values()) - step.resident[GATHERED] - shards
+    return (
+        f"on each card {shards / GIB:.1f} GiB of parts (weights, adapters, gradients, optimizer), "
+        f"{unsharded / GIB:.1f} GiB whole (embedding, head, norm, scales), at most {gathered / GIB:.1f} GiB of layers "
+        "gathered, the next one early"
+    )
+
+
+def build_plan(
+    train: TrainSpec,
+    layout: Layout,
+    rows: int,
+    policy: Policy,
+    why: str,
+    peak_bytes: int | None = None,
+    optimizer_bytes: int = 0,
+) -> Plan:
+    """A plan and its text. rows: of a micro-batch. why: the lines of the text after the first."""
+    accumulation = rows_per_process(train, layout.processes) // rows
+    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
+    shared, how = "", ""
+    if layout.processes > 1:
+        shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
+    text = (
+        f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
+        f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}{how}\n  {why}"
+    )
+    return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)

@@ -1,0 +1,43 @@
+"""The plan of a run on this machine, which here is a CPU."""
+
+import importlib
+from dataclasses import replace
+
+import pytest
+
+from common.machine.device import this_machine
+from common.model.activation_checkpointing import Policy
+from common.plan import machine_plan
+from common.plan.machine_plan import plan_for_card
+from common.recipe import ModelSpec, TrainSpec, UserError
+from tests.plan.planners import RECIPE, edited, plan_for
+
+TINY = replace(RECIPE, model=ModelSpec("models/tiny"), card_gib=None, train=TrainSpec(256, 16, 1e-3))
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    with pytest.raises(UserError, match="seq_len is 16,384; .* has 8,192 positions"):
+        plan_for(edited(seq_len=16384), 80)
+    with pytest.raises(UserError, match="seq_len is 4,096; models/tiny has"):
+        plan_for_card(replace(TINY, train=replace(TINY.train, seq_len=4096)))
+
+
+def test_on_a_cpu_the_tokens_of_a_micro_batch_are_limited(capsys):
+    chosen = plan_for_card(TINY)
+    assert (chosen.micro_batch_rows, chosen.accumulation) == (1024 // 256, 4)
+    assert chosen.checkpointing == Policy(4, 4)
+    assert plan_for_card(replace(TINY, train=replace(TINY.train, checkpointing="offload"))).checkpointing.offload
+
+
+def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys):
+    monkeypatch.setattr(machine_plan, "unusable_gpu", lambda: "the driver is too old")
+    plan_for_card(TINY)
+    out = capsys.readouterr().out
+    assert "warning: training on the CPU: the driver is too old" in out
+    assert f"machine: {this_machine()}" in out
+    assert this_machine().reason in str(this_machine())
+
+
+def test_a_recipe_for_a_gpu_needs_one():
+    with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+        plan_for_card(importlib.import_module("recipes.llama3_8b").RECIPE)

@@ -1,0 +1,17 @@
+"""The arithmetic of a step, by hand."""
+
+from common.plan.step import WORKING
+from tests.plan.steps_by_hand import by_hand, segment
+
+
+def test_the_peak_is_the_worst_moment_not_the_worst_end():
+    step = by_hand(
+        segment("embedding", (5, "embedding"), host=3),
+        segment("forward 0", (50, "forward 0"), (-50, "forward 0"), (7, "forward 0"), host=-1),
+        segment("head and loss", (20, "head and loss"), (-20, "head and loss"), (-5, "embedding"), host=2),
+    )
+    assert sum(step.resident.values()) == 110
+    assert step.peak() == 110 + 5 + 50
+    assert step.at_peak() == step.resident | {WORKING: 55}
+    assert step.host_peak() == 4
+    assert [part.net for part in step.segments] == [5, 7, -5]
