@@ -30,7 +30,8 @@ def prose_of(page: Path) -> str:
 
 def links(page: Path) -> list[str]:
     """Targets of the page's links and pictures, those of other sites left out."""
-    return [target for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)) if "://" not in target]
+    found = re.findall(r"\]\(([^)\s]+)\)", prose_of(page)) + re.findall(r'<img src="([^"]+)"', prose_of(page))
+    return [target for target in found if "://" not in target]
 
 
 def anchor_of(heading: str) -> str:
@@ -92,10 +93,12 @@ def test_every_module_that_is_run_exists(page):
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), f"{page.name}: {module}"
 
 
-def test_the_readme_is_short_and_leads_to_every_page():
+def test_the_readme_is_short_and_leads_to_every_page_which_leads_back():
     readme = ROOT / "README.md"
     assert len(text_of(readme).splitlines()) <= MAX_README_LINES
-    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(links(readme))
+    pages = list((ROOT / "docs").glob("*.md"))
+    assert {f"docs/{page.name}" for page in pages} <= set(links(readme))
+    assert [page.name for page in pages if "../README.md" not in links(page)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
