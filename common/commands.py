@@ -72,7 +72,8 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 def _eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.adapter.load import find_adapter, load_trained, trained_tokenizer
     from common.data.rows import load_rows
-    from common.run.evaluation import evaluate, held_out_samples, print_evaluation, write_evaluation
+    from common.run.evaluation import compare_with_base, print_evaluation, write_evaluation
+    from common.run.prompts import sample_prompts
     from common.run.report import write_report
 
     adapter = find_adapter(recipe)
@@ -87,10 +88,10 @@ def _eval(recipe: Recipe, flags: argparse.Namespace) -> None:
         held_out = load_rows(data, tokenizer, train.seq_len, train.seed).evaluation
     if held_out is None:
         raise UserError("the run held no rows out; name a file or a hub data set: DATA=held_out.jsonl")
-    samples = held_out_samples(held_out, tokenizer, flags.samples, train.seed)
+    prompts = sample_prompts(held_out, tokenizer, flags.samples, train.seed)
     result = {
         "source": data.eval_source or f"held out of {data.source}",
-        **evaluate(load_trained(adapter), tokenizer, held_out, samples),
+        **compare_with_base(load_trained(adapter), tokenizer, held_out, prompts),
     }
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON

@@ -14,6 +14,8 @@ from trl import pack_dataset
 from common.data.chat_format import Tokens
 from common.data.labels import IGNORED, trained_positions
 
+Batch = dict[str, Any]  # a micro-batch, as collate makes it
+
 
 class Examples:
     """Tokenised examples in 8 bytes a token: Python's own lists take ten times that."""

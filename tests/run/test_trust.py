@@ -104,17 +104,6 @@ def test_the_paths_of_this_machine_are_not_in_what_is_shared(recipe):
     assert not (Path(recipe.out) / "README.md").exists()
 
 
-def test_no_report_service_is_told_of_a_run(recipe):
-    from common.run.training import build_trainer
-
-    model, tokenizer, rows, recipe, plan = prepare(recipe)
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    assert trainer.args.report_to == []
-    assert not trainer.args.push_to_hub
-    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert names <= {"DefaultFlowCallback", "FirstStep", "ProgressCallback"}, names
-
-
 def test_a_tokenizer_is_loaded_without_the_code_beside_it(small_model, tmp_path):
     folder = small_model("llama")
     (folder / "tokenization_evil.py").write_text(f"import os; os.mkdir({str(tmp_path / 'canary')!r})\n")

@@ -1,0 +1,90 @@
+"""Says that long work goes on: no silence longer than ten seconds, and no line for what is quick."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from common.machine.processes import is_main_process
+
+FIRST_LINE_SECONDS = 3.0  # work that ends before is not mentioned
+LINE_SECONDS = 10.0  # from one line to the next
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def show_status(text: str, *, keep: bool = False) -> None:
+    """Prints a line; on a terminal in the place of the status before it. keep: the next one goes below it.
+
+    An empty text clears the place on a terminal, and prints nothing elsewhere.
+    """
+    if sys.stdout.isatty():
+        sys.stdout.write(f"\r\033[K{text}" + ("\n" if keep else ""))
+    elif text:
+        sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def called_in_thread(do: Callable[[], None], first_seconds: float, every_seconds: float) -> Iterator[None]:
+    """Calls `do` in a thread of its own while the block runs: after first_seconds, then every every_seconds.
+
+    Only in the main process, which alone prints. The thread has ended when the block is left.
+    """
+    if not is_main_process():
+        yield
+        return
+    ended = threading.Event()
+
+    def repeat() -> None:
+        wait = first_seconds
+        while not ended.wait(wait):
+            do()
+            wait = every_seconds
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+@dataclass
+class WorkDone:
+    """How far the work is that a status line tells of."""
+
+    done: int = 0  # of its units; whoever does the work counts
+
+
+@contextmanager
+def report_slow_work(
+    what: str,
+    total: int | None = None,
+    unit: str = "",
+    first_seconds: float = FIRST_LINE_SECONDS,
+    every_seconds: float = LINE_SECONDS,
+) -> Iterator[WorkDone]:
+    """Prints what the block does once that takes longer than first_seconds, then every every_seconds: "held-out loss:
+    40 of 200 rows, 0:13", or "loading, 0:13" without a total."""
+    work, started_at, was_shown = WorkDone(), time.perf_counter(), False
+
+    def show() -> None:
+        nonlocal was_shown
+        count = "" if total is None else f": {work.done:,} of {total:,} {unit}".rstrip()
+        show_status(f"{what}{count}, {format_duration(time.perf_counter() - started_at)}")
+        was_shown = True
+
+    try:
+        with called_in_thread(show, first_seconds, every_seconds):
+            yield work
+    finally:
+        if was_shown:
+            show_status("")
