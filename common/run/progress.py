@@ -99,8 +99,8 @@ class ProgressReport(TrainerCallback):
         self._write(entry)
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         line = (
-            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | lr {entry['learning_rate']:.2e} | "
-            f"{tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
+            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
+            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
         is_last = state.global_step == state.max_steps
         if is_last or sys.stdout.isatty() or time.perf_counter() - self.shown_at >= self.every:
