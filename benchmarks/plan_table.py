@@ -8,11 +8,11 @@ import warnings
 from dataclasses import replace
 
 from benchmarks.models import recipe_of
-from common.cli import quiet_libraries
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 from common.plan.planner import WORKSPACE_BYTES, Card, Planner
+from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec, UserError
 
 MODELS = ("mistral-7b", "llama3-8b", "qwen-14b")

@@ -7,18 +7,18 @@ import importlib.util
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from common import REPOSITORY
-from common.machine.launch import ERROR_STATUS, OTHERS_GONE, launch
+from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS, launch
+from common.machine.processes import is_main_process, rank
+from common.process_state import quiet_libraries
 from common.recipe import DataSpec, Recipe, Stopped, UserError, require
 from common.run.folder import prepare_run_folder
 
 SAID_BY_MAIN_SECONDS = 3
-_RANK = os.environ.get("RANK", "0")  # set by torchrun; common.machine.processes has it too, and needs torch
 # The disk is full, or the quota, or one may not write there.
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 DRY_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
@@ -63,7 +63,7 @@ def run(main: Callable[[Recipe], object], recipe: Recipe, arguments: Sequence[st
     try:
         return exit_status(start, flags.out or recipe.out or f"outputs/{name}")
     except Stopped as stop:
-        if _RANK == "0":  # all processes stop
+        if is_main_process():  # all processes stop
             out = f' OUT="{flags.out}"' if flags.out else ""
             data = f' DATA="{flags.data}"' if flags.data else ""
             gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
@@ -76,9 +76,9 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
     try:
         return action() or 0
     except UserError as error:
-        if _RANK != "0":  # the first one mostly says the same: then it ends this one meanwhile
+        if not is_main_process():  # the first one mostly says the same: then it ends this one meanwhile
             time.sleep(SAID_BY_MAIN_SECONDS)
-        who = "" if _RANK == "0" else f"process {_RANK}: "
+        who = "" if is_main_process() else f"process {rank()}: "
         print(f"\n{who}error: {error}", file=sys.stderr)
         return ERROR_STATUS
     except KeyboardInterrupt:
@@ -92,7 +92,7 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
     except RuntimeError as error:
         if "WORLD_SIZE" not in os.environ or not _is_of_others(error):
             raise
-        return OTHERS_GONE
+        return PEER_LOST_STATUS
 
 
 def _is_of_others(error: BaseException) -> bool:
@@ -118,7 +118,7 @@ def _with_flags(recipe: Recipe, flags: argparse.Namespace, name: str) -> Recipe:
 
 def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
     quiet_libraries()
-    from common.machine import processes
+    from common.machine.collectives import init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
 
     tracker = recipe.train.report_to
@@ -127,8 +127,8 @@ def _start_run(main: Callable[[Recipe], object], recipe: Recipe) -> None:
         f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
     )
     require_gpu_per_process()
-    processes.init_distributed()
-    processes.run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
+    init_distributed()
+    run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
     require(
         Path(recipe.out).is_dir(),
         f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
@@ -195,17 +195,3 @@ def dry(recipe: Recipe, layers: int | None = None) -> Recipe:
         out=f"{recipe.out}-dry-run",
         existing_run="overwrite",
     )
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries say about themselves and nobody can act on; our own lines stay readable."""
-    # PEFT 0.21 reads a name that transformers 5.23 calls deprecated.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    # What accelerate advises instead would send the 4-bit weights to all.
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-    # FSDP2 warns so of our decoder layers, whose outputs nobody writes into.
-    warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
-    if not sys.stderr.isatty():
-        import datasets
-
-        datasets.disable_progress_bars()

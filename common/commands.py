@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.cli import exit_status, quiet_libraries
-from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, written_aside
+from common.cli import exit_status
+from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, write_checked_aside
+from common.process_state import quiet_libraries
 from common.recipe import Recipe, UserError
 from common.run.folder import EVAL_JSON
 
@@ -125,7 +126,7 @@ def _merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     original = flags.base == "original"
     weights = MergedWeights(find_adapter(recipe), original=original)
     size = sum(shard.size for shard in weights.shards)
-    with written_aside(target, size, folder=True, overwrite=flags.overwrite) as folder:
+    with write_checked_aside(target, size, folder=True, overwrite=flags.overwrite) as folder:
         print(f"merging into {weights.into()}, {format_bytes(size)}")
         write_merged(weights, folder)
         print(f"self-check: {check_merged(weights.adapter, folder, bound=None if original else flags.kl_bound)}")
@@ -167,7 +168,7 @@ def _export(recipe: Recipe, flags: argparse.Namespace) -> None:
     if is_folder:  # before the weights: what ollama has no words for fails here
         context = min(MOST_CONTEXT, weights.config.max_position_embeddings)
         text = modelfile(file, tokenizer, weights.generation_config(), context)
-    with written_aside(target, model.size, folder=is_folder, overwrite=flags.overwrite) as path:
+    with write_checked_aside(target, model.size, folder=is_folder, overwrite=flags.overwrite) as path:
         print(f"merging into {weights.into()}, {format_bytes(model.size)}")
         model.write(path / file if is_folder else path)
         if is_folder:
@@ -184,7 +185,7 @@ def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, *, overwrite
     from common.run.folder import ADAPTER_WEIGHTS
 
     size = (adapter.folder / ADAPTER_WEIGHTS).stat().st_size
-    with written_aside(target, size, folder=False, overwrite=overwrite) as path:
+    with write_checked_aside(target, size, folder=False, overwrite=overwrite) as path:
         write_adapter(adapter, load_config(adapter.recipe.model), path, name)
     print(f"the adapter alone is in {target}, to be used with a GGUF of {adapter.recipe.model.name}")
 

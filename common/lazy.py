@@ -1,7 +1,7 @@
-"""A package's face without its weight: what a name stands for is imported when it is needed.
+"""Lets a package export names without importing the modules that define them.
 
-A recipe imports the functions of its story at its top, and torch, transformers and TRL take seconds to import. So a
-function of a face imports its module when it is called, and a class when it is looked up (PEP 562).
+A recipe imports the functions that it calls at its top, and torch, transformers and TRL take seconds to import. So a
+function of a package's face imports its module when it is called, and a class when it is looked up (PEP 562).
 """
 
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def lazy_names(package: str, module_of: Mapping[str, str]) -> Callable[[str], Any]:
-    """A `__getattr__` for the package. module_of: each public name, and the module in the package that defines it.
+    """Makes the package's `__getattr__`. module_of: from each exported name to the module that defines it.
 
-    Names with a small first letter are functions. Any other name that the package does not have is an AttributeError.
+    A name that begins with a small letter is a function; any other is a class.
     """
 
     def look_up(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""What a recipe says: frozen values, checked when they are made. Standard library only.
+"""The values of a recipe: frozen, and checked when they are created. Standard library only.
 
-A mistyped field is a TypeError at import; a value out of range is a UserError that names the field.
+A mistyped field name raises TypeError when the recipe is imported. A value out of range raises UserError, which names
+the field.
 """
 
 from dataclasses import KW_ONLY, dataclass, field
@@ -20,11 +21,11 @@ ExistingRun = Literal["refuse", "resume", "overwrite"]
 
 
 class UserError(Exception):
-    """Something that the user can mend. Shown as one line without a traceback; the exit status is 2."""
+    """An error that the user can correct. It is shown as one line without a traceback, and the exit status is 2."""
 
 
 class Stopped(Exception):
-    """The run was stopped by a signal. The message says where it is; the exit status is 128 + the signal's number."""
+    """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -36,22 +37,23 @@ def require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def require_one_of(value: str, kind: object, name: str) -> None:
-    choices = get_args(kind)
+def require_one_of(value: str, literal: object, name: str) -> None:
+    """Raises UserError unless the value is one of a Literal type's. name: of the field."""
+    choices = get_args(literal)
     require(value in choices, f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The base model: what to load, and in how many bits."""
+    """The base model."""
 
-    name: str  # hub id, or the path of a local folder with safetensors
+    name: str  # id on the Hugging Face hub, or the path of a local folder with safetensors files
     _: KW_ONLY
     revision: str | None = None  # branch, tag or commit on the hub; None takes the main branch
-    bits: int = 4  # 4: NF4 with double quantisation; 16: bf16 (fp16 where the GPU has no bf16)
+    bits: int = 4  # 4: NF4 with double quantization; 16: bf16 (fp16 on a GPU without bf16, fp32 on a CPU)
     weights: Weights = "pretrained"  # "random" downloads nothing: for dry runs and tests
-    layers: int | None = None  # keep only the first layers; for dry runs and tests, with random weights
-    chat_template: str | None = None  # path of a Jinja file; None takes the model's own
+    layers: int | None = None  # how many decoder layers to keep, from the first; None keeps all; only with "random"
+    chat_template: str | None = None  # path of a Jinja file; None takes the model's own template
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "ModelSpec.name is empty; give a hub id or the path of a folder")
@@ -66,17 +68,17 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What to learn from. The format of the rows is recognised: README.md, "Your own data"."""
+    """The training data and the held-out data. Row formats are recognised: README.md, "Your own data"."""
 
-    source: str  # a .jsonl, .json, .csv or .parquet file, or the id of a hub data set
+    source: str  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
     _: KW_ONLY
-    eval_source: str | None = None  # held-out rows of their own; None holds rows of `source` out
-    eval_rows: int = 200  # rows held out of `source`, at most a tenth of it; 0 skips evaluation
-    split: str = "train"  # of a hub data set
-    eval_split: str = "test"  # of `eval_source`, where that is a hub data set
-    revision: str | None = None  # of a hub data set
-    train_on: TrainOn = "assistant"  # whose tokens count in the loss; plain text always counts whole
-    max_bad_share: float = 0.01  # stop when a larger share of the rows cannot be used
+    eval_source: str | None = None  # another source, to evaluate on; None holds out rows of `source`
+    eval_rows: int = 200  # rows of `source` to hold out, at most a tenth of them; 0 skips evaluation
+    split: str = "train"  # split of `source`, where that is a hub data set
+    eval_split: str = "test"  # split of `eval_source`, where that is a hub data set
+    revision: str | None = None  # branch, tag or commit of a hub data set
+    train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
+    max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
 
     def __post_init__(self) -> None:
         require(bool(self.source.strip()), "DataSpec.source is empty; give a file or the id of a hub data set")
@@ -87,15 +89,15 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    """The adapter: delta W = scale * B A; scale = alpha / rank (arXiv:2106.09685), with rslora alpha / sqrt(rank)."""
+    """The adapter: it adds scale * B A to a frozen weight, with scale = alpha / rank (arXiv:2106.09685)."""
 
-    rank: int
+    rank: int  # columns of B and rows of A
     alpha: float
     _: KW_ONLY
-    dropout: float = 0.0  # above 0 each layer saves its masks and dropped inputs: 70 KiB a token and layer for 8B
-    rslora: bool = False  # arXiv:2312.03732: worth it at rank 64 and above
-    dora: bool = False  # arXiv:2402.09353: one more vector a layer, and slower
-    target_modules: tuple[str, ...] = ALL_LINEAR
+    dropout: float = 0.0  # of A's input; above 0 a layer keeps masks for backward: 70 KiB per token and layer for 8B
+    rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: worth it at rank 64 and above
+    dora: bool = False  # trains a vector of magnitudes per linear layer too, arXiv:2402.09353: slower
+    target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
 
     def __post_init__(self) -> None:
         require(self.rank > 0, f"LoraSpec.rank is {self.rank}; it must be at least 1")
@@ -106,33 +108,35 @@ class LoraSpec:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """One run."""
+    """How to train."""
 
     seq_len: int  # tokens in a packed row
-    rows_per_step: int  # packed rows in one optimizer step, whatever the card
+    rows_per_step: int  # packed rows in one optimizer step, over all GPUs; the plan splits them into micro-batches
     learning_rate: float  # peak
     _: KW_ONLY
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the training rows
     max_steps: int | None = None  # optimizer steps; None trains for `epochs`
-    lr_schedule: Schedule = "cosine"
-    warmup_ratio: float = 0.03  # of all steps
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: Optimizer = "adamw_torch_fused"
-    # Activation checkpointing: which layers recompute in backward. "auto" lets the plan choose the fastest that fits;
-    # "keep attention" recomputes every layer but attention, "offload" keeps the layers' inputs in host memory.
+    lr_schedule: Schedule = "cosine"  # after the warmup: "cosine" and "linear" fall to 0, "constant" stays at the peak
+    warmup_ratio: float = 0.03  # share of all steps in which the learning rate rises from 0 to its peak
+    weight_decay: float = 0.0  # AdamW's, of the adapter's weights
+    max_grad_norm: float = 1.0  # gradients are scaled down to this norm, over all adapter weights
+    optimizer: Optimizer = "adamw_torch_fused"  # "adamw_8bit" and "paged_adamw_8bit" are those of bitsandbytes
+    # Activation checkpointing: which layers recompute their activations in backward.
+    #   "auto": the plan takes the fastest choice that fits the card. "none": no layer. "every layer": all of them.
+    #   "keep attention": every layer, except for its attention. "offload": every layer, its input kept in host memory.
     checkpointing: Checkpointing = "auto"
-    # The decoder layers: "lean" computes them with our fused operators, "stock" as transformers and PEFT do.
+    # How the decoder layers compute: "lean" with our fused operators, "stock" as transformers and PEFT do.
     kernels: Kernels = "lean"
-    # On several GPUs: "auto" gives each the whole model where it fits, and else cuts the layers over them (FSDP2).
+    # On several GPUs: "never" gives each the whole model (DDP), "always" shards the decoder layers over them (FSDP2),
+    # "auto" shards only a model that does not fit whole.
     sharding: Sharding = "auto"
-    eval_every: int = 100  # optimizer steps; the end of the run is evaluated too
-    save_every: int = 100  # optimizer steps between checkpoints on disk, the last two of which stay
-    sample_answers: int = 4  # to held-out prompts, by base and adapter, for report.html; 0 skips them
-    report_to: ReportTo = "none"  # hands the metrics to a tracker, which must be installed; "wandb" sends them away
-    seed: int = 0
-    # The same adapter from the same seed on the same machine: bit for bit on a CPU; on a GPU up to the order in which
-    # flash attention's backward adds up, for which torch has no faster deterministic form.
+    eval_every: int = 100  # optimizer steps between evaluations; the start and the end of the run are evaluated too
+    save_every: int = 100  # optimizer steps between checkpoints; the newest two are kept
+    sample_answers: int = 4  # answers to held-out prompts, by base and adapter, in report.html; 0 skips them
+    report_to: ReportTo = "none"  # a tracker, which must be installed, that gets the metrics; "wandb" sends them away
+    seed: int = 0  # of the adapter's first weights, dropout, the order of rows, and the choice of held-out rows
+    # True: the same seed on the same machine gives the same adapter, bit for bit on a CPU. On a GPU, flash attention's
+    # backward still adds up in a varying order: torch has no faster deterministic form of it.
     deterministic: bool = True
 
     def __post_init__(self) -> None:
@@ -160,7 +164,7 @@ class TrainSpec:
 
 
 def rows_per_process(train: TrainSpec, processes: int) -> int:
-    """Rows of an optimizer step that each process trains. Raises UserError when they cannot be shared out."""
+    """Returns how many rows of an optimizer step each process trains. Raises UserError when it is no whole number."""
     if train.rows_per_step % processes:
         counts = [count for count in range(1, train.rows_per_step + 1) if train.rows_per_step % count == 0]
         *some, last = map(str, counts)
@@ -174,15 +178,15 @@ def rows_per_process(train: TrainSpec, processes: int) -> int:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a user may want to edit, in one value."""
+    """One value with everything that a user may want to edit."""
 
     model: ModelSpec
     data: DataSpec
     lora: LoraSpec
     train: TrainSpec
-    card_gib: float | None = 24.0  # the GPU that it is meant for, GiB; None runs anywhere, on a CPU too
-    out: str = field(default="", kw_only=True)  # "" becomes outputs/<recipe>
-    existing_run: ExistingRun = field(default="refuse", kw_only=True)
+    card_gib: float | None = 24.0  # memory of the GPU that it is meant for; None runs anywhere, also on a CPU
+    out: str = field(default="", kw_only=True)  # output folder; "" becomes outputs/<recipe>
+    existing_run: ExistingRun = field(default="refuse", kw_only=True)  # what to do when `out` already holds a run
 
     def __post_init__(self) -> None:
         require(self.card_gib is None or self.card_gib > 0, f"Recipe.card_gib is {self.card_gib}; it must be above 0")

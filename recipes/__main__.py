@@ -5,16 +5,16 @@
 A new file beside this one is a new recipe; nothing is registered.
 """
 
-import gc
 import importlib
 import os
 import sys
 import traceback
 from pathlib import Path
 
+from common.process_state import prepare_for_plan
+
 if "--plan" in sys.argv:  # a plan takes seconds, most of them imports
-    gc.disable()  # it would go through all that is imported again and again, and finds nothing
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; bitsandbytes would import the compiler
+    prepare_for_plan()
 
 from common.cli import ERROR_STATUS, run
 from common.commands import COMMANDS, run_command

@@ -25,10 +25,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from common.cli import quiet_libraries
 from common.machine.device import Machine
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
+from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
 

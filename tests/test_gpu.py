@@ -17,7 +17,7 @@ from benchmarks.memory import in_words, measure, policies
 from common.data.rows import load_rows
 from common.kernels import rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
 from common.model.attention import packed_attention
 from common.model.lean_layers import use_lean_layers

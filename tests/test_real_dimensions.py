@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from common.data.rows import load_rows
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer

@@ -1,6 +1,6 @@
-"""Rows in any accepted format become packed rows of token ids and labels.
+"""From rows in any accepted format to packed rows of token ids and labels, and to micro-batches.
 
-Not here: anything that knows a model; the tokenizer is handed in. What a run evaluates and samples is in common.run.
+Not here: anything that knows a model; the tokenizer is an argument. What a run evaluates and samples is in common.run.
 """
 
 from typing import TYPE_CHECKING

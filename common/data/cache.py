@@ -1,7 +1,7 @@
-"""Packed rows of large files, kept: the second start of a run takes seconds.
+"""Keeps the packed rows of large files on disk: the second start of a run takes seconds.
 
-The name of an entry is a hash of everything that the rows depend on: the files' bytes, the tokenizer with its chat
-template, the settings, and the code that makes them. Anything else makes another entry; the newest few stay.
+The name of an entry is a hash of everything that its rows depend on: the bytes of the files, the tokenizer with its
+chat template, the settings, and the code that makes the rows. Any change leads to another entry. The newest stay.
 """
 
 import hashlib
@@ -16,20 +16,25 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
 from common.data.files import is_file
+from common.machine.disk import write_aside
 from common.recipe import DataSpec
 
-CACHE = Path(".cache") / "rows"
-FROM_BYTES = 8 << 20  # smaller files are tokenised within seconds
-ENTRIES_KEPT = 4
-CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "rows")
+CACHE = Path(".cache") / "rows"  # in the working directory
+MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
+MAX_ENTRIES = 4
+METADATA = "metadata.json"
+CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "report", "rows")
 
 
 def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
-    """The folder of these rows in the cache, there or not; None for small files and for data sets of the hub."""
+    """Returns the folder of these rows in the cache, which may not exist yet.
+
+    Returns None for small files and for data sets of the hub: they are not cached.
+    """
     sources = [Path(source) for source in (spec.source, spec.eval_source) if source is not None]
     if not all(is_file(str(path)) and path.is_file() for path in sources):
         return None
-    if sum(path.stat().st_size for path in sources) < FROM_BYTES:
+    if sum(path.stat().st_size for path in sources) < MIN_SOURCE_BYTES:
         return None
     digest = hashlib.sha256()
     settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
@@ -45,31 +50,35 @@ def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: in
 
 
 def load_cached(folder: Path) -> tuple[Dataset, Dataset | None, dict[str, Any]] | None:
-    """Rows to train on, held-out rows, and what is told of them; None where they are not there, or not whole."""
+    """Rows to train on, held-out rows, and the metadata that save_cached was given.
+
+    None where the entry does not exist or is damaged.
+    """
     try:
-        told = json.loads((folder / "told.json").read_text(encoding="utf-8"))
+        metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
         evaluation = load_from_disk(str(folder / "evaluation")) if (folder / "evaluation").exists() else None
         train = load_from_disk(str(folder / "train"))
     except (OSError, ValueError):
         return None
-    os.utime(folder)  # the newest stay
-    return train, evaluation, told
+    os.utime(folder)  # marks it as used now: save_cached removes the entries that were used longest ago
+    return train, evaluation, metadata
 
 
-def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, told: dict[str, Any]) -> None:
-    """Whole or not there: written aside, then renamed. A cache that cannot be written is no reason to stop."""
-    aside = folder.parent / f".{os.getpid()}"
+def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> None:
+    """Writes the entry atomically, and removes all entries but the newest MAX_ENTRIES.
+
+    Prints a warning where the disk cannot be written to: the run needs no cache.
+    """
+    aside = folder.with_name(f"{folder.name}-{os.getpid()}.writing")  # every process of a run may write this entry
     try:
-        train.save_to_disk(str(aside / "train"))
-        if evaluation is not None:
-            evaluation.save_to_disk(str(aside / "evaluation"))
-        (aside / "told.json").write_text(json.dumps(told), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with write_aside(folder, aside=aside):
+            train.save_to_disk(str(aside / "train"))
+            if evaluation is not None:
+                evaluation.save_to_disk(str(aside / "evaluation"))
+            (aside / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         print(f"warning: the rows are not kept for the next start: {error.strerror or error}")
         return
-    for old in entries[:-ENTRIES_KEPT]:
+    for old in entries[:-MAX_ENTRIES]:
         shutil.rmtree(old, ignore_errors=True)

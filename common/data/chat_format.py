@@ -1,11 +1,10 @@
-"""A conversation becomes token ids and labels, through the model's own chat template.
+"""Turns a conversation into token ids and labels, with the model's own chat template.
 
-The text between the messages is found by rendering the template over placeholders, so the place of each message in the
-text is known exactly, whatever the template; no template needs marks or a copy. What is trained: the assistant's text
-and the token that ends its turn.
+Trained are the assistant's texts and the token that ends each of its turns. To find them in the rendered text, the
+template is rendered once more with a placeholder in each message's place: what stands between the placeholders is the
+template's own text. This works with any template, without marks in it and without a copy of it.
 """
 
-import os
 import re
 from dataclasses import dataclass
 
@@ -20,35 +19,53 @@ from common.data.labels import IGNORED
 from common.recipe import TrainOn, UserError
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index
-THINK = "<think>"
+_THOUGHTS_START = "<think>"
 _SAMPLE = (Message("user", "Hello"), Message("assistant", "Hi"))
+
+Span = tuple[int, int]  # start and end of a piece of text, in characters
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example. input_ids and labels: equally long; labels are the ids themselves or IGNORED, never shifted."""
+    """One tokenised example. A label is the token at its own position (not shifted by one), or IGNORED."""
 
     input_ids: list[int]
-    labels: list[int]
-    turn_ends: list[int]  # index just after each assistant turn's last trained token
+    labels: list[int]  # as long as input_ids
+    turn_ends: list[int]  # for each assistant turn: the index after its last trained token
+
+
+@dataclass(frozen=True)
+class TemplateText:
+    """The template's own text around the messages of a conversation."""
+
+    pieces: list[str]  # pieces[i] stands before the i-th message of the rendered text; the last one follows all
+    order: list[int]  # index in the conversation of the i-th message of the rendered text: a template may move some
+
+    def fill(self, contents: list[str]) -> tuple[str, dict[int, Span]]:
+        """Returns the text with these messages put in, and where each stands: from its index to its span."""
+        text, spans = self.pieces[0], {}
+        for index, following in zip(self.order, self.pieces[1:], strict=True):
+            spans[index] = (len(text), len(text) + len(contents[index]))
+            text += contents[index] + following
+        return text, spans
 
 
 class ChatFormat:
-    """Renders and tokenises conversations as one model wants them."""
+    """Renders and tokenises conversations in one model's format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.control_ids = {index for index, token in added.items() if token.special}
         texts = sorted((added[index].content for index in self.control_ids), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")
-        self._skeletons: dict[tuple[str, ...], list[str | int]] = {}
+        self.control = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")  # (?!) matches nothing
+        self._template_texts: dict[tuple[tuple[str, ...], bool], TemplateText] = {}
 
     def encode(self, example: Example, train_on: TrainOn = "assistant") -> Tokens:
-        """Token ids and labels of one example: one BOS where the model has one, no padding, nothing cut.
+        """Tokenises one example: one BOS where the model has one, no padding, no truncation.
 
-        Raises BadRow when the template refuses the conversation or changes a message's text, and UserError when there
-        is no template, or none that can be trained with.
+        Raises BadRow when the template refuses the conversation or changes a message's text. Raises UserError when
+        the model has no template, or one that cannot be trained with.
         """
         if isinstance(example, str):
             return self._encode_text(example)
@@ -57,11 +74,11 @@ class ChatFormat:
                 "the model has no chat template: it is a base model. Take its Instruct version, give "
                 "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
-        text, spans = self._place(example)
-        ids, ends = self._tokenise(text, [span for _, span in spans])
+        text, spans = self._render_with_spans(example)
+        ids, ends = self._tokenise(text, list(spans.values()))
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
         turn_ends = []
-        for index, (start, end) in spans:
+        for index, (start, end) in spans.items():
             if example[index].role != "assistant":
                 continue
             stop = self._end_of_turn(text, end)
@@ -69,32 +86,33 @@ class ChatFormat:
             for position in trained:
                 labels[position] = ids[position]
             turn_ends.append(trained[-1] + 1)
-        labels[0] = IGNORED  # nothing comes before it that could foretell it
+        labels[0] = IGNORED  # no token stands before it, to predict it from
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids.count(bos) > 1:
             raise UserError("the chat template begins a conversation twice: more than one BOS token")
         return Tokens(ids, labels, turn_ends)
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Token ids of a conversation that ends with the user's turn, ready for the assistant's answer.
+        """Tokenises a conversation that ends with the user's turn, up to where the assistant's answer begins.
 
-        Control tokens in a message are plain text. Raises BadRow as encode.
+        Control tokens in a message become plain text. Raises BadRow as encode does.
         """
-        text, spans = self._place(conversation, answering=True)
-        return self._tokenise(text, [span for _, span in spans])[0]
+        text, spans = self._render_with_spans(conversation, answering=True)
+        return self._tokenise(text, list(spans.values()))[0]
 
     def last_message(self, prompt_ids: list[int]) -> str:
-        """The text of the last message in a prompt: what stands between the template's own texts around it."""
+        """Returns the text of the last user message in a prompt, without the template's text around it."""
         text: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
         if not self.tokenizer.chat_template:
             return text
-        first, _, answering, _, again, *_ = self._skeleton((*_SAMPLE, _SAMPLE[0]))
-        opening = os.path.commonprefix([str(first)[::-1], str(again)[::-1]])[::-1].strip()
-        text = text.strip().removesuffix(str(answering).strip())
-        return (text.rpartition(opening)[2] if opening else text).strip()
+        user, assistant = _SAMPLE
+        before_first_user, before_answer, before_second_user, _ = self._template_text((user, assistant, user)).pieces
+        before_each_user = common_ending(before_first_user, before_second_user).strip()
+        text = text.strip().removesuffix(before_answer.strip())
+        return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
 
     def end_of_turn_id(self) -> int | None:
-        """The id of the token that ends the assistant's turns; the end of text for a model without a template."""
+        """Returns the token that ends the assistant's turns; without a template the end-of-text token."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.eos_token_id
         tokens = self.encode(_SAMPLE)
@@ -103,12 +121,12 @@ class ChatFormat:
     def refuse_untrained_tokens(self, embedding: Tensor) -> None:
         """Raises UserError when a control token of the template has a near-zero row in the input embedding.
 
-        embedding: (vocabulary, hidden). In base Llama 3 the chat tokens are such rows: they were never trained, and
-        with a frozen embedding they cannot be learnt.
+        embedding: (vocabulary, hidden). Base Llama 3 has such rows for the chat tokens: they were never trained, and a
+        frozen embedding cannot learn them.
         """
         if not self.tokenizer.chat_template:
             return
-        norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # without an fp32 copy
+        norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
         floor = 1e-3 * norms.median()
         for index in sorted(self.control_ids & set(self.encode(_SAMPLE).input_ids)):
             if norms[index] <= floor:
@@ -132,42 +150,36 @@ class ChatFormat:
         except TemplateError as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
 
-    def _skeleton(self, conversation: Conversation, answering: bool = False) -> list[str | int]:
-        """The template's own text, and between its pieces the index of each message."""
-        # Qwen3's template treats a turn that begins with its thoughts differently.
-        leads = [THINK if m.content.lstrip().startswith(THINK) else "" for m in conversation]
-        key = (*(m.role + lead for m, lead in zip(conversation, leads, strict=True)), "answer" * answering)
-        if key not in self._skeletons:
-            rendered = self._render(conversation, [f"{lead}\ue000{i}\ue001" for i, lead in enumerate(leads)], answering)
-            pieces: list[str | int] = list(_PLACEHOLDER.split(rendered))
-            pieces[1::2] = [int(index) for index in pieces[1::2]]
-            if sorted(pieces[1::2]) != list(range(len(conversation))):
+    def _template_text(self, conversation: Conversation, answering: bool = False) -> TemplateText:
+        """Returns the template's own text around the messages. Conversations with the same roles share one."""
+        # Qwen3's template treats a turn that begins with its thoughts differently, so its placeholder begins with them.
+        starts = [_THOUGHTS_START if m.content.lstrip().startswith(_THOUGHTS_START) else "" for m in conversation]
+        key = (tuple(m.role + start for m, start in zip(conversation, starts, strict=True)), answering)
+        if key not in self._template_texts:
+            placeholders = [f"{start}\ue000{index}\ue001" for index, start in enumerate(starts)]
+            # re.split gives the texts between the placeholders, and between those texts the placeholders' numbers.
+            split = _PLACEHOLDER.split(self._render(conversation, placeholders, answering))
+            pieces, order = split[0::2], [int(number) for number in split[1::2]]
+            if sorted(order) != list(range(len(conversation))):
                 raise BadRow("the chat template drops or repeats a message")
-            for at, index in enumerate(pieces[1::2]):
-                pieces[2 * at] = str(pieces[2 * at]).removesuffix(leads[int(index)])
-            self._skeletons[key] = pieces
-        return self._skeletons[key]
+            for position, index in enumerate(order):
+                pieces[position] = pieces[position].removesuffix(starts[index])
+            self._template_texts[key] = TemplateText(pieces, order)
+        return self._template_texts[key]
 
-    def _place(
-        self, conversation: Conversation, answering: bool = False
-    ) -> tuple[str, list[tuple[int, tuple[int, int]]]]:
-        """The rendered text, and for each message its index and its span of characters."""
-        skeleton = self._skeleton(conversation, answering)
-        original = [m.content for m in conversation]
-        rendered = self._render(conversation, original, answering)
-        for contents in (original, [text.strip() for text in original]):  # many templates strip messages
-            text, spans = "", []
-            for piece in skeleton:
-                if isinstance(piece, int):
-                    spans.append((piece, (len(text), len(text) + len(contents[piece]))))
-                    piece = contents[piece]
-                text += piece
+    def _render_with_spans(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, dict[int, Span]]:
+        """Returns the rendered text, and where each message stands in it: from its index to its span."""
+        template_text = self._template_text(conversation, answering)
+        contents = [m.content for m in conversation]
+        rendered = self._render(conversation, contents, answering)
+        for expected in (contents, [content.strip() for content in contents]):  # many templates strip messages
+            text, spans = template_text.fill(expected)
             if text == rendered:
                 return text, spans
         raise BadRow("the chat template changes the text of a message")
 
     def _end_of_turn(self, text: str, content_end: int) -> int:
-        """Where the control token ends that closes the assistant's turn."""
+        """Returns where the control token ends that closes the assistant's turn, as an index into `text`."""
         match = self.control.search(text, content_end)
         if match is None:
             raise UserError(
@@ -175,19 +187,31 @@ class ChatFormat:
             )
         return match.end()
 
-    def _tokenise(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-        """Token ids, and for each the end of its characters. Control tokens count as such outside of `spans` only."""
-        cuts = [0]
-        for start, end in spans:
+    def _tokenise(self, text: str, messages: list[Span]) -> tuple[list[int], list[int]]:
+        """Returns the token ids, and for each token the index in `text` at which its characters end.
+
+        A control token inside a message is tokenised as plain text: what a user writes can never end or open a turn.
+        """
+        pieces, position = [], 0  # start, end, and whether control tokens are plain text there
+        for start, end in messages:
             if self.control.search(text, start, end):
-                cuts += [start, end]  # as plain text: what a user writes can never end a turn or open one
+                pieces += [(position, start, False), (start, end, True)]
+                position = end
+        pieces.append((position, len(text), False))
         ids: list[int] = []
         ends: list[int] = []
-        for number, (start, end) in enumerate(zip(cuts, [*cuts[1:], len(text)], strict=True)):
-            plain = number % 2 == 1
+        for start, end, is_plain in pieces:
             piece = self.tokenizer(
-                text[start:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain
+                text[start:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=is_plain
             )
             ids += piece["input_ids"]
             ends += [start + token_end for _, token_end in piece["offset_mapping"]]
         return ids, ends
+
+
+def common_ending(a: str, b: str) -> str:
+    """Returns the longest text that both end with."""
+    length = 0
+    while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:
+        length += 1
+    return a[len(a) - length :]

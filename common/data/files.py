@@ -1,4 +1,4 @@
-"""Reads rows from JSONL, JSON, CSV and Parquet files and from hub data sets, with the place each row came from."""
+"""Reads rows from JSONL, JSON, CSV and Parquet files and from hub data sets, each with the place it comes from."""
 
 import codecs
 import csv
@@ -11,26 +11,25 @@ from common.machine.hub import TransportError
 from common.recipe import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-LONGEST_LINE = 16 << 20  # bytes; a book has 1 MiB, and Python takes several times a line's size to read it
-LARGEST_JSON = 256 << 20  # bytes; a .json file is read whole
+MAX_LINE_BYTES = 16 << 20  # a book has 1 MiB; to parse a line, Python takes several times its size
+MAX_JSON_BYTES = 256 << 20  # a .json file is read into memory whole
 
 
 class BadRow(Exception):
-    """A row that cannot be used. The message is the kind of fault: the report counts rows by it."""
+    """A row cannot be used. The message is the kind of fault, without the place: the report counts rows by it."""
 
 
 Row = dict[str, Any]
-# A place is "my.jsonl:12" where there are lines, else "my.json, entry 3".
-PlacedRow = tuple[str, Row | BadRow]
+PlacedRow = tuple[str, Row | BadRow]  # the place is "my.jsonl:12", or "my.json, entry 3" where lines say nothing
 
 
 def is_file(source: str) -> bool:
-    """Whether a source names a file, there or missing, and not a hub data set."""
+    """Returns whether a source names a file, which may be missing, and not a hub data set."""
     return Path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[PlacedRow]:
-    """Every row of a file or of a hub data set's split, in order; a row that cannot be read comes as a BadRow.
+    """Yields every row of a file, or of a hub data set's split, in order. A row that cannot be read is a BadRow.
 
     Raises UserError when the source as a whole cannot be read.
     """
@@ -52,12 +51,13 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
         raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
 
 
-def _reject_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
+    """For json.loads, which otherwise accepts NaN and Infinity."""
     raise ValueError(f"{name} is not JSON")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> Row:
-    """A JSON object; of a key that is there twice nobody knows which value is meant."""
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> Row:
+    """Makes a JSON object for json.loads. Raises BadRow when a key occurs twice: it is unclear which value counts."""
     row = dict(pairs)
     if len(row) != len(pairs):
         raise BadRow("a key occurs twice in a JSON object")
@@ -66,17 +66,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> Row:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_unique)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs)
     except (ValueError, RecursionError) as error:
         raise BadRow("invalid JSON") from error
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes | None]:
-    """The file's lines; None for one that is too long, which is passed over without reading it whole."""
-    while line := file.readline(LONGEST_LINE):
-        too_long = len(line) == LONGEST_LINE
-        while len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-            line = file.readline(LONGEST_LINE)
+    """Yields the file's lines, and None for a line that is too long, which is never in memory whole."""
+    while line := file.readline(MAX_LINE_BYTES):
+        too_long = len(line) == MAX_LINE_BYTES
+        while len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
         yield None if too_long else line
 
 
@@ -96,7 +96,7 @@ def _jsonl_rows(path: Path) -> Iterator[PlacedRow]:
             place = f"{path}:{number}"
             try:
                 if line is None:
-                    raise BadRow(f"a line of more than {LONGEST_LINE >> 20} MiB")
+                    raise BadRow(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
@@ -115,11 +115,11 @@ def _as_row(value: Any) -> Row:
 
 def _json_rows(path: Path) -> Iterator[PlacedRow]:
     _check_encoding(path)
-    if path.stat().st_size > LARGEST_JSON:
-        raise UserError(f"{path} is larger than {LARGEST_JSON >> 20} MiB, too large to be read whole; make it .jsonl")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB, too large to be read whole; make it .jsonl")
     try:
         entries = json.loads(
-            path.read_text(encoding="utf-8-sig"), parse_constant=_reject_constant, object_pairs_hook=_unique
+            path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs
         )
     except BadRow as error:
         raise UserError(f"{path}: {error}") from error
@@ -146,8 +146,9 @@ def _csv_rows(path: Path) -> Iterator[PlacedRow]:
         try:
             for row in reader:
                 place = f"{path}:{reader.line_num}"
-                short = None in row.values() or None in row  # fewer cells than the header has, or more
-                yield place, BadRow("a CSV row of another length than the header") if short else dict(row)
+                # DictReader's marks of fewer cells than the header has, and of more.
+                other_length = None in row.values() or None in row
+                yield place, BadRow("a CSV row of another length than the header") if other_length else dict(row)
         except csv.Error as error:
             raise UserError(f"{path}:{reader.reader.line_num}: broken CSV: {error}") from error
         except UnicodeDecodeError as error:
@@ -179,7 +180,7 @@ def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[PlacedRow
             f"the hub has no data set {name} that you may read (or there is no file of that name); "
             "if it is gated or private, log in with: .venv/bin/hf auth login"
         ) from error
-    except ValueError as error:  # an unknown split or configuration: the message lists those there are
+    except ValueError as error:  # an unknown split or configuration; the message lists the known ones
         raise UserError(f"data set {name}: {str(error).splitlines()[0]}") from error
     except (TransportError, OSError, RuntimeError) as error:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What a run runs on: the GPU or CPU, the processes of the run and how they start, the disk, the hub.
+"""What a run runs on: the GPU or CPU, the processes of the run and how they start, the disk, the hub's errors.
 
 Not here: anything that knows a model, a row of data or a plan.
 """
@@ -9,10 +9,10 @@ from common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from common.machine.device import Machine, this_machine
-    from common.machine.processes import Layout
+    from common.machine.layout import Layout
 
 _MODULE_OF = {
-    "Layout": "processes",
+    "Layout": "layout",
     "Machine": "device",
     "this_machine": "device",
 }

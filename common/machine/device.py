@@ -1,4 +1,4 @@
-"""What this machine computes on, and in which number format: decided once, with the reason."""
+"""The GPU or CPU of this machine: the dtype to compute in, its memory, and why a GPU cannot be used."""
 
 import os
 import shutil
@@ -17,25 +17,27 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
+    """The device that this process computes on."""
+
     device: torch.device
-    dtype: torch.dtype  # of the compute, and of every weight that is not 4-bit
-    reason: str  # why that dtype
-    name: str
+    dtype: torch.dtype  # of the computation, and of every weight that is not 4-bit
+    reason: str  # why this dtype
+    name: str  # as it is printed
 
     @property
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
     def free_bytes(self) -> int:
-        """Free memory of the GPU in bytes. On a CPU 0: its memory is not planned."""
+        """Free memory of the GPU in bytes; 0 on a CPU, whose memory is not planned."""
         return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 0
 
     def peak_bytes(self) -> int:
-        """Highest memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""
+        """Peak memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""
         return torch.cuda.max_memory_reserved(self.device) if self.is_gpu else peak_ram()
 
     def allocated_bytes(self) -> int | None:
-        """Highest sum of tensors on the GPU so far in bytes; None on a CPU, where nobody counts them."""
+        """Peak of the tensors' memory on the GPU so far in bytes; None on a CPU, where torch does not count it."""
         return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else None
 
     def __str__(self) -> str:
@@ -43,7 +45,7 @@ class Machine:
 
 
 def peak_ram() -> int:
-    """Highest resident memory of this process so far in bytes; 0 where that is not told (not Linux)."""
+    """Peak resident memory of this process so far in bytes; 0 where the system does not say (not Linux)."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -51,7 +53,7 @@ def peak_ram() -> int:
 
 
 def available_ram() -> int | None:
-    """Host memory that could be had now, in bytes; None where that is not told (not Linux)."""
+    """Host memory that is available now, in bytes; None where the system does not say (not Linux)."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -60,6 +62,7 @@ def available_ram() -> int | None:
 
 @cache
 def this_machine() -> Machine:
+    """Returns the device of this process: on a GPU bf16 where it has it and else fp16, on a CPU fp32."""
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank())
         total = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -68,12 +71,12 @@ def this_machine() -> Machine:
             return Machine(device, torch.bfloat16, "the GPU has bf16", name)
         return Machine(device, torch.float16, "the GPU has no bf16", name)
     cores = f"CPU, {torch.get_num_threads()} threads"
-    # Some CPUs are faster in bf16 (AMX), but what runs on a CPU is small, and this way no result depends on which one.
+    # Some CPUs are faster in bf16 (AMX). But models on a CPU are small, and with fp32 no result depends on the CPU.
     return Machine(torch.device("cpu"), torch.float32, "as on every CPU", cores)
 
 
 def unusable_gpu() -> str | None:
-    """Why torch does not see an NVIDIA GPU that is in the machine, in one line; None when there is none, or it does."""
+    """Returns in one line why torch cannot use the machine's NVIDIA GPU; None when it can, or when there is none."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if torch.cuda.is_available() or hidden or not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
         return None
@@ -99,13 +102,13 @@ def _driver_version() -> str:
 
 
 def require_gpu_per_process() -> None:
-    """Raises UserError when this machine has fewer GPUs than processes of the run; a CPU may have any number."""
+    """Raises UserError when this machine has fewer GPUs than the run has processes here. A CPU may have any number."""
     if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
         raise UserError(f"GPUS is more than {local_rank()}, and this machine has {torch.cuda.device_count()}")
 
 
 def require_gpu(model_name: str) -> None:
-    """Raises UserError, saying what to do, unless torch can use a GPU."""
+    """Raises UserError, which says what to do, unless torch can use a GPU."""
     if torch.cuda.is_available():
         return
     reason = unusable_gpu() or "this machine has none that torch can see"

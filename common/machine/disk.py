@@ -1,24 +1,118 @@
-"""Large files and folders that are whole or not there: written aside, then renamed."""
+"""Atomic writes: a file or folder is written under another name beside its own, then renamed into place.
+
+The other name ends in ".writing", or begins with ".removing-" for what is being deleted. A killed process can leave
+such a name behind, and never half of a file or folder under its real name.
+"""
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.recipe import UserError
 
-SPARE_BYTES = 64 << 20  # for the small files beside the large ones
-MADE_FROM = "made_from.json"  # in every folder that is written here; what has none is not written over
+WRITING_SUFFIX = ".writing"
+REMOVING_PREFIX = ".removing-"
+SPARE_BYTES = 64 << 20  # room for the small files beside the large ones
+MADE_FROM = "made_from.json"  # is in every folder that a command wrote; a folder without it is never replaced
+
+
+def fsync(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on the disk and not only in the system's memory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a whole folder. Does nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_atomically(path: Path) -> None:
+    """Renames the folder, then removes it: a kill in the middle leaves no half of it under its name.
+
+    Does nothing where there is none.
+    """
+    if os.path.lexists(path):
+        renamed = _name_while_removed(path)
+        remove(renamed)
+        path.rename(renamed)
+        remove(renamed)
+
+
+def replace_atomically(aside: Path, target: Path, *, durable: bool = False) -> None:
+    """Renames `aside` to `target`, on the same disk. What stood at `target` is replaced.
+
+    A file is replaced in one step. A folder cannot be: the old one is removed first (remove_atomically), so that a
+    crash may leave no target, but never a half of one. `durable` calls fsync on the new content before the rename and
+    on the parent folder after it: when this returns, a power failure cannot undo it.
+    """
+    if durable:
+        for path in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+            fsync(path)
+    if aside.is_dir():
+        remove_atomically(target)
+    aside.rename(target)
+    if durable:
+        fsync(target.parent)
+
+
+@contextlib.contextmanager
+def write_aside(path: Path, *, folder: bool = False, aside: Path | None = None) -> Iterator[Path]:
+    """Yields a path to write to, and renames it to `path` at the end; after an exception removes it instead.
+
+    The yielded path does not exist yet; `folder` makes it an empty folder. What a killed process left there is removed
+    first. `aside` names another place, where several processes write at once.
+    """
+    aside = aside or path.with_name(f"{path.name}{WRITING_SUFFIX}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove(aside)
+    remove(_name_while_removed(path))
+    try:
+        if folder:
+            aside.mkdir()
+        yield aside
+        replace_atomically(aside, path)
+    finally:
+        remove(aside)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a UTF-8 file that is complete or unchanged. Not for devices and pipes: the rename would replace them."""
+    with write_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes left in the folder: half-written and half-removed files and folders.
+
+    What cannot be removed stays.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.endswith(WRITING_SUFFIX) or path.name.startswith(REMOVING_PREFIX):
+            with contextlib.suppress(OSError):
+                remove(path)
+
+
+def _name_while_removed(path: Path) -> Path:
+    return path.with_name(f"{REMOVING_PREFIX}{path.name}")
 
 
 def format_bytes(size: int) -> str:
-    """A number of bytes."""
+    """Bytes as text, in GiB or MiB."""
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
 def refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
-    """Raises UserError when `path` exists, unless it may be overwritten and came from here."""
+    """Raises UserError when `path` exists, unless `overwrite` allows to replace it and a command of ours wrote it."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists. Replace it: ARGS=--overwrite; or choose another place: TO=...")
     if path.exists() and (path.is_dir() != folder or (folder and not (path / MADE_FROM).exists())):
@@ -26,41 +120,25 @@ def refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(path: Path, data_bytes: int, *, folder: bool, overwrite: bool) -> Iterator[Path]:
-    """A place to write `data_bytes` to, which becomes `path` when all went well, and is removed when not.
+def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite: bool) -> Iterator[Path]:
+    """write_aside for a large result of a command, whose `data_bytes` must fit on the disk.
 
-    Raises UserError, before anything is written, as refuse_existing, when the disk has too little space, and when
+    Raises UserError before any data is written: as refuse_existing, when the disk has too little free space, and when
     `path` cannot be made.
     """
     refuse_existing(path, folder=folder, overwrite=overwrite)
-    aside = path.with_name(f"{path.name}.writing")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(aside)
-        free = shutil.disk_usage(path.parent).free
+    with contextlib.ExitStack() as stack:
+        try:
+            aside = stack.enter_context(write_aside(path, folder=folder))
+            free = shutil.disk_usage(path.parent).free
+        except OSError as error:
+            raise UserError(f"{path} cannot be made: {error.strerror}") from error
         if data_bytes + SPARE_BYTES > free:
             raise UserError(
                 f"{path} would take {format_bytes(data_bytes)}, and {format_bytes(free)} are free there; make room, "
                 "or choose another place: TO=..."
             )
-        if folder:
-            aside.mkdir()
-    except OSError as error:
-        raise UserError(f"{path} cannot be made: {error.strerror}") from error
-    try:
         yield aside
-        if path.exists():
-            _remove(path)
-        aside.replace(path)
-    finally:
-        _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

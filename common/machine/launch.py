@@ -1,8 +1,6 @@
-"""Starts a run's processes, one a GPU, as torchrun does and with its own engine, and says in a line how they ended."""
+"""Starts the processes of a run, one a GPU, with torchrun's own engine, and says in one line how they ended."""
 
 import errno
-import logging
-import os
 import signal
 import socket
 import subprocess
@@ -10,20 +8,21 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from common.process_state import prepare_launcher
 from common.recipe import TrainSpec, UserError, require, rows_per_process
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-ERROR_STATUS = 2  # of what the user can mend, and was told
-OTHERS_GONE = 75  # of a process that ends because another one did
-WAITING_SECONDS = 600  # of a machine for the last one to come
-ANSWER_SECONDS = 20  # of what answers there to show that it is a run's
-RENDEZVOUS_SECONDS = 60  # of a machine for the one they meet at
+ERROR_STATUS = 2  # exit status of a process that has printed a UserError
+PEER_LOST_STATUS = 75  # exit status of a process that ends because another one did
+JOIN_TIMEOUT_SECONDS = 600  # until all machines have come to the endpoint
+CONNECT_TIMEOUT_SECONDS = 60  # until the endpoint answers
+PROBE_TIMEOUT_SECONDS = 20  # for what answers there to prove that it is the store of a run
 
 
 def launch(train: TrainSpec, gpus: int, nnodes: int = 1, rdzv_endpoint: str | None = None) -> int:
-    """Runs this very command in `gpus` processes, on each of `nnodes` machines; the exit status.
+    """Runs this very command in `gpus` processes, on each of `nnodes` machines. Returns the exit status.
 
     rdzv_endpoint: "host:port" of one of the machines, where they find each other. When a process ends with an error,
     the others are ended too: at once, or 30 s later when they wait for it on the GPU. Raises UserError when there are
@@ -41,27 +40,30 @@ def launch(train: TrainSpec, gpus: int, nnodes: int = 1, rdzv_endpoint: str | No
     rows_per_process(train, gpus * nnodes)
     if rdzv_endpoint:
         check_rendezvous(rdzv_endpoint)
+    return _run_processes(gpus, nnodes, rdzv_endpoint)
+
+
+def _run_processes(gpus: int, nnodes: int, rdzv_endpoint: str | None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // gpus)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the line below says it all
+    prepare_launcher(gpus)
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
         nproc_per_node=gpus,
         run_id="recipes",
         rdzv_backend="c10d",
-        rdzv_endpoint=rdzv_endpoint or "localhost:0",  # 0: a port that is free
-        rdzv_configs={"read_timeout": RENDEZVOUS_SECONDS, "timeout": WAITING_SECONDS},
+        rdzv_endpoint=rdzv_endpoint or "localhost:0",  # 0: any free port
+        rdzv_configs={"read_timeout": CONNECT_TIMEOUT_SECONDS, "timeout": JOIN_TIMEOUT_SECONDS},
         max_restarts=0,
     )
     try:
         elastic_launch(config, sys.executable)(*_without_launch_flags(sys.orig_argv[1:]))
     except ChildFailedError as error:
-        status, line = verdict(error.failures)
+        status, line = explain_failures(error.failures)
         if line:
             print(f"\nerror: {line}", file=sys.stderr)
         return status
@@ -69,16 +71,16 @@ def launch(train: TrainSpec, gpus: int, nnodes: int = 1, rdzv_endpoint: str | No
         return 128 + int(stop.sigval)
     except RendezvousError as error:
         raise UserError(
-            f"not all {nnodes} machines came to {rdzv_endpoint} in {WAITING_SECONDS // 60} minutes "
+            f"not all {nnodes} machines came to {rdzv_endpoint} in {JOIN_TIMEOUT_SECONDS // 60} minutes "
             f"({type(error).__name__}); start the same command on each"
         ) from error
     return 0
 
 
 def check_rendezvous(endpoint: str) -> None:
-    """The machine to meet at can be reached, or is this one and has the port free. Raises UserError where not.
+    """Raises UserError unless the endpoint can be reached, or is a free port of this machine.
 
-    torch tries again and again, and then says in many lines that it was in vain.
+    torch itself would try for long, and then fail with many lines that do not name the cause.
     """
     host, _, port = endpoint.rpartition(":")
     require(
@@ -89,7 +91,7 @@ def check_rendezvous(endpoint: str) -> None:
         family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise UserError(f"RDZV_ENDPOINT={endpoint}: this machine does not know {host} ({error.strerror})") from error
-    if _is_of_this_machine(family, address):
+    if _is_local_address(family, address):
         try:
             socket.create_server(("", int(port))).close()
             return
@@ -99,23 +101,24 @@ def check_rendezvous(endpoint: str) -> None:
                     f"RDZV_ENDPOINT={endpoint}: this machine cannot listen there: {error.strerror}"
                 ) from error
     else:
-        _wait_for(endpoint, address)
-    _require_ours(endpoint, host, int(port))
+        _wait_for_endpoint(endpoint, address)
+    _require_rendezvous_store(endpoint, host, int(port))
 
 
-def _is_of_this_machine(family: int, address: tuple[Any, ...]) -> bool:
-    with socket.socket(family, socket.SOCK_STREAM) as place:
+def _is_local_address(family: int, address: tuple[Any, ...]) -> bool:
+    """Returns whether the address is one of this machine's: only to those can a socket be bound."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
-            place.bind((address[0], 0))
+            probe.bind((address[0], 0))
         except OSError:
             return False
     return True
 
 
-def _wait_for(endpoint: str, address: tuple[Any, ...]) -> None:
-    """Something answers there. Raises UserError when nothing does for RENDEZVOUS_SECONDS."""
-    print(f"waiting for {endpoint}, for {RENDEZVOUS_SECONDS} s at most", flush=True)
-    deadline = time.monotonic() + RENDEZVOUS_SECONDS
+def _wait_for_endpoint(endpoint: str, address: tuple[Any, ...]) -> None:
+    """Waits until something answers there. Raises UserError after CONNECT_TIMEOUT_SECONDS."""
+    print(f"waiting for {endpoint}, for {CONNECT_TIMEOUT_SECONDS} s at most", flush=True)
+    deadline = time.monotonic() + CONNECT_TIMEOUT_SECONDS
     while True:
         try:
             return socket.create_connection(address[:2], timeout=5).close()
@@ -128,24 +131,28 @@ def _wait_for(endpoint: str, address: tuple[Any, ...]) -> None:
             time.sleep(1)
 
 
-def _require_ours(endpoint: str, host: str, port: int) -> None:
-    """Raises UserError when what answers there is no run's. Asked in a process of its own: torch is loud about it."""
-    ask = (
+def _require_rendezvous_store(endpoint: str, host: str, port: int) -> None:
+    """Raises UserError when another program answers there than the store of a run.
+
+    The probe is a process of its own, because torch prints much when it fails.
+    """
+    probe = (
         "import sys, datetime; from torch.distributed import TCPStore; "
         "TCPStore(sys.argv[1], int(sys.argv[2]), is_master=False, wait_for_workers=False, "
         "timeout=datetime.timedelta(seconds=5))"
     )
     try:
         status = subprocess.run(
-            [sys.executable, "-c", ask, host, str(port)], capture_output=True, timeout=ANSWER_SECONDS
+            [sys.executable, "-c", probe, host, str(port)], capture_output=True, timeout=PROBE_TIMEOUT_SECONDS
         ).returncode
-    except subprocess.TimeoutExpired:  # what answers waits for more
+    except subprocess.TimeoutExpired:  # the other program waits for more to be sent
         status = 1
     if status:
         raise UserError(f"RDZV_ENDPOINT={endpoint}: another program has this port; take another one")
 
 
 def _without_launch_flags(arguments: list[str]) -> list[str]:
+    """Returns the command line that each process gets: without the flags that launch has consumed."""
     kept, rest = [], iter(arguments)
     for argument in rest:
         if argument in ("--gpus", "--nnodes", "--rdzv-endpoint"):
@@ -155,21 +162,25 @@ def _without_launch_flags(arguments: list[str]) -> list[str]:
     return kept
 
 
-def verdict(failures: dict[int, "ProcessFailure"]) -> tuple[int, str | None]:
-    """The exit status, and what to say beside what the processes have said themselves; failures: by rank."""
+def explain_failures(failures: dict[int, "ProcessFailure"]) -> tuple[int, str | None]:
+    """Returns the exit status of the run, and a line that names the process that failed first.
+
+    The line is None when a process has printed the reason itself. failures: by rank.
+    """
     statuses = {rank: failure.exitcode for rank, failure in sorted(failures.items())}
-    if said := [status for status in statuses.values() if status == ERROR_STATUS or status > 128]:
-        return said[0], None  # a process said why, or where it stopped
-    # The first cause: not one that ended for want of another, nor one that was ended for it.
-    causes = [rank for rank, status in statuses.items() if status not in (OTHERS_GONE, -signal.SIGTERM)]
+    explained = [status for status in statuses.values() if status == ERROR_STATUS or status > 128]
+    if explained:  # a process has printed its error, or at which step a signal stopped it
+        return explained[0], None
+    # Not the cause: processes that lost another one, and those that were ended because of it.
+    causes = [rank for rank, status in statuses.items() if status not in (PEER_LOST_STATUS, -signal.SIGTERM)]
     rank = causes[0] if causes else min(statuses)
     status = statuses[rank]
-    how = "failed, as its traceback says" if status > 0 else f"was ended by {_name_of(-status)}"
+    how = "failed, as its traceback says" if status > 0 else f"was ended by {_signal_name(-status)}"
     hint = " (SIGKILL is what Linux does where host memory runs out)" if status == -signal.SIGKILL else ""
     return 1, f"process {rank} {how}{hint}; the others were ended too. Go on with the same command and ARGS=--resume"
 
 
-def _name_of(number: int) -> str:
+def _signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name
     except ValueError:

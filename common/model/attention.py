@@ -61,7 +61,7 @@ def packed_attention(
     lengths, and for a window that this torch cannot do.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.data.packing.collate")
+        raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.data.batches.collate")
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         raise ValueError(f"packed attention scales by dim ** -0.5, the model asks for {scaling}")
     causal = _CAUSAL
@@ -77,7 +77,7 @@ def packed_attention(
 
 
 def uses_packed_attention(model: Any) -> bool:
-    """Whether its attention wants micro-batches laid padding_free, common.data.packing.collate."""
+    """Whether its attention wants micro-batches laid padding_free, common.data.batches.collate."""
     return bool(model.config._attn_implementation == PACKED_ATTENTION)
 
 

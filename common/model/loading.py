@@ -1,6 +1,5 @@
 """Loads the base model in 4 bit (or 16) and its tokenizer: from the hub, a folder, or random weights of a config."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,17 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.utils import logging as transformers_logging
 
 from common import REPOSITORY
 from common.machine.device import Machine, this_machine
-from common.machine.processes import ONE_PROCESS, Layout, read_once_per_machine
+from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.shared_memory import read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.attention import attention_implementation
 from common.model.base_weights import BaseWeights, make_linears_4bit, random_state
 from common.model.files import load_config, model_folder
 from common.model.loss import fuse_head_and_loss
+from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 
 TINY = REPOSITORY / "models" / "tiny"
@@ -80,8 +80,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     Raises UserError when the weights are missing, damaged, incomplete, or quantised in another way.
     """
     machine = machine or this_machine()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    quiet_transformers()
     config, folder = load_config(spec), None
     if spec.weights == "pretrained":
         folder = model_folder(spec, weights=True)

@@ -26,15 +26,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
-from common.machine.processes import (
-    Layout,
-    all_reduce_sum,
-    full_tensor,
-    local_tensor,
-    read_once_per_machine,
-    world_mesh,
-)
+from common.machine.layout import Layout
+from common.machine.shared_memory import read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.base_weights import BaseWeights, state_of
 from common.recipe import LoraSpec, TrainSpec, require

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from common.machine.processes import local_tensor
+from common.machine.collectives import local_tensor
 from common.model.activation_checkpointing import decoder_layers
 from common.plan.step import (
     ADAPTERS,

@@ -10,7 +10,7 @@ from bitsandbytes import functional as bnb
 from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from common.machine.processes import ONE_PROCESS, Layout, fake_process_group
+from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.attention import PACKED_ATTENTION
 from common.model.files import load_config
@@ -18,6 +18,7 @@ from common.model.optimizer import build_optimizer
 from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
+from common.plan.fake_process_group import fake_process_group
 from common.plan.step import Speed, Step, splice
 from common.recipe import Recipe
 
@@ -143,7 +144,7 @@ def copies(layers: int, counted: int, edge: int) -> list[int]:
 
 
 def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
-    """A micro-batch in the form of common.data.packing.collate, every token trained; as a rectangle it is one row.
+    """A micro-batch in the form of common.data.batches.collate, every token trained; as a rectangle it is one row.
 
     Without padding it has the scratch memory of many short examples, and the attention of examples of `longest` tokens.
     """

@@ -13,8 +13,10 @@ from itertools import product
 
 import torch
 
+from common.machine.collectives import all_gather, broadcast_from_main
 from common.machine.device import GIB, Machine, available_ram, require_gpu, this_machine, unusable_gpu
-from common.machine.processes import ONE_PROCESS, Layout, all_gather, broadcast_from_main, local_world_size, world_size
+from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.processes import local_world_size, world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
 from common.model.files import load_config
@@ -25,7 +27,7 @@ from common.recipe import Checkpointing, Recipe, TrainSpec, UserError, rows_per_
 
 # What the count cannot see.
 CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on the cards of this size; not measured by us
-# cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG in common/__init__.py), once for the forward and once for
+# cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG, process_state.py), once for the forward and once for
 # the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
 WORKSPACE_BYTES = 3 * (32 << 20)
 NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others; assumed, not measured

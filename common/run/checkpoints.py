@@ -13,8 +13,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from common.machine.collectives import all_reduce_max, run_on_main
 from common.machine.disk import sha256_of
-from common.machine.processes import all_reduce_max, is_main_process, run_on_main
+from common.machine.processes import is_main_process
 from common.machine.slow_work import report_slow_work
 
 MANIFEST = "manifest.json"

@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from common.data.packing import collate
+from common.data.batches import collate
 from common.model.attention import uses_packed_attention
 from common.run.generation import generate
 from common.run.held_out_loss import batch_nll, mean_nll, perplexity

@@ -8,9 +8,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.data.packing import Batch
+from common.data.batches import Batch
+from common.machine.collectives import all_reduce_max, all_reduce_sum
 from common.machine.device import this_machine
-from common.machine.processes import all_reduce_max, all_reduce_sum, rank, world_size
+from common.machine.processes import rank, world_size
 from common.machine.slow_work import report_slow_work
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
-from common.machine.processes import barrier, is_main_process
+from common.machine.processes import is_main_process
 from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
 from common.run.folder import LOSS_PICTURE, METRICS
 
@@ -100,7 +101,8 @@ class ProgressReport(TrainerCallback):
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         line = (
             f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
-            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
+            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
+            f"peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
         is_last = state.global_step == state.max_steps
         if is_last or sys.stdout.isatty() or time.perf_counter() - self.shown_at >= self.every:

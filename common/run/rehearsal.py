@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common.data.batches import Batch, collate
 from common.data.labels import IGNORED, trained_positions
-from common.data.packing import Batch, collate
 from common.data.rows import Rows
 from common.machine.slow_work import report_slow_work
 

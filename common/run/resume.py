@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import TrainerState
 
 from common.data.rows import Rows
+from common.machine.collectives import barrier, run_on_main
 from common.machine.device import this_machine
-from common.machine.processes import barrier, run_on_main
 from common.machine.slow_work import report_slow_work
 from common.plan.planner import Plan
 from common.recipe import Recipe, UserError

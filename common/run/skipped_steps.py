@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from common.data.packing import Batch, split_into_examples
-from common.machine.processes import all_reduce_max
+from common.data.batches import Batch, split_into_examples
+from common.machine.collectives import all_reduce_max
 from common.recipe import UserError
 
 MAX_SKIPPED_STEPS = 3  # in a row

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from common.data.packing import Batch, halve
+from common.data.batches import Batch, halve
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from common.machine.processes import all_reduce_max
+from common.machine.collectives import all_reduce_max
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -17,7 +17,7 @@ from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from common.data.packing import Batch
+from common.data.batches import Batch
 from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import Policy
 from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards

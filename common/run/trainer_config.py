@@ -8,7 +8,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, PrinterCallback
 from trl import SFTConfig
 
-from common.data.packing import collate
+from common.data.batches import collate
 from common.data.rows import Rows, find_examples
 from common.machine.device import this_machine
 from common.machine.processes import world_size

@@ -1,6 +1,5 @@
 """A run from the trainer to the files that it leaves: it prepares, trains, measures and saves."""
 
-import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
-from common.machine.processes import run_on_main
+from common.machine.collectives import run_on_main
 from common.model.sharding import gather_adapter, is_sharded
 from common.plan.planner import Plan
+from common.process_state import make_deterministic, set_tensorboard_folder
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.artefacts import save_trained
 from common.run.evaluation import compare_completions
@@ -70,11 +70,9 @@ def train(
 def prepare_process(train: TrainSpec, folder: Path) -> None:
     """Sets what a run needs for the whole process: determinism, and the folder of tensorboard's files."""
     if train.deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Filling costs time, and nothing reads memory that was not written.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        make_deterministic()
     if train.report_to == "tensorboard":
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / TENSORBOARD))
+        set_tensorboard_folder(folder / TENSORBOARD)
 
 
 def _warn_of_few_rows(rows: Rows, train: TrainSpec) -> None:

@@ -23,7 +23,8 @@ from common.adapter.gguf_tokenizer import SPLITS, plain_template, read_vocabular
 from common.adapter.load import find_adapter, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.commands import run_command
-from common.data.rows import DataReport, read_examples
+from common.data.report import DataReport
+from common.data.rows import read_examples
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.generation import generate
 from common.run.prompts import load_prompts

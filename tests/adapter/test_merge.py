@@ -1,5 +1,4 @@
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,7 @@ from common.adapter.load import find_adapter, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.adapter.merge_check import KL_BOUND, check_merged, compare, prompts_of
 from common.commands import run_command
-from common.machine import disk as output
-from common.machine.disk import written_aside
+from common.machine.disk import MADE_FROM
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, Recipe, UserError
 from tests.conftest import FP32
@@ -119,7 +117,7 @@ def test_tokenizer_template_and_generation_config_come_along(adapted, tmp_path):
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [2]
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and "quantization_config" not in config
-    note = json.loads((folder / output.MADE_FROM).read_text())
+    note = json.loads((folder / MADE_FROM).read_text())
     assert note["base"] == recipe.model.name and note["merged_into"] == "the 4-bit base, dequantised"
 
 
@@ -214,7 +212,7 @@ def test_merging_takes_the_place_that_it_is_given_and_says_its_peak(adapted, tmp
     assert run_command("merge", "x", recipe, ["--to", str(target)]) == 2
     assert "merged exists. Replace it: ARGS=--overwrite" in capsys.readouterr().err
     assert run_command("merge", "x", recipe, ["--to", str(target), "--overwrite", "--base", "original"]) == 0
-    assert json.loads((target / output.MADE_FROM).read_text())["merged_into"] == "the original weights"
+    assert json.loads((target / MADE_FROM).read_text())["merged_into"] == "the original weights"
     assert sorted(path.name for path in target.parent.iterdir()) == ["merged"]
 
 
@@ -225,31 +223,6 @@ def test_only_folders_from_here_are_replaced(adapted, tmp_path, capsys):
     assert run_command("merge", "x", adapted("llama"), flags) == 2
     assert "was not made by this command" in capsys.readouterr().err
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
-
-
-def test_a_disk_that_is_too_small_is_found_before_anything_is_written(tmp_path):
-    free = shutil.disk_usage(tmp_path).free
-    with pytest.raises(UserError, match="would take .* GiB, and .* GiB are free there; make room"):
-        with written_aside(tmp_path / "merged", free, folder=True, overwrite=False):
-            raise AssertionError("it was begun")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made: "):
-        with written_aside(tmp_path / "file" / "merged", 0, folder=True, overwrite=False):
-            pass
-
-
-def test_what_was_begun_is_removed_when_it_fails(tmp_path):
-    (tmp_path / "merged.writing").mkdir()  # of a killed command
-    with pytest.raises(KeyboardInterrupt):
-        with written_aside(tmp_path / "merged", 0, folder=True, overwrite=False) as aside:
-            assert os.listdir(aside) == []
-            (aside / "half").write_text("")
-            raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_check_stops_at_its_bound(adapted, tmp_path):

@@ -45,7 +45,7 @@ def many(bad: str, good: int = 3) -> str:
     return "\n".join([GOOD] * good + [bad]) + "\n"
 
 
-# Name: the file's name, its content, and what the line says of it. {path} is the file's path.
+# From the name of a case to the file's name, its content, and what the error says. {path} is the file's path.
 CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     # broken JSON
     "half an object": ("a.jsonl", '{"messages": [', "invalid JSON ({path}:1)"),
@@ -159,7 +159,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
 
 @pytest.fixture
 def story(recipe):
-    """The part of a recipe's story that comes before the weights."""
+    """The steps of a recipe that come before the weights are loaded, and the recipe."""
 
     def main(recipe: Recipe) -> None:
         load_rows(recipe.data, load_tokenizer(recipe.model), recipe.train.seq_len)
@@ -192,7 +192,7 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     (tmp_path / "folder.jsonl").mkdir()
     assert run(main, recipe, ["--data", str(tmp_path / "folder.jsonl")]) == ERROR_STATUS
     assert "folder.jsonl is a folder; name one .jsonl" in capsys.readouterr().err
-    # Root may read everything: what another user gets is made by hand.
+    # Root may read everything, so the test raises the error that another user would get.
     (tmp_path / "secret.jsonl").write_text(GOOD)
     monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     assert run(main, recipe, ["--data", str(tmp_path / "secret.jsonl")]) == ERROR_STATUS

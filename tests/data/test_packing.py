@@ -1,14 +1,15 @@
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from common.data.chat_format import ChatFormat
+from common.data.chat_format import ChatFormat, Tokens
+from common.data.conversations import Message
+from common.data.files import BadRow
 from common.data.labels import IGNORED
-from common.data.packing import collate, halve, pack
-from common.model import attention
-from common.model.attention import PACKED_ATTENTION
-from tests.conftest import ARCHITECTURES
-from tests.data.test_rows import tokens
+from common.data.packing import fit_to_row, pack
+
+
+def tokens(length: int, first: int = 10) -> Tokens:
+    ids = list(range(first, first + length))
+    return Tokens(ids, [IGNORED, *ids[1:]], [length])
 
 
 def test_packed_rows_hold_every_token_once():
@@ -21,106 +22,20 @@ def test_packed_rows_hold_every_token_once():
     assert len(packed) == 5  # 299 tokens need at least 4.7 rows: best fit leaves almost nothing empty
 
 
-def test_pitfall_13_an_example_never_sees_its_neighbour(small_llama):
-    model = AutoModelForCausalLM.from_pretrained(small_llama, dtype=torch.float32).eval()
-    model.config.use_cache = False  # as in training; with a cache transformers takes a batch for one sequence
-    examples = [tokens(20, first=10), tokens(15, first=200), tokens(9, first=400)]
-    batch = collate([*pack(examples, 64), *pack([tokens(30, first=500)], 64)], pad_token_id=0)
-    with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
-        changed = batch["input_ids"].clone()
-        changed[0, :20] = 7
-        moved = model(input_ids=changed, position_ids=batch["position_ids"]).logits
-        alone = model(input_ids=torch.tensor([examples[1].input_ids])).logits
-    assert not torch.equal(moved[0, :20], logits[0, :20])
-    assert torch.equal(moved[0, 20:], logits[0, 20:])
-    # The same sums in another order: fp32 rounding.
-    torch.testing.assert_close(logits[0, 20:35], alone[0], rtol=1e-4, atol=1e-5)
+def test_pitfall_7_a_long_conversation_keeps_whole_turns(tokenizer):
+    chat = tuple(
+        Message(role, f"{role} says a few words in turn {turn}") for turn in range(6) for role in ("user", "assistant")
+    )
+    whole = ChatFormat(tokenizer).encode(chat)
+    (cut,) = fit_to_row(whole, whole.turn_ends[2] + 5, is_text=False)
+    assert len(cut.input_ids) == whole.turn_ends[2]
+    assert cut.input_ids[-1] == cut.labels[-1] == tokenizer.eos_token_id
+    with pytest.raises(BadRow, match="its first answer ends after 12 tokens"):
+        fit_to_row(whole, 12, is_text=False)
 
 
-def test_the_first_token_of_an_example_is_never_foretold_by_its_neighbour(tokenizer):
-    packed = pack([ChatFormat(tokenizer).encode("Once upon a time") for _ in range(4)], 64)
-    batch = collate(packed, pad_token_id=0)
-    starts = batch["position_ids"] == 0
-    assert (batch["labels"][starts] == IGNORED).all()
-
-
-def test_a_batch_is_padded_with_tokens_that_do_not_count():
-    rows = [*pack([tokens(8)], 8), *pack([tokens(3), tokens(2)], 5)]
-    batch = collate(rows, pad_token_id=0)
-    assert {name: (t.dtype, tuple(t.shape)) for name, t in batch.items()} == {
-        name: (torch.int64, (2, 8)) for name in ("input_ids", "labels", "position_ids")
-    } | {"trained_positions": (torch.int64, (10,))}  # 7 + 2 + 1: all but the first token of each example
-    assert batch["position_ids"][1].tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-    assert batch["input_ids"][1, 5:].tolist() == [0, 0, 0]
-    assert batch["labels"][1, 5:].tolist() == [IGNORED] * 3
-
-
-def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
-    """What torch's varlen_attn computes, example by example."""
-    window, right = arguments.pop("window_size", (-1, 0))
-    assert right == 0 and arguments in ({"enable_gqa": True}, {"is_causal": True})
-    seen = torch.ones(longest, longest, dtype=torch.bool).tril()
-    if window >= 0:
-        seen &= ~seen.tril(-window - 1)
-    bounds = starts.tolist()
-    assert longest == max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-    outputs = [
-        torch.nn.functional.scaled_dot_product_attention(
-            *(states[start:end].transpose(0, 1) for states in (q, k, v)),
-            attn_mask=seen[: end - start, : end - start],
-            enable_gqa=True,
-        ).transpose(0, 1)
-        for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
-    return torch.cat(outputs)
-
-
-@pytest.mark.parametrize(("architecture", "window"), [*((name, None) for name in ARCHITECTURES), ("mistral", 8)])
-def test_flat_rows_and_rectangles_give_the_same_loss(small_model, architecture, window, monkeypatch):
-    monkeypatch.setattr(attention, "varlen_attn", flash_attention_in_torch)
-    folder = small_model(architecture, **({"sliding_window": window} if architecture == "mistral" else {}))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.config.use_cache = False
-    rows = [*pack([tokens(20), tokens(15, 200), tokens(9, 400)], 64), *pack([tokens(30, 500)], 64)]
-    losses = {}
-    for name in ("sdpa", PACKED_ATTENTION):
-        model.set_attn_implementation(name)
-        batch = collate(rows, 0, padding_free=name == PACKED_ATTENTION)
-        lengths = {key: batch[key] for key in ("cu_seq_lens_q", "max_length_q") if key in batch}
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **lengths).logits
-        targets = batch["labels"].flatten()[batch["trained_positions"] + 1]
-        losses[name] = torch.nn.functional.cross_entropy(logits.flatten(0, 1)[batch["trained_positions"]], targets)
-    torch.testing.assert_close(losses[PACKED_ATTENTION], losses["sdpa"], rtol=1e-5, atol=0)
-
-
-def test_packed_attention_without_lengths_is_refused(small_llama):
-    model = AutoModelForCausalLM.from_pretrained(small_llama, attn_implementation=PACKED_ATTENTION)
-    with pytest.raises(ValueError, match="packed attention needs cu_seq_lens_q"):
-        model(input_ids=torch.tensor([[5, 6, 7]]))
-
-
-def test_flat_rows_hold_no_padding_and_say_where_examples_begin():
-    batch = collate([*pack([tokens(8)], 8), *pack([tokens(3), tokens(2)], 5)], 0, padding_free=True)
-    assert batch["input_ids"].shape == (1, 13)
-    assert batch["cu_seq_lens_q"].tolist() == [0, 8, 11, 13]
-    assert batch["max_length_q"] == 8
-    assert batch["position_ids"][0].tolist() == [*range(8), 0, 1, 2, 0, 1]
-
-
-@pytest.mark.parametrize("padding_free", [False, True])
-def test_halves_hold_the_same_examples(padding_free):
-    lengths = [8, 3, 2, 6, 7]
-    rows = [row for n, length in enumerate(lengths) for row in pack([tokens(length, 100 * n)], length)]
-    batch = collate(rows, 0, padding_free=padding_free)
-    halves = halve(batch)
-    assert len(halves) == 2
-    for name in ("input_ids", "position_ids", "labels"):
-        assert sum((half[name].flatten().tolist() for half in halves), []) == batch[name].flatten().tolist()
-    targets = [half["labels"].flatten()[half["trained_positions"] + 1] for half in halves]
-    assert torch.equal(torch.cat(targets), batch["labels"].flatten()[batch["trained_positions"] + 1])
-    if padding_free:  # 26 tokens end at 8, 11, 13, ...: in the very middle
-        assert [half["cu_seq_lens_q"].tolist() for half in halves] == [[0, 8, 11, 13], [0, 6, 13]]
-        assert [half["max_length_q"] for half in halves] == [8, 7]
-    (single,) = halve(collate(rows[:1], 0, padding_free=padding_free))
-    assert single["input_ids"].numel() == 8
+def test_a_long_text_is_cut_without_losing_a_token():
+    pieces = fit_to_row(tokens(150), 64, is_text=True)
+    assert [len(piece.input_ids) for piece in pieces] == [64, 64, 22]
+    assert sum((piece.input_ids for piece in pieces), []) == tokens(150).input_ids
+    assert all(piece.labels[0] == IGNORED for piece in pieces)

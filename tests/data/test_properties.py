@@ -1,4 +1,4 @@
-"""Whatever people write to each other: what holds for every conversation, with the templates of all our models."""
+"""What holds for every conversation, whatever its text, with the templates of all our models."""
 
 from collections import Counter
 
@@ -6,21 +6,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.data.batches import collate, split_into_examples
 from common.data.chat_format import IGNORED, ChatFormat
 from common.data.conversations import Message, to_example
-from common.data.packing import collate, pack, split_into_examples
+from common.data.packing import pack
 from tests.data.test_chat_format import TOKENIZERS
 
 FORMATS = {name: ChatFormat(make()) for name, make in TOKENIZERS.items()}
 CONTROL = ["<|eot_id|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]", "<|begin_of_text|>", "<|im_start|>user\n"]
 PLAIN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
-# Text as people write it, with what would end or forge a turn in the middle of it; no row is blank.
+# Any text that is not blank, with control tokens in it that would end or forge a turn.
 TEXT = st.lists(PLAIN | st.sampled_from(CONTROL), min_size=1, max_size=4).map("".join).map(str.strip).filter(bool)
 TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 
 
 def conversation(system: str | None, turns: list[tuple[str, str]]) -> tuple[Message, ...]:
-    """Through the same door as a row of a file."""
+    """Makes a conversation as from a row of a file."""
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -59,7 +60,7 @@ def test_every_conversation_is_tokenised_whole_and_only_its_answers_are_trained(
     assert trained == [label for label in tokens.labels if label != IGNORED]
     assert all(label in (IGNORED, token) for label, token in zip(tokens.labels, tokens.input_ids, strict=True))
 
-    # Nobody's words are control tokens: there are as many as in a conversation of one-letter words.
+    # No message adds a control token: there are as many as in a conversation of one-letter messages.
     plain = chat_format.encode(conversation(system and "a", [("a", "a") for _ in turns]))
     assert controls(chat_format, tokens.input_ids) == controls(chat_format, plain.input_ids)
 

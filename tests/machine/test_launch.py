@@ -1,4 +1,4 @@
-"""Before the processes of a run start, and after one of them ended."""
+"""What is checked before the processes of a run start, and what is said after one of them failed."""
 
 import signal
 import socket
@@ -9,9 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.cli import OTHERS_GONE, exit_status
+from common.cli import exit_status
 from common.machine import launch as module
-from common.machine.launch import ERROR_STATUS, _without_launch_flags, check_rendezvous, launch, verdict
+from common.machine.launch import (
+    ERROR_STATUS,
+    PEER_LOST_STATUS,
+    _without_launch_flags,
+    check_rendezvous,
+    explain_failures,
+    launch,
+)
 from common.recipe import TrainSpec, UserError
 from tests.conftest import ROOT
 
@@ -43,7 +50,7 @@ def test_more_gpus_than_there_are_is_one_line(monkeypatch):
 
 
 def test_a_port_that_is_free_will_do_and_one_of_another_program_will_not(monkeypatch):
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 8)
+    monkeypatch.setattr(module, "PROBE_TIMEOUT_SECONDS", 8)
     with socket.create_server(("", 0)) as place:
         port = place.getsockname()[1]
         with pytest.raises(UserError, match=f"RDZV_ENDPOINT=localhost:{port}: another program has this port"):
@@ -52,8 +59,8 @@ def test_a_port_that_is_free_will_do_and_one_of_another_program_will_not(monkeyp
 
 
 def test_a_machine_that_cannot_be_reached_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(module, "RENDEZVOUS_SECONDS", 0)
-    monkeypatch.setattr(module, "_is_of_this_machine", lambda *_: False)
+    monkeypatch.setattr(module, "CONNECT_TIMEOUT_SECONDS", 0)
+    monkeypatch.setattr(module, "_is_local_address", lambda *_: False)
     with socket.create_server(("", 0)) as place:
         port = place.getsockname()[1]
     with pytest.raises(UserError, match=f"RDZV_ENDPOINT=localhost:{port} cannot be reached: Connection refused"):
@@ -74,16 +81,20 @@ def failures(**statuses: int) -> dict[int, SimpleNamespace]:
     ("statuses", "status", "line"),
     [
         ({"r1": -9}, 1, "process 1 was ended by SIGKILL (SIGKILL is what Linux does where host memory runs out)"),
-        ({"r0": -15, "r1": -9}, 1, "process 1 was ended by SIGKILL"),  # the first was ended for it
-        ({"r0": OTHERS_GONE, "r1": -11}, 1, "process 1 was ended by SIGSEGV; the others were ended too"),
-        ({"r0": OTHERS_GONE, "r2": 1}, 1, "process 2 failed, as its traceback says; the others were ended too"),
+        (
+            {"r0": -15, "r1": -9},
+            1,
+            "process 1 was ended by SIGKILL",
+        ),  # the first was ended because of the second
+        ({"r0": PEER_LOST_STATUS, "r1": -11}, 1, "process 1 was ended by SIGSEGV; the others were ended too"),
+        ({"r0": PEER_LOST_STATUS, "r2": 1}, 1, "process 2 failed, as its traceback says; the others were ended too"),
         ({"r0": -15}, 1, "process 0 was ended by SIGTERM"),
-        ({"r0": ERROR_STATUS, "r1": -15}, ERROR_STATUS, None),  # it has said why
+        ({"r0": ERROR_STATUS, "r1": -15}, ERROR_STATUS, None),  # it has printed the reason
         ({"r0": 128 + signal.SIGTERM, "r1": 128 + signal.SIGTERM}, 128 + signal.SIGTERM, None),
     ],
 )
 def test_the_process_that_ended_the_run_is_named(statuses, status, line):
-    given, said = verdict(failures(**statuses))
+    given, said = explain_failures(failures(**statuses))
     assert given == status
     assert (said is None) == (line is None)
     assert said is None or said.startswith(line or "")
@@ -96,7 +107,7 @@ def test_a_process_whose_partner_is_gone_ends_without_a_word(monkeypatch, capsys
     with pytest.raises(RuntimeError):
         exit_status(lose, "out")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert exit_status(lose, "out") == OTHERS_GONE
+    assert exit_status(lose, "out") == PEER_LOST_STATUS
     assert capsys.readouterr().err == ""
     with pytest.raises(RuntimeError, match="something else"):
         exit_status(lambda: (_ for _ in ()).throw(RuntimeError("something else")), "out")
@@ -104,7 +115,7 @@ def test_a_process_whose_partner_is_gone_ends_without_a_word(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(tmp_path):
-    """Their data is not there; the second process would say so too, had the first not ended it."""
+    """The data file is missing. The second process has the same error, and is ended before it prints it."""
     command = [sys.executable, "-m", "recipes", "tiny", "--gpus", "2", "--data", "nowhere.jsonl"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False

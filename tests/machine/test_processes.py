@@ -1,4 +1,4 @@
-"""Runs on several processes: the same recipe, each process its own rows, the model whole in each or cut over them."""
+"""Runs on several processes. Each trains its own rows, with the whole model (DDP) or a shard of each layer (FSDP2)."""
 
 import json
 import os
@@ -40,14 +40,14 @@ BOTH: tuple[Sharding, ...] = ("never", "always")
 
 
 def launcher(processes: int) -> list[str]:
-    """What torchrun is, for several processes."""
+    """Returns the arguments of Python that start several processes with torchrun; none for one."""
     return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
 
 
 def start(
     folder: Path, processes: int, *flags: str, steps: int = STEPS, sharding: Sharding = "never"
 ) -> subprocess.Popen[str]:
-    """A run of the small model with twelve rows a step, on the CPU, one thread a process."""
+    """Starts a run of the small model with twelve rows a step, on the CPU, with one thread a process."""
     script = folder / "twelve_rows.py"
     script.write_text(SCRIPT)
     several = ["--gpus", str(processes)] if processes > 1 else []
@@ -67,7 +67,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Callable[..., tuple[Path, str]]:
-    """runs(processes, steps, sharding): the folder of such a run, and what was printed. Each is made once."""
+    """runs(processes, steps, sharding): the folder of such a run, and what it printed. Each run is made once."""
     folder = tmp_path_factory.mktemp("processes")
 
     @cache
@@ -86,7 +86,7 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
 
 
 def assert_same(together: Path, alone: Path) -> None:
-    """The sums are the same up to their order, and so are losses, schedule, tokens and adapter."""
+    """Losses, learning rates, tokens and adapter are the same, up to the order in which sums are added up."""
     entries, expected = read_metrics(together), read_metrics(alone)
     for key in ("loss", "eval_loss", "learning_rate", "tokens"):
         wanted = [(entry["step"], entry[key]) for entry in expected if key in entry]
@@ -103,7 +103,7 @@ def furthest(a: Path, b: Path) -> float:
 
 @pytest.mark.parametrize("sharding", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_two_processes_train_as_one_does(runs, sharding):
-    """Six steps; one line of each kind is printed, by the first process, and run.json tells how many there were."""
+    """Six steps. The main process alone prints, and run.json holds the number of processes."""
     (together, text), alone = runs(2, 6, sharding), runs(1, 6)[0]
     assert_same(together, alone)
     for line in ("plan: ", "step 6/6 |", "the run on a page", "held-out exact match"):
@@ -134,7 +134,7 @@ def test_the_adapter_of_sharded_layers_is_one_that_peft_loads(runs):
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", BOTH)
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(runs, tmp_path, sharding):
-    """SIGTERM in the middle; with another number of processes, and another layout, the sums are in another order."""
+    """SIGTERM in the middle. With another number of processes, or another layout, sums are added in another order."""
     process = start(tmp_path, 2, "--out", str(tmp_path / "run"), sharding=sharding)
     wait_for_steps(process, tmp_path / "run", 6)
     process.send_signal(signal.SIGTERM)
@@ -167,7 +167,7 @@ def test_a_process_that_dies_ends_the_others_and_is_named(runs, tmp_path, shardi
 
 
 def children_of(pid: int) -> dict[int, str]:
-    """The processes that this one started, with their ranks."""
+    """Returns the processes that this one started, with their ranks."""
     found = {}
     for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
         variables = Path(f"/proc/{child}/environ").read_text().split("\0")
@@ -177,7 +177,7 @@ def children_of(pid: int) -> dict[int, str]:
 
 @pytest.mark.slow
 def test_two_machines_meet_and_train_as_one(runs, tmp_path):
-    """Both are this one; each starts a process of its own."""
+    """Both machines are this one; each starts one process."""
     with socket.create_server(("", 0)) as place:
         meet = f"localhost:{place.getsockname()[1]}"
     flags = ("--nnodes", "2", "--rdzv-endpoint", meet, "--out", str(tmp_path / "run"))

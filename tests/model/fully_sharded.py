@@ -17,9 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from common.machine import processes
+from common.machine.collectives import all_reduce_sum, init_distributed, shut_down_distributed
 from common.machine.device import Machine
-from common.machine.processes import Layout, all_reduce_sum, world_size
+from common.machine.layout import Layout
+from common.machine.processes import rank, world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
@@ -43,7 +44,7 @@ LORA = LoraSpec(8, 16)
 
 def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
-    processes.init_distributed()
+    init_distributed()
     count = world_size()
     layout = Layout(count, sharded=count > 1)
     machine = Machine(torch.device("cpu"), dtype, "a test", "a CPU")
@@ -57,7 +58,7 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
         generator, losses = torch.Generator().manual_seed(0), []
         for step in range(STEPS):
             rows = torch.randint(10, 900, (6, TOKENS), generator=generator)
-            own = rows.chunk(count)[processes.rank()]
+            own = rows.chunk(count)[rank()]
             batches = [batch_of(row) for row in own]  # a micro-batch each
             scale = len(rows) * (TOKENS - 1)
             total = sum(backward(model, batch, scale, dtype) for batch in batches[:-1])
@@ -72,7 +73,7 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
                 optimizer.zero_grad()
             losses += all_reduce_sum([total])
         report(name, losses, profiler)
-    processes.shut_down_distributed()
+    shut_down_distributed()
 
 
 def batch_of(row: Tensor) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from common.data.batches import collate
 from common.data.labels import IGNORED
-from common.data.packing import collate
 from common.data.rows import load_rows
 from common.model import attention
 from common.model import lean_layers as modules
@@ -25,7 +25,7 @@ from common.run.artefacts import save_adapter
 from common.run.trainer_config import build_trainer
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests.conftest import ARCHITECTURES, FP32, SMALL
-from tests.data.test_packing import flash_attention_in_torch
+from tests.data.test_batches import flash_attention_in_torch
 from tests.run.test_training import prepare, split
 
 IDS = torch.arange(10, 74).view(2, 32)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 
-from common.machine.processes import Layout, local_tensor
+from common.machine.collectives import local_tensor
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import TRAINER_ARGUMENTS, Policy, decoder_layers
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
@@ -189,15 +190,6 @@ def test_an_undivided_layout_leaves_a_model_as_it_is(steps):
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     shard_layers(model, Layout(2))
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
-
-
-def test_layouts_in_words():
-    assert str(Layout()) == "one process"
-    assert str(Layout(2)) == "data parallel: each of 2 cards has the whole model"
-    assert str(replace(TWO, on_host=3)) == ("layers sharded over 2 cards (FSDP2), the parts of 3 layers in host memory")
-    for values in ({"on_host": 1}, {"sharded": True}, {"processes": 2, "on_host": 1}):
-        with pytest.raises(ValueError, match="no such layout"):
-            Layout(**values)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.machine.device import GIB, this_machine
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy
 from common.plan import planner as module
 from common.plan.planner import (

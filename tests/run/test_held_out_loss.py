@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.packing import collate
+from common.data.batches import collate
 from common.run.held_out_loss import batch_nll, fill_up, mean_nll, perplexity
 from common.run.trainer_config import build_trainer
 from tests.run.test_training import prepare

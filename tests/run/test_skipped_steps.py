@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.data.packing import collate, split_into_examples
+from common.data.batches import collate, split_into_examples
 from common.model.activation_checkpointing import Policy, decoder_layers
 from common.recipe import UserError
 from common.run.progress import read_metrics

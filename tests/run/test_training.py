@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from common.data.packing import collate
+from common.data.batches import collate
 from common.data.rows import load_rows
-from common.machine.processes import Layout
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
