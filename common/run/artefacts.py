@@ -1,6 +1,5 @@
 """The model files that a run leaves in its folder: adapter, tokenizer with chat template, generation config."""
 
-import shutil
 from pathlib import Path
 
 from peft import PeftModel
@@ -8,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
+from common.machine.disk import remove, replace_atomically
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SAVING
 
 
@@ -34,8 +34,8 @@ def save_adapter(model: PeftModel, folder: str | Path, adapter: dict[str, Tensor
     folder = Path(folder)
     aside = folder / SAVING
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
+    remove(aside)
     model.save_pretrained(str(aside), state_dict=adapter, save_embedding_layers=False)
     for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        (aside / name).replace(folder / name)
-    shutil.rmtree(aside)
+        replace_atomically(aside / name, folder / name)
+    remove(aside)

@@ -5,8 +5,6 @@ The manifest finds accidents. It does not find an attacker, who could write the 
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from common.machine.collectives import all_reduce_max, run_on_main
-from common.machine.disk import sha256_of
+from common.machine.disk import WRITING_SUFFIX, remove_atomically, remove_leftovers, replace_atomically, sha256_of
 from common.machine.processes import is_main_process
 from common.machine.slow_work import report_slow_work
 
@@ -22,12 +20,11 @@ MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINTS_KEPT = 2  # newest ones
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors raise their own for a failed write
-_WRITING, _REMOVING = ".writing", ".removing"
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where a checkpoint of this folder is written before it is whole."""
-    return folder / _WRITING
+    """Where a checkpoint of this folder is written before it is whole; remove_leftovers knows the name."""
+    return folder / WRITING_SUFFIX
 
 
 def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: dict[str, Any]) -> None:
@@ -38,7 +35,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: 
     checkpoint before is still there.
     """
     name, failure = f"{CHECKPOINT_PREFIX}{step}", ""
-    run_on_main(lambda: remove_unfinished(folder))
+    run_on_main(lambda: remove_leftovers(folder))
     with report_slow_work(f"writing {name}"):
         try:
             write()
@@ -54,7 +51,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: 
         kept = next((path.name for path in list_checkpoints(folder)), "none yet")
         reason = failure or "another process says why"
         print(f"warning: {name} cannot be written ({reason}); training goes on, the last checkpoint is {kept}")
-    run_on_main(lambda: remove_unfinished(folder))
+    run_on_main(lambda: remove_leftovers(folder))
 
 
 def _reason_of(error: BaseException) -> str:
@@ -65,40 +62,12 @@ def commit_checkpoint(written: Path, target: Path, run: dict[str, Any]) -> None:
     """Renames the folder `written` to `target`, with a manifest that holds `run` and every file's size and sha256.
 
     Everything is synced first: when this returns, the checkpoint is on the disk and not only in the system's memory.
-    A crash before the rename leaves `target` as it was.
+    A crash leaves the old `target`, none, or the whole new one.
     """
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(written.iterdir())}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({"run": run, "files": files}, indent=1) + "\n", encoding="utf-8")
-    for path in [*written.iterdir(), written]:
-        _sync(path)
-    remove_checkpoint(target)
-    written.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Renames the checkpoint, then deletes it: a kill in the middle leaves no half of it under its own name."""
-    if checkpoint.exists():
-        removed = checkpoint.parent / f"{_REMOVING}-{checkpoint.name}"
-        shutil.rmtree(removed, ignore_errors=True)
-        checkpoint.rename(removed)
-        shutil.rmtree(removed)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Deletes what a killed process left of checkpoints that it was writing or removing."""
-    for path in folder.glob(".*"):
-        if path.name.startswith((_WRITING, _REMOVING)):
-            shutil.rmtree(path, ignore_errors=True)
+    replace_atomically(written, target, durable=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -112,14 +81,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def keep_newest(folder: Path, count: int = CHECKPOINTS_KEPT) -> None:
     """Removes all checkpoints but the newest ones."""
     for old in list_checkpoints(folder)[count:]:
-        remove_checkpoint(old)
+        remove_atomically(old)
 
 
 def go_back_to(checkpoint: Path) -> None:
     """Removes the checkpoints that are newer than this one, which are damaged, and then all but the newest."""
     checkpoints = list_checkpoints(checkpoint.parent)
     for damaged in checkpoints[: checkpoints.index(checkpoint)]:
-        remove_checkpoint(damaged)
+        remove_atomically(damaged)
     keep_newest(checkpoint.parent)
 
 

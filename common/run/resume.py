@@ -12,10 +12,11 @@ from transformers import TrainerState
 from common.data.rows import Rows
 from common.machine.collectives import barrier, run_on_main
 from common.machine.device import this_machine
+from common.machine.disk import remove_leftovers
 from common.machine.slow_work import report_slow_work
 from common.plan.planner import Plan
 from common.recipe import Recipe, UserError
-from common.run.checkpoints import go_back_to, newest_intact, read_run_identity, remove_unfinished
+from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
 # Fields of a recipe that may change between two parts of a run. Any other change is refused.
@@ -104,7 +105,7 @@ def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
 
     Removes newer, damaged ones. run: run_identity of this run. Raises UserError when the checkpoint belongs to another.
     """
-    run_on_main(lambda: remove_unfinished(folder))
+    run_on_main(lambda: remove_leftovers(folder))
     with report_slow_work("verifying the newest checkpoint"):
         newest = newest_intact(folder)
     if newest is None:

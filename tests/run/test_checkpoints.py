@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from common.machine import disk
+from common.machine.disk import remove_atomically, remove_leftovers
 from common.run import checkpoints
 from common.run.checkpoints import (
     MANIFEST,
@@ -14,8 +16,6 @@ from common.run.checkpoints import (
     keep_newest,
     newest_intact,
     read_run_identity,
-    remove_checkpoint,
-    remove_unfinished,
     staging_folder,
     write_checkpoint,
 )
@@ -143,12 +143,12 @@ def test_what_a_kill_left_half_written_or_half_removed_is_cleaned_up(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 20)
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: path.exists() and _raise())
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda path, **_: path.exists() and _raise())
     with pytest.raises(KeyboardInterrupt):
-        remove_checkpoint(whole)
+        remove_atomically(whole)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {".writing", ".removing-checkpoint-10"}
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

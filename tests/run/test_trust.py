@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.cli import ERROR_STATUS, run
+from common.machine.disk import remove_atomically
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import DataSpec, ModelSpec, UserError
 from common.run import checkpoints
@@ -34,7 +35,7 @@ def test_code_in_a_checkpoint_is_not_run_although_its_manifest_says_that_all_is_
     recipe = replace(recipe, train=replace(recipe.train, save_every=1, max_steps=3))
     train(*prepare(recipe))
     checkpoint = Path(recipe.out) / "checkpoints" / "checkpoint-2"  # the last one trains nothing
-    checkpoints.remove_checkpoint(checkpoint.parent / "checkpoint-3")
+    remove_atomically(checkpoint.parent / "checkpoint-3")
     torch.save({"state": Canary(tmp_path / "canary")}, checkpoint / name)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoint / name, weights_only=True)
