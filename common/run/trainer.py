@@ -34,9 +34,11 @@ from common.run.step_down import StepDown
 
 
 class Trainer(SFTTrainer):
-    """See the module. worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the
-    optimizer's states. run: what its checkpoints belong to (run_identity). find_places: where in the data the examples
-    with these token ids are."""
+    """TRL's trainer with the parts above. Every method of TRL and transformers that it overrides is here.
+
+    worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states. run: what
+    its checkpoints belong to (run_identity). find_places: where in the data the examples with these token ids are.
+    """
 
     def __init__(
         self,
