@@ -47,7 +47,7 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
     from common.model.lora import attach_lora
     from common.plan.machine_plan import plan_for_card
     from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-    from common.run.training import build_trainer
+    from common.run.trainer_config import build_trainer
 
     train = TrainSpec(
         job.tokens,

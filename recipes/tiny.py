@@ -10,7 +10,7 @@ from common.data import load_rows
 from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer, shard_layers, use_lean_layers
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run import answer, load_questions, print_before_after, train
+from common.run import generate, load_prompts, print_before_after, train
 
 RECIPE = Recipe(
     model=ModelSpec("models/tiny"),
@@ -36,8 +36,8 @@ def main(recipe: Recipe = RECIPE) -> None:
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     shard_layers(model, plan.layout)  # where the plan shards: reads each layer that load_4bit left empty, shards it
-    questions = load_questions(recipe.data.eval_source)
-    before = answer(model, tokenizer, questions)
+    prompts = load_prompts(recipe.data.eval_source, tokenizer)
+    before = generate(model, tokenizer, prompts)
     train(model, tokenizer, rows, recipe, plan)
-    after = answer(model, tokenizer, questions)
-    print_before_after(questions, before, after)
+    after = generate(model, tokenizer, prompts)
+    print_before_after(prompts, before, after)

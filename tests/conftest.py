@@ -34,7 +34,7 @@ from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run.training import save
+from common.run.artefacts import save_trained
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -141,7 +141,7 @@ def adapted(small_model, tmp_path_factory) -> Callable[..., Recipe]:
             if "magnitude" in name:
                 parameter.data.mul_(1.1)
         out = tmp_path_factory.mktemp("adapter")
-        save(model, load_tokenizer(spec), out)
+        save_trained(model, load_tokenizer(spec), out)
         train = TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3)
         return Recipe(spec, DataSpec(TRAIN), lora, train, card_gib=None, out=str(out))
 

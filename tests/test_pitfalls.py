@@ -12,7 +12,7 @@ import torch
 
 from common.machine.device import Machine
 from common.recipe import ModelSpec
-from common.run.training import build_trainer
+from common.run.trainer_config import build_trainer
 from tests.run.test_training import prepare
 
 # Traps that cannot happen here, or not yet.

@@ -14,7 +14,7 @@ from common.data.chat_format import ChatFormat
 from common.data.conversations import Conversation, Message
 from common.data.files import BadRow
 from common.recipe import UserError, require
-from common.run.answers import GREEDY
+from common.run.generation import GREEDY
 
 HELP = """\
 /reset         forget the conversation

@@ -26,7 +26,8 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
     from common.data.rows import load_rows
-    from common.run.evaluation import evaluate, held_out_samples, print_evaluation, write_evaluation
+    from common.run.evaluation import compare_with_base, print_evaluation, write_evaluation
+    from common.run.prompts import sample_prompts
     from common.run.report import write_report
 
     adapter = find_adapter(recipe)
@@ -41,12 +42,12 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
         held_out = load_rows(data, tokenizer, train.seq_len, train.seed).evaluation
     if held_out is None:
         raise UserError("the run held no rows out; name a file or a hub data set: DATA=held_out.jsonl")
-    samples = held_out_samples(held_out, tokenizer, flags.samples, train.seed)
+    prompts = sample_prompts(held_out, tokenizer, flags.samples, train.seed)
     model = load_trained(adapter)
-    print(f"with the adapter and without: the loss of {len(held_out):,} rows, {len(samples)} answers", flush=True)
+    print(f"with the adapter and without: the loss of {len(held_out):,} rows, {len(prompts)} answers", flush=True)
     result = {
         "source": data.eval_source or f"held out of {data.source}",
-        **evaluate(model, tokenizer, held_out, samples),
+        **compare_with_base(model, tokenizer, held_out, prompts),
     }
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON

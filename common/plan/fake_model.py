@@ -34,7 +34,7 @@ def fake_lora_model(
     kernels: Kernels,
 ) -> PeftModel:
     """`layers` layers of the recipe's model with its adapters, in training mode, as load_4bit, attach_lora and
-    fuse_layers make it.
+    use_lean_layers make it.
 
     dtype: of the compute and of the weights that are not 4-bit. attention: its name in transformers. Nothing is
     downloaded but, for a model that ships no config here, the config. Raises UserError as load_config and attach_lora.

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 from common.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from common.run.evaluation import answer, load_questions, print_before_after
+    from common.run.evaluation import print_before_after
+    from common.run.generation import generate
+    from common.run.prompts import load_prompts
     from common.run.training import train
 
 _MODULE_OF = {
-    "answer": "evaluation",
-    "load_questions": "evaluation",
+    "generate": "generation",
+    "load_prompts": "prompts",
     "print_before_after": "evaluation",
     "train": "training",
 }
-__all__ = ["answer", "load_questions", "print_before_after", "train"]
+__all__ = ["generate", "load_prompts", "print_before_after", "train"]
 __getattr__ = lazy_names(__name__, _MODULE_OF)

@@ -1,4 +1,4 @@
-"""Line charts as SVG text: they need no network, no script, and take the page's colours."""
+"""Line charts as SVG text. They need no network and no script, and take the colours of the page's style sheet."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 270  # of the drawing; a page scales it, and its text stays readable on a phone
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # room around the curves
-FAR_APART = 20  # largest by smallest value
-MOST_POINTS = 800  # of a curve; more than that are averaged
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins around the curves
+LOGARITHMIC_FROM = 20  # ratio of the largest to the smallest value
+MAX_POINTS = 800  # of a curve; more than that are averaged
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,17 @@ class Curve:
 
 
 def line_chart(title: str, x_label: str, curves: Sequence[Curve], *, from_zero: bool = True) -> str:
-    """An <svg> element; an empty text where no curve has a finite point. Values far apart get a logarithmic scale,
-    unless it shall begin at zero."""
+    """An <svg> element, or an empty text when no curve has a finite point.
+
+    from_zero: the y axis begins at zero; otherwise values far apart get a logarithmic scale.
+    """
     curves = [Curve(c.name, thinned(_finite(c.points)), c.style, c.dots) for c in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
     ys = [y for curve in curves for _, y in curve.points]
-    logarithmic = not from_zero and 0 < FAR_APART * min(ys) < max(ys)
+    logarithmic = not from_zero and 0 < LOGARITHMIC_FROM * min(ys) < max(ys)
     scale: Callable[[float], float] = math.log10 if logarithmic else float
     x_ticks = ticks(min(xs), max(xs))
     y_ticks = decades(min(ys), max(ys)) if logarithmic else ticks(0.0 if from_zero else min(ys), max(ys))
@@ -80,8 +82,8 @@ def decades(low: float, high: float) -> list[float]:
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS points: neighbours become their mean."""
-    each = -(-len(points) // MOST_POINTS)
+    """At most MAX_POINTS points, each the mean of neighbouring ones."""
+    each = -(-len(points) // MAX_POINTS)
     groups = [points[start : start + each] for start in range(0, len(points), max(each, 1))]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 

@@ -1,65 +1,73 @@
-"""Checkpoints on disk that are whole or not there: written aside, synced, hashed and renamed; verified before use.
+"""Checkpoints on disk, each whole or not there: written aside, synced, hashed and renamed, and verified before use.
 
-A killed process leaves the last whole checkpoint and a folder whose name begins with a dot, which the next run removes.
-The manifest finds accidents, not an attacker, who could write it anew.
+A killed process leaves its last whole checkpoint, and folders whose names begin with a dot, which the next run removes.
+The manifest finds accidents. It does not find an attacker, who could write the manifest anew.
 """
 
 import json
-import os
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common.machine.disk import sha256_of
+from safetensors import SafetensorError
+
+from common.machine.collectives import all_reduce_max, run_on_main
+from common.machine.disk import WRITING_SUFFIX, remove_atomically, remove_leftovers, replace_atomically, sha256_of
+from common.machine.processes import is_main_process
+from common.machine.slow_work import report_slow_work
 
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINTS_KEPT = 2  # newest ones
-_WRITING, _REMOVING = ".writing", ".removing"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors raise their own for a failed write
 
 
 def staging_folder(folder: Path) -> Path:
-    """Where a checkpoint of this folder is written before it is whole."""
-    return folder / _WRITING
+    """Where a checkpoint of this folder is written before it is whole; remove_leftovers knows the name."""
+    return folder / WRITING_SUFFIX
+
+
+def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: dict[str, Any]) -> None:
+    """Makes checkpoint-<step> in the folder, and removes all but the newest checkpoints.
+
+    write: writes the files into staging_folder(folder) / checkpoint-<step>; every process calls it. run: what the
+    checkpoint belongs to. When a process cannot write, for a full disk, a warning says so and the run can go on: the
+    checkpoint before is still there.
+    """
+    name, failure = f"{CHECKPOINT_PREFIX}{step}", ""
+    run_on_main(lambda: remove_leftovers(folder))
+    with report_slow_work(f"writing {name}"):
+        try:
+            write()
+        except WRITE_ERRORS as error:
+            failure = _reason_of(error)
+        if not all_reduce_max(bool(failure)) and is_main_process():
+            try:
+                commit_checkpoint(staging_folder(folder) / name, folder / name, run)
+                keep_newest(folder)
+            except WRITE_ERRORS as error:
+                failure = _reason_of(error)
+    if all_reduce_max(bool(failure)):
+        kept = next((path.name for path in list_checkpoints(folder)), "none yet")
+        reason = failure or "another process says why"
+        print(f"warning: {name} cannot be written ({reason}); training goes on, the last checkpoint is {kept}")
+    run_on_main(lambda: remove_leftovers(folder))
+
+
+def _reason_of(error: BaseException) -> str:
+    return str(error).splitlines()[0]
 
 
 def commit_checkpoint(written: Path, target: Path, run: dict[str, Any]) -> None:
-    """The checkpoint at `written` becomes `target`, with a manifest that holds `run` and every file's size and hash.
+    """Renames the folder `written` to `target`, with a manifest that holds `run` and every file's size and sha256.
 
-    When this returns it is on the disk, not only in the system's memory; a crash before leaves `target` as it was.
+    Everything is synced first: when this returns, the checkpoint is on the disk and not only in the system's memory.
+    A crash leaves the old `target`, none, or the whole new one.
     """
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(written.iterdir())}
     manifest = written / MANIFEST
     manifest.write_text(json.dumps({"run": run, "files": files}, indent=1) + "\n", encoding="utf-8")
-    for path in [*written.iterdir(), written]:
-        _sync(path)
-    remove_checkpoint(target)
-    written.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """The checkpoint is gone, at once: a kill in the middle leaves no half of it under its name."""
-    if checkpoint.exists():
-        going = checkpoint.parent / f"{_REMOVING}-{checkpoint.name}"
-        shutil.rmtree(going, ignore_errors=True)
-        checkpoint.rename(going)
-        shutil.rmtree(going)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Nothing is left of checkpoints that were being written or removed."""
-    for path in folder.glob(".*"):
-        if path.name.startswith((_WRITING, _REMOVING)):
-            shutil.rmtree(path, ignore_errors=True)
+    replace_atomically(written, target, durable=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -70,21 +78,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: -int(path.name.removeprefix(CHECKPOINT_PREFIX)))
 
 
-def keep_newest(folder: Path, kept: int = CHECKPOINTS_KEPT) -> None:
-    for old in list_checkpoints(folder)[kept:]:
-        remove_checkpoint(old)
+def keep_newest(folder: Path, count: int = CHECKPOINTS_KEPT) -> None:
+    """Removes all checkpoints but the newest ones."""
+    for old in list_checkpoints(folder)[count:]:
+        remove_atomically(old)
 
 
 def go_back_to(checkpoint: Path) -> None:
-    """The checkpoint is the newest of its folder: later ones, which are damaged, are gone, and so are all but two."""
-    later = list_checkpoints(checkpoint.parent)
-    for damaged in later[: later.index(checkpoint)]:
-        remove_checkpoint(damaged)
+    """Removes the checkpoints that are newer than this one, which are damaged, and then all but the newest."""
+    checkpoints = list_checkpoints(checkpoint.parent)
+    for damaged in checkpoints[: checkpoints.index(checkpoint)]:
+        remove_atomically(damaged)
     keep_newest(checkpoint.parent)
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with the checkpoint, in words; None if every file is as it was written, and there is no other."""
+    """What is wrong with the checkpoint, in words; None when each file is as it was written and no other is there."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
@@ -92,9 +101,9 @@ def find_damage(checkpoint: Path) -> str | None:
         return f"it has no {MANIFEST}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
-    there = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
+    present = {path.name for path in checkpoint.iterdir()} - {MANIFEST}
     for name, (size, digest) in expected.items():
-        if name not in there:
+        if name not in present:
             return f"{name} is missing"
         path = checkpoint / name
         if not path.is_file() or path.is_symlink():
@@ -103,20 +112,20 @@ def find_damage(checkpoint: Path) -> str | None:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
         if sha256_of(path) != digest:
             return f"{name} is not what was written"
-    foreign = sorted(there - expected.keys())
+    foreign = sorted(present - expected.keys())
     return f"{foreign[0]} does not belong to it" if foreign else None
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; None where there is none. Prints a line for each damaged one."""
+    """The newest checkpoint without damage; None where there is none. Prints a line for each damaged one."""
     for checkpoint in list_checkpoints(folder):
-        if not (wrong := find_damage(checkpoint)):
+        if not (damage := find_damage(checkpoint)):
             return checkpoint
-        print(f"{checkpoint} is damaged ({wrong}): skipped")
+        print(f"{checkpoint} is damaged ({damage}): skipped")
     return None
 
 
 def read_run_identity(checkpoint: Path) -> dict[str, Any]:
-    """What `seal` was told of the run."""
+    """The `run` that commit_checkpoint got."""
     run: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["run"]
     return run

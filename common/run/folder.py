@@ -1,11 +1,10 @@
-"""The folder of one run: never written over by accident."""
+"""The folder of one run: the names of its files, and a check before a run writes into it."""
 
 import shutil
 from pathlib import Path
 
 from common.recipe import ExistingRun, UserError
 
-# What a run writes; --overwrite removes these names and nothing else.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_JSON = "run.json"
@@ -15,8 +14,8 @@ LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-SAVING = ".saving"  # a folder for what is being written; a killed run leaves it
-RUN_FILES = (
+SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
+RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and nothing else
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     "chat_template.jinja",
@@ -33,10 +32,10 @@ RUN_FILES = (
 
 
 def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
-    """The folder, there and ready for a run: new, emptied of an old run, or with the run to resume.
+    """Makes the folder ready for a run: new, emptied of an old run, or with the run to resume. Returns its path.
 
     Raises UserError when it holds a run and neither --resume nor --overwrite says what to do with it, and when it
-    holds something else.
+    holds anything that no run wrote.
     """
     folder = Path(out)
     if folder.exists() and not folder.is_dir():

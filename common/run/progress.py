@@ -4,14 +4,17 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
+from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
 from common.run.folder import LOSS_PICTURE, METRICS
 
 
@@ -28,33 +31,56 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 class ProgressReport(TrainerCallback):
-    """Writes metrics.jsonl, and shows one line: rewritten in place on a terminal, elsewhere each `every` seconds."""
+    """Writes metrics.jsonl, and shows a progress line: after each step on a terminal, elsewhere every `every` seconds.
 
-    def __init__(self, folder: Path, every: float = 10.0) -> None:
+    Inside `without_silence` no longer time passes between two lines: the last step's line is shown, or the micro-batch
+    that a slow step is at.
+    """
+
+    def __init__(self, folder: Path, every: float = LINE_SECONDS) -> None:
         self.folder = folder
-        self.every = every
-        self.live = sys.stdout.isatty()
+        self.every, self.check_every = every, every / 10
         self.history = read_metrics(folder)
         self.shown_at = -math.inf
         self.started_at = 0.0
         self.first_step = self.tokens_before = 0
+        self.waiting_line: str | None = None  # of the last step, while it was not shown
+        self.step_under_way: tuple[int, int] | None = None  # its number, and the micro-batches that are done
+        self.micro_batches, self.steps = 1, 0
 
-    def on_train_begin(self, _args: Any, state: TrainerState, _control: Any, **__: Any) -> None:
+    @contextmanager
+    def without_silence(self) -> Iterator[None]:
+        with called_in_thread(self._break_silence, self.check_every, self.check_every):
+            yield
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, _: TrainerControl, **__: Any) -> None:
         self.started_at = time.perf_counter()
         self.first_step, self.tokens_before = state.global_step, state.num_input_tokens_seen
-        # A resumed run goes through the steps after its checkpoint again.
+        self.micro_batches, self.steps = args.gradient_accumulation_steps, state.max_steps
+        # A resumed run computes the steps after its checkpoint again.
         self.history = [entry for entry in read_metrics(self.folder) if entry["step"] <= state.global_step]
         lines = [json.dumps(entry) + "\n" for entry in self.history]
-        barrier()  # the others have read it
+        barrier()  # every process has read the file before it is written
         if is_main_process():
             (self.folder / METRICS).write_text("".join(lines), encoding="utf-8")
+
+    def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
+        self.step_under_way = (state.global_step + 1, 0)
+
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
+        if self.step_under_way is not None:
+            number, done = self.step_under_way
+            self.step_under_way = (number, done + 1)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.step_under_way = None
 
     def on_log(
         self, _args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **__: Any
     ) -> None:
         if "eval_loss" in logs:
             self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self._line(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", keep=True)
+            self._show(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", keep=True)
         if "skipped" in logs:
             self._write({"step": state.global_step, "skipped": "its numbers were not finite"})
         if "loss" not in logs:
@@ -73,12 +99,32 @@ class ProgressReport(TrainerCallback):
         }
         self._write(entry)
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
-        self._line(
+        line = (
             f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
-            f"lr {entry['learning_rate']:.2e} | "
-            f"{tokens_per_s:,.0f} tokens/s | peak {entry['peak_gib']:.2f} GiB | {duration(left)} left",
-            keep=state.global_step == state.max_steps,
+            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
+            f"peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
+        is_last = state.global_step == state.max_steps
+        if is_last or sys.stdout.isatty() or time.perf_counter() - self.shown_at >= self.every:
+            self._show(line, keep=is_last)
+        else:
+            self.waiting_line = line
+
+    def _break_silence(self) -> None:
+        step, silent = self.step_under_way, time.perf_counter() - max(self.shown_at, self.started_at)
+        if step is None or silent <= self.every - self.check_every:
+            return
+        if self.waiting_line is not None:
+            self._show(self.waiting_line)
+        else:
+            number, done = step
+            at = f", micro-batch {done + 1} of {self.micro_batches}" if self.micro_batches > 1 else ""
+            self._show(f"step {number}/{self.steps} under way{at}")
+
+    def _show(self, text: str, *, keep: bool = False) -> None:
+        self.waiting_line = None
+        show_status(text, keep=keep)
+        self.shown_at = time.perf_counter()
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
@@ -87,22 +133,9 @@ class ProgressReport(TrainerCallback):
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def _line(self, text: str, *, keep: bool) -> None:
-        if self.live:
-            print(f"\r\033[K{text}", end="\n" if keep else "", flush=True)
-        elif keep or time.perf_counter() - self.shown_at >= self.every:
-            print(text, flush=True)
-            self.shown_at = time.perf_counter()
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
 
 def draw_loss(folder: Path) -> None:
-    """loss.png: training loss of each step, held-out loss where it was measured."""
+    """Draws loss.png: the training loss of each step, and the held-out loss where it was measured."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -8,11 +8,14 @@ from pathlib import Path
 
 from common import REPOSITORY
 
-VARIABLES = {"--data": "DATA", "--out": "OUT"}  # flags that the Makefile has variables for
+MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT"}  # the Makefile's variables for these flags
 
 
 def command_line(arguments: list[str] | None = None) -> str:
-    """The command that runs it again: as make has it, or as it was typed. arguments: sys.argv."""
+    """The command that repeats this run: through make where it was started so, else as it was typed.
+
+    arguments: those of the process; None takes sys.argv.
+    """
     program, *flags = arguments or sys.argv
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
@@ -21,15 +24,15 @@ def command_line(arguments: list[str] | None = None) -> str:
     command, rest = [f"MODEL={name}", *([f"GPUS={processes}"] if processes != "1" else [])], []
     while flags:
         flag = flags.pop(0)
-        if flag in VARIABLES and flags:
-            command.append(f"{VARIABLES[flag]}={flags.pop(0)}")
-        elif flag not in ("--resume", "--overwrite"):  # the same run, from its beginning
+        if flag in MAKE_VARIABLES and flags:
+            command.append(f"{MAKE_VARIABLES[flag]}={flags.pop(0)}")
+        elif flag not in ("--resume", "--overwrite"):  # whoever repeats the run begins anew
             rest.append(flag)
     return shlex.join(["make", "finetune", *command, *([f"ARGS={shlex.join(rest)}"] if rest else [])])
 
 
 def code_version() -> dict[str, str]:
-    """The commit of these recipes, and whether files were changed since; nothing outside a git checkout."""
+    """The commit of these recipes, with "-dirty" where files were changed since; empty outside a git checkout."""
     command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)

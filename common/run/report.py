@@ -1,25 +1,26 @@
 """report.html: a run on one page that needs nothing else, for a browser, a phone, or an e-mail."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.machine.device import GIB
+from common.machine.slow_work import format_duration
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
-from common.run.progress import duration, read_metrics
+from common.run.held_out_loss import perplexity
+from common.run.progress import read_metrics
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
 
 def write_report(folder: Path) -> Path:
-    """Writes report.html from run.json, metrics.jsonl and, where there is one, eval.json; its path.
+    """Writes report.html from run.json, metrics.jsonl and, where there is one, eval.json. Returns its path.
 
-    Raises UserError when the folder holds no run that has ended.
+    Raises UserError when the folder holds no run that has ended, or files of another version.
     """
     if not (folder / RUN_JSON).exists():
         raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
@@ -57,7 +58,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def page_values(
     run: dict[str, Any], entries: list[dict[str, Any]], evaluation: dict[str, Any], name: str
 ) -> dict[str, Any]:
-    """What the template shows."""
+    """The values that the template shows. name: of the run's folder."""
     metrics, steps = run["metrics"], [entry for entry in entries if "loss" in entry]
     held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
 
@@ -70,10 +71,10 @@ def page_values(
         "run": run,
         "recipe": run["recipe"],
         "metrics": metrics,
-        "time": duration(metrics["seconds"]),
+        "time": format_duration(metrics["seconds"]),
         "before": before,
         "after": after,
-        "perplexities": None if after is None else [f"{math.exp(min(loss, 700)):,.2f}" for loss in (before, after)],
+        "perplexities": None if after is None else [f"{perplexity(loss):,.2f}" for loss in (before, after)],
         "samples": evaluation.get("samples") or run.get("samples", []),
         "evaluation": evaluation,
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],

@@ -1,18 +1,26 @@
-"""Whether a run may go on from a checkpoint: what the checkpoint belongs to, beside what would go on with it."""
+"""Whether a run may go on from a checkpoint: what the checkpoint belongs to is compared with what would go on."""
 
 import dataclasses
 import hashlib
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import TrainerState
 
 from common.data.rows import Rows
+from common.machine.collectives import barrier, run_on_main
+from common.machine.device import this_machine
+from common.machine.disk import remove_leftovers
+from common.machine.slow_work import report_slow_work
+from common.plan.plan import Plan
 from common.recipe import Recipe, UserError
+from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
-# Of a recipe: what may change between two parts of a run, because the result does not depend on it ...
-MAY_CHANGE = {
+# Fields of a recipe that may change between two parts of a run. Any other change is refused.
+RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.card_gib",
     "Recipe.out",
     "Recipe.existing_run",
@@ -23,8 +31,7 @@ MAY_CHANGE = {
     "TrainSpec.sample_answers",
     "TrainSpec.report_to",
 }
-# ... and what changes it a little, and is only said: where the schedule ends, and the order of sums.
-WARNED_ABOUT = {
+RESUME_WARNS_OF = {  # they change the result a little: where the schedule ends, and the order of sums
     "TrainSpec.max_steps",
     "TrainSpec.epochs",
     "TrainSpec.kernels",
@@ -33,8 +40,8 @@ WARNED_ABOUT = {
 }
 
 
-def identity(recipe: Recipe, rows: Rows, **more: Any) -> dict[str, Any]:
-    """What a run is, as JSON holds it: the recipe's fields, the rows by their hash, versions, and `more`."""
+def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to, as JSON can hold it: recipe, rows by their hash, versions, sizes."""
     specs = (recipe, recipe.model, recipe.data, recipe.lora, recipe.train)
     fields = {
         f"{type(spec).__name__}.{field.name}": getattr(spec, field.name)
@@ -44,15 +51,16 @@ def identity(recipe: Recipe, rows: Rows, **more: Any) -> dict[str, Any]:
     }
     fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
     return {
-        "recipe": {name: value for name, value in fields.items() if name not in MAY_CHANGE},
+        "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
         "rows": hash_rows(rows.train),
         "versions": {name: version(name) for name in LIBRARIES},
-        **more,
+        "plan": f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes",
+        "machine": str(this_machine()),
     }
 
 
 def hash_rows(rows: Dataset) -> str:
-    """sha256 of the token ids and labels, in order."""
+    """sha256 of the rows' token ids, labels and lengths, in order."""
     digest = hashlib.sha256()
     for name in ("input_ids", "labels"):
         for chunk in rows.data.column(name).chunks:
@@ -65,27 +73,56 @@ def hash_rows(rows: Dataset) -> str:
 def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> None:
     """Raises UserError, with a line for each difference, when the checkpoint `where` belongs to another run.
 
-    Differences that change the result only a little are printed.
+    old and new: run_identity of the checkpoint and of this run. Prints the differences that change the result only a
+    little.
     """
     refused: list[str] = []
-    said: list[str] = []
+    warned: list[str] = []
     for name in old["recipe"] | new["recipe"]:
         before, now = old["recipe"].get(name), new["recipe"].get(name)
         if before != now:
-            (said if name in WARNED_ABOUT else refused).append(f"{name} was {before!r} and is {now!r}")
+            (warned if name in RESUME_WARNS_OF else refused).append(f"{name} was {before!r} and is {now!r}")
     if old["rows"] != new["rows"] and not any(line.startswith("DataSpec.") for line in refused):
         refused.append("the data is not what it was: other rows, another tokenizer or chat template")
     for name in old["versions"] | new["versions"]:
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
-            said.append(f"{name} was {before} and is {now}")
+            warned.append(f"{name} was {before} and is {now}")
     for name in sorted(old.keys() & new.keys() - {"recipe", "rows", "versions"}):
         if old[name] != new[name]:
-            said.append(f"the {name} was {old[name]} and is {new[name]}")
+            warned.append(f"the {name} was {old[name]} and is {new[name]}")
     if refused:
         lines = "".join(f"\n  {line}" for line in refused)
         raise UserError(
             f"{where} belongs to another run:{lines}\nTake that back to go on with it, or begin anew: ARGS=--overwrite"
         )
-    for line in said:
+    for line in warned:
         print(f"warning: {line}; the run goes on, and ends a little differently")
+
+
+def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
+    """The newest intact checkpoint in the folder, and says which; None where there is none.
+
+    Removes newer, damaged ones. run: run_identity of this run. Raises UserError when the checkpoint belongs to another.
+    """
+    run_on_main(lambda: remove_leftovers(folder))
+    with report_slow_work("verifying the newest checkpoint"):
+        newest = newest_intact(folder)
+    if newest is None:
+        print(f"{folder} holds no checkpoint to go on from: starting from the beginning")
+        return None
+    refuse_another_run(read_run_identity(newest), run, str(newest))
+    barrier()  # every process has read them before any is removed
+    run_on_main(lambda: go_back_to(newest))
+    print(f"going on from {newest}")
+    return newest
+
+
+def finished_state(checkpoint: Path, max_steps: int, epochs: float) -> TrainerState | None:
+    """The trainer's state in a checkpoint that was written after the last step; None when steps are left to train.
+
+    max_steps: of the run, 0 or less where `epochs` ends it.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    total = max_steps if max_steps > 0 else state.max_steps
+    return None if state.global_step < total or state.num_train_epochs < epochs else state

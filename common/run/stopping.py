@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run after the optimizer step under way, with a checkpoint; a second one ends it at once."""
+"""Ctrl-C and SIGTERM stop a run after the optimizer step under way, with a checkpoint; a second one at once."""
 
 import signal
 import threading
@@ -13,8 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals(TrainerCallback):
-    """Inside its `with` block the signals wait for the end of the step: what is saved then is exact, random numbers
-    and all. `received` is the signal that came, None without one."""
+    """Inside its `with` block a signal waits for the end of the step, where a checkpoint can hold the exact state,
+    random numbers included. received: the signal that came; None without one."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -36,7 +36,7 @@ class StopSignals(TrainerCallback):
         print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
-        """All processes stop after the same step, whichever of them the signal reached."""
+        """Stops all processes after the same step, whichever of them got the signal."""
         number = all_reduce_max(self.received or 0)
         self.received = signal.Signals(number) if number else None
         if self.received is not None and state.global_step < state.max_steps:

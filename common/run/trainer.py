@@ -1,62 +1,43 @@
-"""TRL's trainer, made for a night on one card: it tries the worst moment first, and steps down instead of dying."""
+"""TRL's trainer for long runs that nobody watches. Each thing that it does beside TRL is in a module of its own:
 
-import contextlib
-import math
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+step_down: out of memory it goes on with less. skipped_steps: it skips a step without finite numbers, and names the
+rows. rehearsal: it computes the largest step before the first one. recompute_check: it verifies the checkpointing
+policy in the first step. held_out_loss: it weighs the held-out loss by tokens. checkpoints: it writes them whole or not
+at all. library_defaults: it keeps TRL and accelerate from changing what the recipe prepared.
+"""
+
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import Trainer as TransformersTrainer
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from common.data.batches import Batch, halve, split_into_examples
-from common.machine.collectives import all_reduce_max, all_reduce_sum, run_on_main
-from common.machine.processes import is_main_process, rank, world_size
-from common.model.activation_checkpointing import (
-    TRAINER_FLAG,
-    Policy,
-    RecomputeWatch,
-    checkpoint_activations,
-    watch_recompute,
-)
-from common.model.sharding import (
-    clip_grad_norm,
-    gather_adapter,
-    gather_states_when_saved,
-    is_sharded,
-    load_adapter_shards,
-)
-from common.recipe import UserError
-from common.run.checkpoints import (
-    CHECKPOINT_PREFIX,
-    commit_checkpoint,
-    keep_newest,
-    list_checkpoints,
-    remove_unfinished,
-    staging_folder,
-)
-from common.run.folder import ADAPTER_WEIGHTS, SAVING
-
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch's and safetensors' own for a failed write
-MAX_SKIPPED_STEPS = 3  # optimizer steps in a row without finite numbers
-MAX_SKIPPED_STEPS_FP16 = 20  # the same with fp16's scaler, which tries ever smaller scales
-MAX_NAMED_ROWS = 5
+from common.data.batches import Batch
+from common.machine.processes import is_main_process
+from common.model.activation_checkpointing import Policy
+from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards
+from common.run.artefacts import save_adapter
+from common.run.checkpoints import staging_folder, write_checkpoint
+from common.run.folder import ADAPTER_WEIGHTS
+from common.run.held_out_loss import batch_nll, fill_up, mean_nll
+from common.run.library_defaults import keep_adapters_fp32, leave_sharding_alone, refuse_second_sharding
+from common.run.recompute_check import RecomputeCheck
+from common.run.rehearsal import rehearse
+from common.run.resume import finished_state
+from common.run.skipped_steps import FindPlaces, OptimizerStep, SkippedSteps
+from common.run.step_down import StepDown
 
 
 class Trainer(SFTTrainer):
-    """fp32 adapters, our fused loss, a held-out loss weighted by tokens, no pickled settings on disk.
+    """TRL's trainer with the parts above. Every method of TRL and transformers that it overrides is here.
 
-    Out of memory, it keeps the activations of fewer layers, then cuts its micro-batches in half, and begins the
-    optimizer step again: what an interrupted backward pass has added to the gradients cannot be told from the rest.
-    Rows per optimizer step stay what they are, and no step is lost.
+    worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states. run: what
+    its checkpoints belong to (run_identity). find_places: where in the data the examples with these token ids are.
     """
 
     def __init__(
@@ -66,337 +47,145 @@ class Trainer(SFTTrainer):
         worst: Batch,
         optimizer_bytes: int = 0,
         run: dict[str, Any] | None = None,
-        find_places: Callable[[list[list[int]]], list[str]] = lambda examples: [],
+        find_places: FindPlaces = lambda examples: [],
         **arguments: Any,
     ) -> None:
-        """worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states.
-        run: what a checkpoint says it belongs to. find_places: where in the data examples with these ids are."""
-        adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         self.is_sharded = is_sharded(model)
-        refuse_two_checkpointings(self.is_sharded, arguments["args"])
-        super().__init__(model, **arguments)
-        # TRL casts the adapters of a 4-bit model to bf16, where small updates round away and a resumed run differs.
-        for name, parameter in model.named_parameters():
-            if name in adapters:
-                parameter.data = adapters[name]
-        self.policy, self.worst, self.optimizer_bytes, self.run = policy, worst, optimizer_bytes, run or {}
-        self.halvings = 0  # how often each micro-batch is cut in half
-        self.step_downs: list[str] = []
-        self.micro_batches: list[Batch] = []  # of the optimizer step under way
-        self.step_under_way = -1
-        self.find_places = find_places
-        self.losses: list[Tensor] = []  # of those micro-batches
-        self.skipped_in_a_row, self.skipped_step = 0, -1
-        self.stock_clip = self.accelerator.clip_grad_norm_
+        refuse_second_sharding(self.is_sharded, arguments["args"])
+        with keep_adapters_fp32(model):
+            super().__init__(model, **arguments)
+        self.worst, self.optimizer_bytes, self.run = worst, optimizer_bytes, run or {}
+        self.filler = worst if self.is_sharded else None  # for processes with fewer batches than others
+        self.step_under_way = OptimizerStep(0)
+        self.recompute_check = RecomputeCheck(model, lambda: self.step_down.policy)
+        self.step_down = StepDown(model, policy, before_retry=self.recompute_check.count_again)
+        self.skipped_steps = SkippedSteps(model, self.nll_of_each, find_places)
         if self.is_sharded:
-            self.stock_clip = self._clip_shards
             gather_states_when_saved(self.optimizer)
-            self.stock_prepare = self.accelerator.prepare_model
-            self.accelerator.prepare_model = self._prepare_shards
-        self.accelerator.clip_grad_norm_ = self._clip_finite
-        self.first_step = FirstStep(self)
-        self.add_callback(self.first_step)
+            leave_sharding_alone(self.accelerator)
+        self.add_callback(_RehearseFirst(self))
+        self.add_callback(self.recompute_check)
+
+    @property
+    def policy(self) -> Policy:
+        """The activation checkpointing in effect, after what was stepped down."""
+        return self.step_down.policy
+
+    # The optimizer step
 
     def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """Forward and backward of one micro-batch; its loss, divided by the tokens of the whole optimizer step."""
-        if self.step_under_way != self.state.global_step:
-            self.step_under_way, self.micro_batches, self.losses = self.state.global_step, [], []
-        self.micro_batches.append(inputs)
+        """Forward and backward of one micro-batch. Returns its loss, divided by the tokens of the whole step."""
+        number = self.state.global_step + 1
+        if self.step_under_way.number != number:
+            self.step_under_way = OptimizerStep(number)
+        self.step_under_way.micro_batches.append(inputs)
+        compute = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
+        loss = self.step_down.compute(compute, self.step_under_way.micro_batches, number, backward=True)
+        self.step_under_way.losses.append(loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be finite again
 
-        def run_all(batches: list[Batch]) -> Tensor:
-            for batch in batches:
-                losses = [
-                    super(Trainer, self).training_step(model, part, num_items_in_batch) for part in self.cut(batch)
-                ]
-            return torch.stack(losses).sum()
-
-        first, again = [inputs], self.micro_batches
-        loss = self._stepping_down(lambda: run_all(first), lambda: run_all(again), keep_less=True)
-        self.losses.append(loss)
-        return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be a number again
-
-    def _prepare_shards(self, model: PeftModel, *_: Any, **__: Any) -> PeftModel:
-        """With autocast; "for evaluation" is without DistributedDataParallel around it."""
-        prepared: PeftModel = self.stock_prepare(model, device_placement=False, evaluation_mode=True)
-        return prepared
-
-    def _move_model_to_device(self, model: PeftModel, device: torch.device) -> None:
-        if not self.is_sharded:  # whose parts are where they belong, some of them in host memory
-            super()._move_model_to_device(model, device)
-
-    def _clip_shards(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> Tensor:
-        self.accelerator.unscale_gradients()
-        return clip_grad_norm(parameters, max_norm)
-
-    def _clip_finite(self, *arguments: Any, **named: Any) -> Tensor:
-        """The gradients' norm before they are clipped; where it or a loss is not finite, there is no step to take."""
-        norm: Tensor = self.stock_clip(*arguments, **named)
-        finite = torch.stack([loss.detach() for loss in self.losses]).isfinite()
-        if not all_reduce_max(not bool(finite.all() & norm.isfinite())):  # all take the step, or none
-            self.skipped_in_a_row = 0
-        else:
-            self._skip_step(norm, finite)
+    def _get_grad_norm(self, model: PeftModel, grad_norm: Tensor | None = None) -> Tensor:
+        """The stock trainer calls it when the gradients of a step are complete and clipped."""
+        norm: Tensor = super()._get_grad_norm(model, grad_norm)
+        self.skipped_steps.skip_unless_finite(self.step_under_way, norm, self.accelerator.scaler)
         return norm.nan_to_num(0.0, 0.0, 0.0)
 
-    def _skip_step(self, norm: Tensor, finite: Tensor) -> None:
-        """Leaves the adapter as it is, and names the rows. Raises UserError when that does not help."""
-        scaler, self.skipped_in_a_row = self.accelerator.scaler, self.skipped_in_a_row + 1
-        limit = MAX_SKIPPED_STEPS if scaler is None else MAX_SKIPPED_STEPS_FP16
-        if scaler is not None and finite.all() and self.skipped_in_a_row < limit:
-            return  # fp16's scaler skips the step itself, and tries a smaller scale: it begins with too large a one
-        step, what = self.state.global_step + 1, f"the gradient norm is {norm.item()}"
-        if not finite.all():
-            what = f"the loss is {torch.stack(self.losses)[~finite][0].item()}"
-        advice = "Lower TrainSpec.learning_rate; the last good checkpoint is kept"
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters() if parameter.requires_grad):
-            raise UserError(f"step {step}: {what}, and the adapter itself is no longer finite. {advice}")
-        if scaler is None:
-            self.model.zero_grad()
-        self.skipped_step = step
-        suspects = [batch for batch, good in zip(self.micro_batches, finite.tolist(), strict=True) if not good]
-        examples = [example for batch in suspects or self.micro_batches for example in self._not_finite(batch)]
-        self.first_step.begin_again()  # looking for them ran the layers too
-        places = self.find_places(examples[:MAX_NAMED_ROWS])
-        rows = f" ({'; '.join(places)}{' and more' if len(examples) > len(places) else ''})" if places else ""
-        print(f"\nwarning: step {step}: {what}{rows}; the step is skipped", flush=True)
-        if self.skipped_in_a_row >= limit:
-            raise UserError(
-                f"{limit} steps in a row gave no finite numbers, the last one {step}: {what}{rows}. {advice}"
-            )
-
-    def _not_finite(self, batch: Batch) -> list[list[int]]:
-        """Token ids of the examples whose own loss is not finite; of all where only their gradients are not."""
-        examples = split_into_examples(batch)
-        losses = [self.nll(example) for example in self._together(examples)]
-        bad = [example for example, loss in zip(examples, losses, strict=False) if not math.isfinite(loss)]
-        return [example["input_ids"][0].tolist() for example in bad or examples]
-
-    def log(self, logs: dict[str, float], *rest: Any) -> None:
-        """As ever; of a step that was skipped, that it was."""
-        skipped = "loss" in logs and self.skipped_step == self.state.global_step
-        super().log({"skipped": 1.0} if skipped else logs, *rest)
-
-    def _stepping_down(self, run: Callable[[], Tensor], retry: Callable[[], Tensor], *, keep_less: bool) -> Tensor:
-        """What `run` returns; out of memory, what `retry` does with less. Raises OutOfMemoryError at the end of it."""
-        while True:
-            try:
-                return run()
-            except torch.OutOfMemoryError as error:
-                failure = error.with_traceback(None)  # its frames hold the tensors of the step that failed
-            less = self._less(keep_less)
-            if less is None or self.accelerator.num_processes > 1:  # other processes would wait for this one
-                raise failure
-            self.step_downs.append(f"step {self.state.global_step + 1}: {less}")
-            print(
-                f"out of memory in step {self.state.global_step + 1}; going on with {less}; rows per step stay the same"
-            )
-            self.model.zero_grad()
-            self.first_step.begin_again()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            run = retry
-
-    def _less(self, keep_less: bool) -> str | None:
-        """Changes what takes less memory, and says what: fewer layers kept, else half the micro-batch, else offload."""
-        if keep_less and self.policy.kept:
-            self.policy = replace(self.policy, kept=self.policy.kept // 2)
-        elif any(len(halve(part)) == 2 for part in self.cut(self.micro_batches[-1])):
-            self.halvings += 1
-            return f"each micro-batch in {2**self.halvings} parts"
-        elif keep_less and not self.policy.offload:
-            self.policy = replace(self.policy, offload=True)
-        else:
-            return None
-        checkpoint_activations(self.model, self.policy)
-        return str(self.policy)
-
-    def cut(self, batch: Batch) -> list[Batch]:
-        parts = [batch]
-        for _ in range(self.halvings):
-            parts = [half for part in parts for half in halve(part)]
-        return parts
-
     def compute_loss(self, model: Any, inputs: Batch, *arguments: Any, **named: Any) -> Any:
-        """The model's own fused loss (common.model.loss): TRL's goes through the head a third time, for its metrics."""
+        """The model's own fused loss (common.model.loss). TRL's would compute the head once more, for its metrics."""
         return TransformersTrainer.compute_loss(self, model, inputs, *arguments, **named)
 
+    def log(self, logs: dict[str, float], *rest: Any) -> None:
+        """As TRL; for a step that was skipped it logs that instead."""
+        skipped = "loss" in logs and self.skipped_steps.last == self.state.global_step
+        super().log({"skipped": 1.0} if skipped else logs, *rest)
+
     def rehearse(self) -> None:
-        """Goes through the worst moment before the first step: gradients and optimizer states there, every row full.
+        """Computes the largest step there will be; weights, gradients and random numbers stay as they were."""
+        resumed = any(self.optimizer.state.values())
+        rehearse(
+            self.model,
+            self.worst,
+            lambda batch, trained_tokens: self.training_step(self.model, batch, trained_tokens),
+            self.nll,
+            device=self.args.device,
+            accumulates=self.args.gradient_accumulation_steps > 1,
+            missing_state_bytes=0 if resumed else self.optimizer_bytes,
+        )
+        self.step_under_way = OptimizerStep(0)
 
-        A run that cannot finish ends here, in its first seconds, or begins with what it can. Weights, gradients and
-        random numbers are left as they were.
-        """
-        device = self.args.device
-        trained = torch.tensor(len(self.worst["trained_positions"]), device=device)
-        there = any(self.optimizer.state.values())  # in a resumed run
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            states = torch.empty(0 if there else self.optimizer_bytes, dtype=torch.uint8, device=device)
-            for _ in range(2 if self.args.gradient_accumulation_steps > 1 else 1):
-                self.training_step(self.model, self.worst, trained)
-            self.nll(self.worst)
-            del states
-        self.model.zero_grad()
-        self.step_under_way = -1
-
-    @torch.no_grad()
-    def nll(self, batch: Batch) -> float:
-        """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens."""
-        self.model.eval()
-
-        def run() -> Tensor:
-            with self.accelerator.autocast():
-                losses = [
-                    self.model(**self._prepare_inputs(part), num_items_in_batch=1).loss for part in self.cut(batch)
-                ]
-            return torch.stack(losses).sum()
-
-        self.micro_batches = [batch]
-        total = self._stepping_down(run, run, keep_less=False).item()
-        self.model.train()
-        return total
+    # The held-out loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Mean loss per trained token of the held-out rows."""
-        nll = tokens = 0.0
-        own = list(self.own_part_of_evaluation())
-        for number, batch in enumerate(self._together(own)):
-            loss = self.nll(batch)
-            if number < len(own):
-                nll += loss
-                tokens += len(batch["trained_positions"])
-        nll, tokens = all_reduce_sum([nll, tokens])
-        metrics = {"eval_loss": nll / max(tokens, 1)}
+        """Mean loss per trained token of the held-out rows, in nats."""
+        rows, size = self.eval_dataset, self.args.eval_batch_size
+        metrics = {"eval_loss": mean_nll(rows, self.nll, self.data_collator, size, self.filler)[0]}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def own_part_of_evaluation(self) -> Iterator[Batch]:
-        """This process's share of the held-out rows, each row in exactly one: the stock loader fills shares up."""
-        size = self.args.eval_batch_size
-        rows = range(rank(), len(self.eval_dataset), world_size())
-        for start in range(0, len(rows), size):
-            yield self.data_collator([self.eval_dataset[row] for row in rows[start : start + size]])
+    def nll(self, batch: Batch) -> float:
+        """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens."""
+        compute = partial(batch_nll, self.model)
+        return self.step_down.compute(compute, [batch], self.state.global_step + 1, backward=False).item()
 
-    def _together(self, batches: list[Batch]) -> Iterator[Batch]:
-        """The batches, and the longest row again until every process has gone through as many: sharded layers are
-        gathered from all."""
-        missing = all_reduce_max(len(batches)) - len(batches) if self.is_sharded else 0
-        yield from batches
-        for _ in range(missing):
-            yield self.worst
+    def nll_of_each(self, batches: list[Batch]) -> list[float]:
+        """NLL of each micro-batch, in the middle of an optimizer step."""
+        losses = [self.nll(batch) for batch in fill_up(batches, self.filler)]
+        self.recompute_check.count_again()
+        return losses[: len(batches)]
+
+    # Checkpoints. The stock trainer calls these private methods, and has no public ones for what they change.
 
     def _get_output_dir(self, *_: Any, **__: Any) -> str:
-        """Where the stock trainer writes a checkpoint: beside its place."""
+        """The stock trainer writes its checkpoint here, to be renamed when it is whole."""
         return str(staging_folder(Path(self.args.output_dir)))
 
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
-        """The stock trainer's checkpoint, whole or not there (common.run.checkpoints); the newest ones stay.
-
-        Where it cannot be written, for a full disk, the run says so and goes on: it still has the one before.
-        """
-        folder, name, failure = Path(self.args.output_dir), f"{CHECKPOINT_PREFIX}{self.state.global_step}", ""
-        run_on_main(lambda: remove_unfinished(folder))
-        try:
-            super()._save_checkpoint(*arguments, **named)  # each process its random numbers, the first all else
-        except WRITE_ERRORS as error:
-            failure = str(error).splitlines()[0]
-        if not all_reduce_max(bool(failure)) and is_main_process():
-            try:
-                commit_checkpoint(staging_folder(folder) / name, folder / name, self.run)
-                keep_newest(folder)
-            except WRITE_ERRORS as error:
-                failure = str(error).splitlines()[0]
-        if all_reduce_max(bool(failure)):
-            kept = next((path.name for path in list_checkpoints(folder)), "none yet")
-            reason = failure or "another process says why"
-            print(f"warning: {name} cannot be written ({reason}); training goes on, the last checkpoint is {kept}")
-        run_on_main(lambda: remove_unfinished(folder))
-
-    def take_over_finished(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint is that of the last step; then its adapter is loaded, and nothing is left to train.
-
-        The stock trainer would train one step more.
-        """
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        total = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
-        if state.global_step < total or state.num_train_epochs < self.args.num_train_epochs:
-            return False
-        self._load_from_checkpoint(str(checkpoint))
-        self.state = state
-        return True
+        """The stock trainer would leave half a checkpoint where it is killed or the disk is full."""
+        write = partial(super()._save_checkpoint, *arguments, **named)
+        write_checkpoint(Path(self.args.output_dir), self.state.global_step, write, self.run)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
+        """Saves the adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
         adapter = gather_adapter(self.model)
         if is_main_process():
             save_adapter(self.model, output_dir or self.args.output_dir, adapter)
 
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes none: every checkpoint would hold it."""
+
+    def take_over_finished(self, checkpoint: Path) -> bool:
+        """Whether the checkpoint is that of the last step; if so, loads its adapter and state.
+
+        The stock trainer would train one step more.
+        """
+        state = finished_state(checkpoint, self.args.max_steps, self.args.num_train_epochs)
+        if state is not None:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = state
+        return state is not None
+
+    # Sharded layers. The stock trainer knows only those that accelerate sharded.
+
+    def _move_model_to_device(self, model: PeftModel, device: torch.device) -> None:
+        if not self.is_sharded:  # shards are where they belong, some of them in host memory
+            super()._move_model_to_device(model, device)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_sharded and not is_main_process():
-            self.optimizer.state_dict()  # which the first process writes, and each has a part of
+            self.optimizer.state_dict()  # takes part in gathering the states, which the main process writes
         super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.is_sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
+        if self.is_sharded:
             load_adapter_shards(self.model, Path(resume_from_checkpoint) / ADAPTER_WEIGHTS)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def create_model_card(self, *_: Any, **__: Any) -> None:
-        """None: it would be written into every checkpoint."""
 
-
-class FirstStep(TrainerCallback):
-    """Rehearses the worst moment, then verifies in the first step that the layers recompute as the policy says."""
-
+class _RehearseFirst(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
-        self.stack = contextlib.ExitStack()
-        self.watch: RecomputeWatch | None = None
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.rehearse()
-        self.watch = self.stack.enter_context(watch_recompute(self.trainer.model))
-
-    def begin_again(self) -> None:
-        """Forgets what ran before a step down."""
-        if self.watch is not None:
-            self.stack.close()
-            self.watch = self.stack.enter_context(watch_recompute(self.trainer.model))
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        if self.watch is not None and self.watch.micro_batches:
-            self.stack.close()
-            self.watch.verify(self.trainer.policy)
-            self.watch = None
-
-
-def refuse_two_checkpointings(sharded: bool, arguments: Any) -> None:
-    """Raises UserError where the trainer, or accelerate, would do again what the recipe does on sharded layers.
-
-    With the trainer's flag beside FSDP's own checkpointing each layer is gathered once more (transformers issue 30404).
-    """
-    flag = TRAINER_FLAG
-    if sharded and getattr(arguments, flag):
-        raise UserError(
-            f"{flag}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each would be "
-            "gathered once more. Leave the trainer's off; TrainSpec.checkpointing says which layers recompute"
-        )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
-        raise UserError(
-            "accelerate is told to shard the model (ACCELERATE_USE_FSDP), which the recipe's plan does where it is "
-            "needed: start it with torchrun, or with accelerate launch without --use_fsdp"
-        )
-
-
-def save_adapter(model: PeftModel, folder: str | Path, adapter: dict[str, Tensor] | None = None) -> None:
-    """adapter_model.safetensors and adapter_config.json, each whole or not there; without PEFT's look at the hub for a
-    grown vocabulary, and its README, a form to be filled in. adapter: of cut layers, its tensors (whole_adapter)."""
-    folder = Path(folder)
-    aside = folder / SAVING
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(str(aside), state_dict=adapter, save_embedding_layers=False)
-    for name in (ADAPTER_WEIGHTS, "adapter_config.json"):
-        (aside / name).replace(folder / name)
-    shutil.rmtree(aside)

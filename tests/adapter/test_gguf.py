@@ -24,11 +24,11 @@ from common.adapter.gguf_tokenizer import SPLITS, read_vocabulary, strip_generat
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.cli import run_command
-from common.data.chat_format import ChatFormat
 from common.data.report import DataReport
 from common.data.rows import read_examples
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
-from common.run.answers import generate_answers
+from common.run.generation import generate
+from common.run.prompts import load_prompts
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT, TRAIN
 
@@ -109,10 +109,10 @@ def asked(tiny, tmp_path_factory) -> tuple[list[list[dict[str, str]]], list[list
     """Sixty held-out conversations up to the answer, their token ids, and the answers of transformers."""
     tokenizer = trained_tokenizer(find_adapter(tiny))
     examples = [chat for _, chat in read_examples(HELD_OUT, DataReport(HELD_OUT))][:60]
-    prompts = [ChatFormat(tokenizer).prompt_ids(chat[:-1]) for chat in examples]
+    prompts = load_prompts(HELD_OUT, tokenizer, limit=60)
     model = merged_model(tiny, tmp_path_factory.mktemp("merged") / "model")
     messages = [[vars(message) for message in chat[:-1]] for chat in examples]
-    return messages, prompts, generate_answers(model, tokenizer, prompts, max_new_tokens=96)
+    return messages, [prompt.input_ids for prompt in prompts], generate(model, tokenizer, prompts)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -85,7 +85,7 @@ def failures(**statuses: int) -> dict[int, SimpleNamespace]:
             {"r0": -15, "r1": -9},
             1,
             "process 1 was ended by SIGKILL",
-        ),  # the launcher ended the first because of the second
+        ),  # the first was ended because of the second
         ({"r0": PEER_LOST_STATUS, "r1": -11}, 1, "process 1 was ended by SIGSEGV; the others were ended too"),
         ({"r0": PEER_LOST_STATUS, "r2": 1}, 1, "process 2 failed, as its traceback says; the others were ended too"),
         ({"r0": -15}, 1, "process 0 was ended by SIGTERM"),

@@ -21,8 +21,8 @@ from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
 from common.recipe import LoraSpec, ModelSpec
-from common.run.trainer import save_adapter
-from common.run.training import build_trainer
+from common.run.artefacts import save_adapter
+from common.run.trainer_config import build_trainer
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch
@@ -250,5 +250,5 @@ def test_a_run_whose_layers_are_not_what_was_planned_does_not_start(recipe, kern
     recipe = replace(recipe, train=replace(recipe.train, kernels=kernels))
     model, tokenizer, rows, _, plan = prepare(recipe, split(recipe, 2))
     wanted = replace(recipe, train=replace(recipe.train, kernels=other))
-    with pytest.raises(RuntimeError, match=f"the layers are not {other}, as planned; a recipe calls fuse_layers"):
+    with pytest.raises(RuntimeError, match=f"the layers are not {other}, as planned; a recipe calls use_lean_layers"):
         build_trainer(model, tokenizer, rows, wanted, plan, Path(recipe.out))

@@ -22,7 +22,7 @@ from common.plan import ledger, operators
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
-from common.run.trainer import refuse_two_checkpointings
+from common.run.library_defaults import refuse_second_sharding
 from tests.conftest import ROOT
 from tests.machine.test_processes import CPU, launcher
 from tests.model import fully_sharded
@@ -137,12 +137,12 @@ def test_what_cannot_be_sharded_is_refused_by_name(lora, optimizer, message):
 def test_pitfall_24_the_trainers_checkpointing_and_the_plans_at_once_are_refused(monkeypatch):
     both = SimpleNamespace(**{TRAINER_FLAG: True})
     with pytest.raises(UserError, match="gathered once more"):
-        refuse_two_checkpointings(True, both)
-    refuse_two_checkpointings(False, both)
-    refuse_two_checkpointings(True, SimpleNamespace(**{TRAINER_FLAG: False}))
+        refuse_second_sharding(True, both)
+    refuse_second_sharding(False, both)
+    refuse_second_sharding(True, SimpleNamespace(**{TRAINER_FLAG: False}))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(UserError, match="ACCELERATE_USE_FSDP"):
-        refuse_two_checkpointings(False, SimpleNamespace(**{TRAINER_FLAG: False}))
+        refuse_second_sharding(False, SimpleNamespace(**{TRAINER_FLAG: False}))
 
 
 # What one card of several holds, counted.

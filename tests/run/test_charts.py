@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from common.run.charts import HEIGHT, LEFT, MOST_POINTS, RIGHT, TOP, WIDTH, Curve, decades, line_chart, thinned, ticks
+from common.run.charts import HEIGHT, LEFT, MAX_POINTS, RIGHT, TOP, WIDTH, Curve, decades, line_chart, thinned, ticks
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def test_dots_say_their_value_and_text_is_escaped():
 
 
 def test_many_points_become_means_and_odd_ones_are_left_out():
-    many = [(float(n), float(n)) for n in range(10 * MOST_POINTS + 3)]
-    assert len(thinned(many)) <= MOST_POINTS
+    many = [(float(n), float(n)) for n in range(10 * MAX_POINTS + 3)]
+    assert len(thinned(many)) <= MAX_POINTS
     assert thinned(many)[0] == (5.0, 5.0)
     assert thinned([]) == []
     assert line_chart("t", "x", [Curve("a", [(0, math.nan), (1, math.inf)], "a")]) == ""

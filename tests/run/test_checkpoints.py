@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from common.machine import disk
+from common.machine.disk import remove_atomically, remove_leftovers
 from common.run import checkpoints
 from common.run.checkpoints import (
     MANIFEST,
@@ -14,9 +16,8 @@ from common.run.checkpoints import (
     keep_newest,
     newest_intact,
     read_run_identity,
-    remove_checkpoint,
-    remove_unfinished,
     staging_folder,
+    write_checkpoint,
 )
 
 FILES = {"adapter_model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 100, "trainer_state.json": b"{}"}
@@ -142,14 +143,46 @@ def test_what_a_kill_left_half_written_or_half_removed_is_cleaned_up(tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 20)
     monkeypatch.undo()
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", lambda path, **_: path.exists() and _raise())
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda path, **_: path.exists() and _raise())
     with pytest.raises(KeyboardInterrupt):
-        remove_checkpoint(whole)
+        remove_atomically(whole)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {".writing", ".removing-checkpoint-10"}
-    remove_unfinished(tmp_path)
+    remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def _raise():
     raise KeyboardInterrupt
+
+
+def test_what_a_process_cannot_write_is_a_warning_and_the_checkpoint_before_stays(tmp_path, capsys):
+    older = write(tmp_path, 10)
+
+    def half() -> None:
+        folder = staging_folder(tmp_path) / "checkpoint-20"
+        folder.mkdir(parents=True)
+        (folder / "optimizer.pt").write_bytes(b"mom")
+        raise OSError(28, "No space left on device")
+
+    write_checkpoint(tmp_path, 20, half, {})
+    assert capsys.readouterr().out == (
+        "warning: checkpoint-20 cannot be written ([Errno 28] No space left on device); training goes on, "
+        "the last checkpoint is checkpoint-10\n"
+    )
+    assert list(tmp_path.iterdir()) == [older]
+
+
+def test_a_written_checkpoint_is_committed_with_its_run(tmp_path, capsys):
+    def files() -> None:
+        folder = staging_folder(tmp_path) / "checkpoint-20"
+        folder.mkdir(parents=True)
+        (folder / "optimizer.pt").write_bytes(b"moments")
+
+    for step in (5, 10):
+        write(tmp_path, step)
+    write_checkpoint(tmp_path, 20, files, {"rows": "hash"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-20"]
+    assert newest_intact(tmp_path) == tmp_path / "checkpoint-20"
+    assert read_run_identity(tmp_path / "checkpoint-20") == {"rows": "hash"}
+    assert capsys.readouterr().out == ""

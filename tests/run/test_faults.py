@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from common.cli import run
+from common.machine import disk
 from common.machine.launch import ERROR_STATUS
 from common.recipe import LoraSpec, Recipe
 from common.run import checkpoints
@@ -91,9 +92,9 @@ def die_in_writing(at: int) -> Callable[[], None]:
             return wrapped
 
         checkpoints.sha256_of = counted(checkpoints.sha256_of)
-        checkpoints._sync = counted(checkpoints._sync)
+        disk.fsync = counted(disk.fsync)
         Path.rename = counted(Path.rename)
-        checkpoints.shutil.rmtree = counted(checkpoints.shutil.rmtree)
+        disk.shutil.rmtree = counted(disk.shutil.rmtree)
 
     return before
 
@@ -157,7 +158,7 @@ def test_pitfall_31_a_stopped_run_says_how_to_go_on_and_ends_at_the_same_adapter
 
 def test_a_second_signal_stops_at_once(long_run, tmp_path):
     def slow_steps() -> None:
-        checkpoints._sync = lambda _: time.sleep(60)
+        disk.fsync = lambda _: time.sleep(60)
 
     log = tmp_path / "log"
     child = forked(long_run, log, before=slow_steps)

@@ -12,10 +12,8 @@ import pytest
 
 from common.cli import run_command
 from common.recipe import UserError
-from common.run.provenance import code_version, command_line
 from common.run.report import write_report
 from recipes.tiny import RECIPE
-from tests.conftest import ROOT
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -159,20 +157,3 @@ def test_a_folder_without_a_run_is_one_line(folder, tmp_path, capsys):
         (folder / "run.json").write_text(text)
         with pytest.raises(UserError, match=message):
             write_report(folder)
-
-
-def test_the_command_is_the_one_that_was_typed(monkeypatch):
-    program = str(ROOT / "recipes" / "__main__.py")
-    assert command_line([program, "tiny"]) == "make finetune MODEL=tiny"
-    typed = [program, "my-bot", "--data", "my chats.jsonl", "--out", "o", "--max-steps", "5", "--resume"]
-    assert command_line(typed) == "make finetune MODEL=my-bot 'DATA=my chats.jsonl' OUT=o 'ARGS=--max-steps 5'"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_line([program, "tiny"]) == "make finetune MODEL=tiny GPUS=2"
-    assert command_line(["recipes/tiny.py", "--max-steps", "5"]) == "python recipes/tiny.py --max-steps 5"
-
-
-def test_the_commit_is_named_where_there_is_one(monkeypatch, tmp_path):
-    if (ROOT / ".git").exists():
-        assert re.search(r"[0-9a-f]{7,}(-dirty)?$", code_version()["recipes"])
-    monkeypatch.setattr("common.run.provenance.REPOSITORY", tmp_path)
-    assert code_version() == {}

@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
 from common.recipe import LoraSpec, UserError
-from common.run.resume import identity, refuse_another_run
+from common.run.checkpoints import read_run_identity
+from common.run.resume import checkpoint_to_resume, finished_state, refuse_another_run, run_identity
 from common.run.training import train
 from tests.run.test_training import prepare
 
@@ -66,7 +68,7 @@ def test_pitfall_27_the_same_file_with_other_content_is_refused(stopped):
 
 def test_pitfall_27_another_version_of_a_library_is_said(stopped, capsys):
     model, tokenizer, rows, recipe, plan = prepare(stopped)
-    old = identity(recipe, rows, plan="1 x 16 rows")
+    old = run_identity(recipe, rows, plan) | {"plan": "1 x 16 rows"}
     new = copy.deepcopy(old) | {"plan": "2 x 8 rows"}
     old["versions"]["torch"] = "2.0"
     refuse_another_run(old, new, "checkpoint-3")
@@ -96,3 +98,21 @@ def test_a_finished_run_is_resumed_to_the_same_end(stopped):
     metrics = train(*prepare(stopped))
     assert metrics["steps"] == 3
     assert (Path(stopped.out) / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("max_steps", "epochs", "finished"), [(10, 1.0, True), (0, 1.0, True), (11, 1.0, False), (0, 2.0, False)]
+)
+def test_a_checkpoint_of_the_last_step_is_a_finished_run(tmp_path, max_steps, epochs, finished):
+    TrainerState(global_step=10, max_steps=10, num_train_epochs=1).save_to_json(str(tmp_path / "trainer_state.json"))
+    state = finished_state(tmp_path, max_steps, epochs)
+    assert (state is not None and state.global_step == 10) == finished
+
+
+def test_the_newest_intact_checkpoint_is_resumed_and_damaged_ones_are_removed(stopped, capsys):
+    folder = Path(stopped.out) / "checkpoints"
+    run = read_run_identity(folder / "checkpoint-3")
+    (folder / "checkpoint-3" / "optimizer.pt").unlink()
+    assert checkpoint_to_resume(folder, run) == folder / "checkpoint-2"
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
+    assert capsys.readouterr().out.endswith(f"going on from {folder}/checkpoint-2\n")

@@ -11,22 +11,22 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from common.cli import run
 from common.data.batches import collate
 from common.data.rows import load_rows
 from common.machine.layout import Layout
-from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
+from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.plan.machine_plan import plan_for_card
 from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, UserError
-from common.run import training
 from common.run.progress import read_metrics
-from common.run.training import build_trainer, train
+from common.run.trainer import Trainer
+from common.run.trainer_config import build_trainer
+from common.run.training import train
 from tests.conftest import ARCHITECTURES, FP32, TRAIN
 
 EVERY = Policy(2)
@@ -135,13 +135,6 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pitfall_4_the_saved_generation_config_stops_at_the_end_of_a_turn(recipe, small_llama, tokenizer):
-    train(*prepare(recipe))
-    saved = GenerationConfig.from_pretrained(recipe.out)
-    assert tokenizer.convert_tokens_to_ids("<|end|>") in saved.eos_token_id
-    assert saved.pad_token_id not in saved.eos_token_id
-
-
 def test_the_same_seed_gives_the_same_adapter_bit_for_bit(recipe, tmp_path):
     for out in ("a", "b"):
         train(*prepare(replace(recipe, out=str(tmp_path / out))))
@@ -159,7 +152,7 @@ def test_pitfall_20_a_resumed_run_ends_at_the_same_adapter(recipe, tmp_path, opt
     train(*prepare(replace(recipe, out=str(tmp_path / "whole"))))
     broken = replace(recipe, out=str(tmp_path / "broken"))
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "log", interrupt_at(3))
+        patch.setattr(Trainer, "log", interrupt_at(3))
         with pytest.raises(KeyboardInterrupt):
             train(*prepare(broken))
     train(*prepare(replace(broken, existing_run="resume")))
@@ -171,7 +164,7 @@ def test_pitfall_20_a_resumed_run_ends_at_the_same_adapter(recipe, tmp_path, opt
 
 def interrupt_at(step: int):
     """A Trainer.log that logs as ever, and is interrupted when it logs that step's loss."""
-    log = training.Trainer.log
+    log = Trainer.log
 
     def interrupted(self, logs, *rest) -> None:
         log(self, logs, *rest)
@@ -213,29 +206,6 @@ def test_a_run_asks_nobody_on_the_network(recipe, monkeypatch):
     assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 
 
-def test_pitfall_19_adapters_stay_fp32_although_the_trainer_casts_them(recipe):
-    model, tokenizer, rows, recipe, plan = prepare(recipe)
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.dtype == torch.float32
-            assert torch.equal(parameter, before[name])
-
-
-def test_a_layer_that_does_not_recompute_stops_the_run_in_its_first_step(recipe):
-    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 2, EVERY))
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-
-    class Sabotage(TrainerCallback):
-        def on_train_begin(self, *_, **__) -> None:
-            decoder_layers(model)[1].gradient_checkpointing = False
-
-    trainer.add_callback(Sabotage())
-    with pytest.raises(RuntimeError, match="activation checkpointing is not in effect: layer 1"):
-        trainer.train()
-
-
 def test_fewer_rows_than_a_step_has_still_train_and_are_pointed_out(recipe, tmp_path, capsys):
     data = tmp_path / "few.jsonl"
     data.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:4]) + "\n")
@@ -269,34 +239,9 @@ def test_running_out_of_gpu_memory_is_one_line(recipe, monkeypatch):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training.Trainer, "train", fail)
+    monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(UserError, match="out of GPU memory at step 1, even .*Lower TrainSpec.seq_len"):
         train(*prepare(recipe))
-
-
-def test_the_held_out_loss_weighs_every_token_alike(recipe):
-    model, tokenizer, rows, recipe, plan = prepare(recipe)
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    nll, tokens = 0.0, 0
-    model.eval()
-    for row in rows.evaluation:
-        batch = collate([row], tokenizer.pad_token_id)
-        with torch.no_grad():
-            logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        nll += torch.nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:], reduction="sum").item()
-        tokens += (batch["labels"][0, 1:] != -100).sum().item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll / tokens, rel=1e-6)
-    assert model.training
-
-
-def test_the_progress_line(recipe, capsys):
-    train(*prepare(recipe))
-    out = capsys.readouterr().out
-    line = next(line for line in out.splitlines() if line.startswith("step 3/3"))
-    parts = [part.strip() for part in line.split("|")]
-    assert [part.split()[0] for part in parts[1:]] == ["loss", "lr", parts[3].split()[0], "peak", "0:00"]
-    assert parts[3].endswith("tokens/s") and parts[4].endswith("GiB") and parts[5] == "0:00 left"
-    assert "step 3: held-out loss" in out
 
 
 @pytest.mark.parametrize("lora", [LoraSpec(rank=4, alpha=8, rslora=True), LoraSpec(rank=4, alpha=8, dora=True)])
@@ -321,16 +266,3 @@ def test_a_tracker_gets_the_same_metrics(recipe, monkeypatch):
         assert [(event.step, event.value) for event in events.Scalars(tag)] == wanted
     for path in (Path(recipe.out) / "tensorboard").iterdir():
         assert b"hf_canary" not in path.read_bytes()
-
-
-def test_nothing_is_tracked_by_default(recipe):
-    model, tokenizer, rows, recipe, plan = prepare(recipe)
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert not {"TensorBoardCallback", "WandbCallback", "TrackioCallback"} & names
-
-
-def test_a_tracker_that_is_not_installed_is_one_line(recipe, capsys):
-    recipe = replace(recipe, train=replace(recipe.train, report_to="wandb"))
-    assert run(lambda recipe: None, recipe, []) == 2
-    assert "report_to is 'wandb', which is not installed: .venv/bin/pip install wandb" in capsys.readouterr().err

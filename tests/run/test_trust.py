@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.cli import run
+from common.machine.disk import remove_atomically
 from common.machine.launch import ERROR_STATUS
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import DataSpec, ModelSpec, UserError
@@ -35,7 +36,7 @@ def test_code_in_a_checkpoint_is_not_run_although_its_manifest_says_that_all_is_
     recipe = replace(recipe, train=replace(recipe.train, save_every=1, max_steps=3))
     train(*prepare(recipe))
     checkpoint = Path(recipe.out) / "checkpoints" / "checkpoint-2"  # the last one trains nothing
-    checkpoints.remove_checkpoint(checkpoint.parent / "checkpoint-3")
+    remove_atomically(checkpoint.parent / "checkpoint-3")
     torch.save({"state": Canary(tmp_path / "canary")}, checkpoint / name)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(checkpoint / name, weights_only=True)
@@ -103,17 +104,6 @@ def test_the_paths_of_this_machine_are_not_in_what_is_shared(recipe):
     config = json.loads((Path(recipe.out) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == recipe.model.name
     assert not (Path(recipe.out) / "README.md").exists()
-
-
-def test_no_report_service_is_told_of_a_run(recipe):
-    from common.run.training import build_trainer
-
-    model, tokenizer, rows, recipe, plan = prepare(recipe)
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    assert trainer.args.report_to == []
-    assert not trainer.args.push_to_hub
-    names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert names <= {"DefaultFlowCallback", "FirstStep", "ProgressCallback"}, names
 
 
 def test_a_tokenizer_is_loaded_without_the_code_beside_it(small_model, tmp_path):

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from common.model.activation_checkpointing import Policy, decoder_layers
-from common.recipe import UserError
-from common.run.training import build_trainer, train, worst_batch
+from common.model.loading import load_4bit
+from common.model.lora import attach_lora
+from common.recipe import LoraSpec, ModelSpec, UserError
+from common.run.step_down import StepDown
+from common.run.trainer_config import build_trainer
+from common.run.training import train
+from tests.conftest import FP32
 from tests.run.test_training import adapter, prepare, split
 
 
@@ -59,13 +64,6 @@ def test_fewer_layers_are_kept_first_and_the_result_is_the_same_bit_for_bit(reci
         "out of memory in step 1; going on with the first 1 of 2 layers recompute; rows per step stay the same"
         in capsys.readouterr().out
     )
-
-
-def test_the_rehearsal_finds_what_does_not_fit_before_the_first_step(recipe):
-    _, metrics, memory = run(recipe, split(recipe, 2, Policy(2, 2)), kept=0)
-    assert memory.failures == 2  # 2 kept, then 1
-    assert metrics["step_downs"] == ["step 1: the first 1 of 2 layers recompute", "step 1: every layer recomputes"]
-    assert len(memory.largest) == 2 + 3 * 2  # the rehearsal again, then three steps of two micro-batches: none is lost
 
 
 def test_pitfall_32_then_micro_batches_are_cut_in_half_with_the_same_rows_per_step(recipe):
@@ -137,25 +135,49 @@ def test_evaluation_out_of_memory_is_cut_in_half_too(recipe):
 
     decoder_layers(model)[0].register_forward_pre_hook(check)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
-    assert trainer.step_downs == ["step 1: each micro-batch in 2 parts"]
+    assert trainer.step_down.taken == ["step 1: each micro-batch in 2 parts"]
 
 
-def test_the_rehearsal_takes_the_longest_rows_full_of_trained_tokens(recipe):
-    _, _, rows, _, plan = prepare(recipe, split(recipe, 2))
-    batch = worst_batch(rows, plan, padding_free=False)
-    lengths = [sum(n) for part in (rows.train, rows.evaluation) for n in part["seq_lengths"]]
-    assert batch["input_ids"].shape == (2, max(lengths))
-    examples = (batch["position_ids"] == 0).sum()
-    assert len(batch["trained_positions"]) == batch["labels"].numel() - examples
+def test_alone_it_recomputes_then_splits_then_moves_inputs_to_the_host(small_llama, capsys):
+    """Two micro-batches of an optimizer step, and memory for one row without activations: nothing of it is lost."""
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 4))
+    batches = [{"input_ids": torch.full((4, 8), 5 + number)} for number in range(2)]
+    for batch in batches:
+        batch |= {"labels": batch["input_ids"], "position_ids": torch.arange(8).repeat(4, 1)}
+    before_retry: list[Policy] = []
+    step_down = StepDown(model, Policy(2, 2), lambda: before_retry.append(step_down.policy))
+
+    def rows_if_they_fit(part) -> torch.Tensor:
+        if step_down.policy != Policy(2, offload=True):
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+        computed.append(part["input_ids"])
+        return torch.tensor(float(len(part["input_ids"])))
+
+    computed: list[torch.Tensor] = []
+    assert step_down.compute(rows_if_they_fit, batches, 7, backward=True) == 4
+    assert torch.equal(torch.cat(computed), torch.cat([batch["input_ids"] for batch in batches]))
+    assert step_down.taken == [
+        "step 7: the first 1 of 2 layers recompute",
+        "step 7: every layer recomputes",
+        "step 7: each micro-batch in 2 parts",
+        "step 7: each micro-batch in 4 parts",
+        "step 7: every layer recomputes, layer inputs in host memory",
+    ]
+    assert len(before_retry) == 5
+    assert all(layer.gradient_checkpointing for layer in decoder_layers(model))
+    assert capsys.readouterr().out.count("out of memory in step 7; going on with ") == 5
 
 
-def test_the_rehearsal_leaves_no_trace(recipe):
-    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 2))
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    state = torch.get_rng_state()
-    trainer.rehearse()
-    assert torch.equal(torch.get_rng_state(), state)
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is None
-        assert torch.equal(parameter, before[name])
+def test_alone_what_saves_no_activations_is_only_split(small_llama):
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 4))
+    ids = torch.full((2, 8), 5)
+    step_down = StepDown(model, Policy(2, 2))
+
+    def never_fits(_) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory, injected")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8).repeat(2, 1)}
+        step_down.compute(never_fits, [batch], 1, backward=False)
+    assert step_down.taken == ["step 1: each micro-batch in 2 parts"]
+    assert step_down.policy == Policy(2, 2)

@@ -10,10 +10,11 @@ from common.data.batches import collate, split_into_examples
 from common.model.activation_checkpointing import Policy, decoder_layers
 from common.recipe import UserError
 from common.run.progress import read_metrics
-from common.run.trainer import MAX_SKIPPED_STEPS_FP16
-from common.run.training import build_trainer, train
+from common.run.skipped_steps import MAX_SKIPPED_STEPS_FP16, OptimizerStep, SkippedSteps
+from common.run.training import train
 from tests.run.test_training import adapter, prepare, split
 
+ROW = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "seq_lengths": [3]}
 POISON = "Xylophone"  # in no shipped conversation
 
 
@@ -99,17 +100,50 @@ def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(recipe, cap
 
 
 def test_fp16s_scaler_may_look_for_a_scale_that_fits_without_a_warning(recipe, capsys):
-    model, tokenizer, rows, recipe, plan = poisoned(recipe, [17])
-    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
-    trainer.accelerator.scaler = object()
-    overflow, finite = torch.tensor(float("inf")), torch.ones(0, dtype=torch.bool)
+    model, *_ = prepare(recipe)
+    skipped = SkippedSteps(model, lambda examples: [1.0] * len(examples), lambda examples: [])
+    overflow, scaler = torch.tensor(float("inf")), torch.amp.GradScaler("cpu")
+    step = OptimizerStep(1, [collate([ROW], 0)], [torch.tensor(2.0)])
     for _ in range(MAX_SKIPPED_STEPS_FP16 - 1):
-        trainer._skip_step(overflow, finite)
+        skipped.skip_unless_finite(step, overflow, scaler)
     assert "warning" not in capsys.readouterr().out
     with pytest.raises(
         UserError, match="20 steps in a row gave no finite numbers, the last one 1: the gradient norm is"
     ):
-        trainer._skip_step(overflow, finite)
+        skipped.skip_unless_finite(step, overflow, scaler)
+
+
+def test_alone_it_removes_the_gradients_of_the_step_and_names_the_examples_of_the_micro_batch(recipe, capsys):
+    """The loss of the second micro-batch is no number, and there that of its second example."""
+    model, *_ = prepare(recipe)
+    other = {"input_ids": [7, 8, 9, 4, 5], "labels": [-100, 8, 9, -100, 5], "seq_lengths": [3, 2]}
+    step = OptimizerStep(6, [collate([ROW], 0), collate([other], 0)], [torch.tensor(2.0), torch.tensor(float("nan"))])
+    looked_for = []
+
+    def nll_of_each(examples):
+        return [float("nan") if example["input_ids"].tolist() == [[4, 5]] else 1.0 for example in examples]
+
+    skipped = SkippedSteps(model, nll_of_each, lambda examples: looked_for.extend(examples) or ["rows.jsonl:9"])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    capsys.readouterr()
+    skipped.skip_unless_finite(step, torch.tensor(float("nan")))
+    assert looked_for == [[4, 5]]
+    assert skipped.last == 6
+    assert all(parameter.grad is None for parameter in trained)
+    assert capsys.readouterr().out == "\nwarning: step 6: the loss is nan (rows.jsonl:9); the step is skipped\n"
+
+
+def test_alone_a_finite_step_is_left_as_it_is_and_ends_the_row(recipe):
+    model, *_ = prepare(recipe)
+    skipped = SkippedSteps(model, lambda examples: [1.0] * len(examples), lambda examples: [])
+    batch, norm = collate([ROW], 0), torch.tensor(1.0)
+    for loss in (float("nan"), float("nan"), 1.0, float("nan"), float("nan")):  # never three in a row
+        parameter = next(p for p in model.parameters() if p.requires_grad)
+        parameter.grad = torch.ones_like(parameter)
+        skipped.skip_unless_finite(OptimizerStep(1, [batch], [torch.tensor(loss)]), norm)
+        assert (parameter.grad is None) == (loss != 1.0)
 
 
 def test_the_examples_of_a_micro_batch_come_one_by_one():

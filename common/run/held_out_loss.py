@@ -1,0 +1,83 @@
+"""Held-out loss: negative log-likelihood per trained token, over all of them alike."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from common.data.batches import Batch
+from common.machine.collectives import all_reduce_max, all_reduce_sum
+from common.machine.device import this_machine
+from common.machine.processes import rank, world_size
+from common.machine.slow_work import report_slow_work
+
+
+@torch.no_grad()
+def batch_nll(model: Any, batch: Batch) -> Tensor:
+    """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens: fp32 scalar.
+
+    Dropout is off meanwhile; on a GPU the model computes under autocast, as in training.
+    """
+    machine, was_training = this_machine(), model.training
+    inputs = {name: v.to(machine.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
+    model.eval()
+    try:
+        with torch.autocast(machine.device.type, machine.dtype, enabled=machine.is_gpu):
+            loss: Tensor = model(**inputs, num_items_in_batch=1).loss
+    finally:
+        model.train(was_training)
+    return loss
+
+
+def mean_nll(
+    rows: Dataset,
+    nll: Callable[[Batch], float],
+    collate_rows: Callable[[list[dict[str, list[int]]]], Batch],
+    micro_batch_rows: int = 1,
+    filler: Batch | None = None,
+) -> tuple[float, int]:
+    """Mean NLL per trained token of packed rows, in nats, and the number of trained tokens.
+
+    Each process computes a share of the rows. nll: of a micro-batch, summed over its trained tokens. filler: for
+    sharded layers, see fill_up.
+    """
+    total, tokens = 0.0, 0
+    own = list(_own_batches(rows, collate_rows, micro_batch_rows))
+    with report_slow_work("held-out loss", len(rows), "rows") as work:
+        for number, batch in enumerate(fill_up(own, filler)):
+            loss = nll(batch)
+            if number < len(own):
+                total += loss
+                tokens += len(batch["trained_positions"])
+                work.done = min(len(rows), (number + 1) * micro_batch_rows * world_size())
+    total, all_tokens = all_reduce_sum([total, tokens])
+    return total / max(all_tokens, 1), int(all_tokens)
+
+
+def _own_batches(
+    rows: Dataset, collate_rows: Callable[[list[dict[str, list[int]]]], Batch], micro_batch_rows: int
+) -> Iterator[Batch]:
+    """This process's share of the rows. Each row is in one share: a distributed loader would repeat some to fill up."""
+    own = range(rank(), len(rows), world_size())
+    for start in range(0, len(own), micro_batch_rows):
+        yield collate_rows([rows[row] for row in own[start : start + micro_batch_rows]])
+
+
+def fill_up(batches: Sequence[Batch], filler: Batch | None) -> Iterator[Batch]:
+    """The batches, then `filler` until every process has computed as many; without a filler the batches alone.
+
+    Sharded layers need it: all processes take part in each all-gather.
+    """
+    fillers: list[Batch] = []
+    if filler is not None:  # before the first batch: no process may wait here while another one gathers a layer
+        fillers = [filler] * (all_reduce_max(len(batches)) - len(batches))
+    yield from batches
+    yield from fillers
+
+
+def perplexity(loss: float) -> float:
+    """loss: nats per token, taken as 700 at most: beyond it a float overflows."""
+    return math.exp(min(loss, 700.0))

@@ -1,0 +1,80 @@
+"""Held-out prompts: conversations or texts that a model is asked to go on with, and what the data answers."""
+
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from common.data.chat_format import ChatFormat
+from common.data.labels import IGNORED
+from common.data.report import DataReport
+from common.data.rows import read_examples
+from common.recipe import UserError
+
+MAX_PROMPT_TOKENS = 1024  # a longer prompt is not sampled
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A held-out prompt, its last message as it is shown, and the completion that the data has: the reference."""
+
+    input_ids: list[int]
+    text: str
+    reference: str
+
+
+def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
+    """Each conversation in a file or hub data set as a prompt, its last turn the reference; none without a source.
+
+    Raises UserError when the source holds no conversations.
+    """
+    if source is None:
+        return []
+    chat_format = ChatFormat(tokenizer)
+    examples = [example for _, example in read_examples(source, DataReport(source))]
+    conversations = [example for example in examples if not isinstance(example, str)][:limit]
+    if not conversations:
+        raise UserError(f"{source} holds no conversations to ask")
+    return [Prompt(chat_format.prompt_ids(turns[:-1]), turns[-2].content, turns[-1].content) for turns in conversations]
+
+
+def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> list[Prompt]:
+    """`count` examples of packed rows, drawn by `seed`. The last trained span is the reference, all before the prompt.
+
+    A plain text is trained whole: its first quarter is the prompt. Prompts beyond MAX_PROMPT_TOKENS are left out.
+    """
+    chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    places = [(row, n) for row, lengths in enumerate(rows["seq_lengths"]) for n in range(len(lengths))]
+    for row, number in Random(seed).sample(places, len(places)):
+        if len(prompts) == count:
+            break
+        ids, labels = _example(rows[row], number)
+        span = _last_completion(labels)
+        if span is None or span[0] > MAX_PROMPT_TOKENS:
+            continue
+        start, end = span
+        reference = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        prompts.append(Prompt(ids[:start], chat_format.last_message(ids[:start]), reference))
+    return prompts
+
+
+def _example(packed: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one example of a packed row."""
+    lengths = packed["seq_lengths"]
+    span = slice(sum(lengths[:number]), sum(lengths[: number + 1]))
+    return packed["input_ids"][span], packed["labels"][span]
+
+
+def _last_completion(labels: list[int]) -> tuple[int, int] | None:
+    """Start and end of the last span of trained tokens; None where nothing is left for a prompt or a completion."""
+    trained = [i for i, label in enumerate(labels) if label != IGNORED]
+    if not trained:
+        return None
+    start = next(i for i in reversed(trained) if i == 0 or labels[i - 1] == IGNORED)
+    if start <= 1:  # everything is trained
+        start = max(2, len(labels) // 4)
+    if start >= len(labels):
+        return None
+    return start, next((i for i in range(start, len(labels)) if labels[i] == IGNORED), len(labels))

@@ -1,0 +1,90 @@
+"""run.json: what ran, on what, with which versions, and how it ended."""
+
+import dataclasses
+import json
+import sys
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from common.data.rows import Rows
+from common.machine.device import GIB, this_machine
+from common.machine.disk import sha256_of
+from common.model.lora import trainable_params
+from common.plan.plan import Plan
+from common.recipe import Recipe
+from common.run.folder import ADAPTER_WEIGHTS, RUN_JSON
+from common.run.provenance import code_version, command_line
+from common.run.resume import LIBRARIES
+
+
+def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step_downs: list[str]) -> dict[str, Any]:
+    """The numbers of a run that has ended. history: the entries of metrics.jsonl, with a finite loss in one at least.
+
+    Seconds, tokens and tokens per second are those of the last step; losses are nats per trained token.
+    """
+    steps = [entry for entry in history if "loss" in entry]
+    held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    return {
+        "steps": steps_done,
+        "seconds": steps[-1]["seconds"],
+        "tokens": steps[-1]["tokens"],
+        "tokens_per_s": steps[-1]["tokens_per_s"],
+        "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
+        "predicted_bytes": plan.peak_bytes,
+        "allocated_bytes": this_machine().allocated_bytes(),
+        "step_downs": step_downs,
+        "first_loss": steps[0]["loss"],
+        "last_loss": steps[-1]["loss"],
+        "eval_loss_before": held_out[0] if held_out else None,
+        "eval_loss": held_out[-1] if held_out else None,
+    }
+
+
+def memory_line(metrics: dict[str, Any]) -> str:
+    """Predicted and measured peak memory, in words, and each step down."""
+    predicted, measured = metrics["predicted_bytes"], metrics["allocated_bytes"]
+    peak = this_machine().peak_bytes() / GIB
+    if predicted is None or measured is None:
+        return f"peak memory: {peak:.2f} GiB of RAM; a plan predicts that of a GPU only"
+    line = (
+        f"peak memory: predicted {predicted / GIB:.2f} GiB, measured {measured / GIB:.2f} GiB allocated "
+        f"({measured / predicted - 1:+.1%}), {peak:.2f} GiB reserved"
+    )
+    return line + "".join(f"\n  out of memory in {step}" for step in metrics["step_downs"])
+
+
+def write_run_json(
+    folder: Path,
+    recipe: Recipe,
+    plan: Plan,
+    rows: Rows,
+    model: PeftModel,
+    metrics: dict[str, Any],
+    samples: list[dict[str, str]],
+) -> None:
+    """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
+    run = {
+        "recipe": dataclasses.asdict(recipe),
+        "plan": dataclasses.asdict(plan),
+        "data": [
+            {"source": r.source, "read": r.read, "kept": r.kept, "dropped": r.dropped, "truncated": r.truncated}
+            | {"tokens": r.tokens, "trained_tokens": r.trained_tokens, "faults": dict(r.fault_counts)}
+            for r in rows.reports
+        ],
+        "packed_rows": len(rows.train),
+        "trainable_params": trainable_params(model),
+        "machine": str(this_machine()),
+        "compute_dtype": str(this_machine().dtype).removeprefix("torch."),
+        "versions": {**code_version(), "python": sys.version.split()[0], **{name: version(name) for name in LIBRARIES}},
+        "seed": recipe.train.seed,
+        "command": command_line(),
+        "finished": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "adapter_sha256": sha256_of(folder / ADAPTER_WEIGHTS),
+        "metrics": metrics,
+        "samples": samples,
+    }
+    (folder / RUN_JSON).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,101 @@
+"""The recipe and the plan in the trainer's words."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerFast, PrinterCallback
+from trl import SFTConfig
+
+from common.data.batches import collate
+from common.data.rows import Rows, find_examples
+from common.machine.device import this_machine
+from common.machine.processes import world_size
+from common.model.activation_checkpointing import TRAINER_FLAG
+from common.model.attention import uses_packed_attention
+from common.model.lean_layers import is_lean, unsupported_reason
+from common.model.optimizer import build_optimizer
+from common.model.sharding import is_sharded
+from common.plan.plan import Plan
+from common.recipe import Recipe, TrainSpec
+from common.run.folder import CHECKPOINTS
+from common.run.rehearsal import worst_batch
+from common.run.resume import run_identity
+from common.run.trainer import Trainer
+
+
+def build_trainer(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, recipe: Recipe, plan: Plan, folder: Path
+) -> Trainer:
+    """The trainer of a run that writes into `folder`.
+
+    Raises RuntimeError where the recipe's story left a step out, so that the model is not what was planned.
+    """
+    refuse_unplanned(model, recipe, plan)
+    padding_free = uses_packed_attention(model)
+    trainer = Trainer(
+        model,
+        plan.checkpointing,
+        worst_batch(rows, plan.micro_batch_rows, padding_free=padding_free),
+        plan.optimizer_bytes,
+        run_identity(recipe, rows, plan),
+        partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
+        optimizers=(build_optimizer(model, recipe.train), None),
+        args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
+        train_dataset=rows.train,
+        eval_dataset=rows.evaluation,
+        processing_class=tokenizer,
+        data_collator=partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=padding_free),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def refuse_unplanned(model: PeftModel, recipe: Recipe, plan: Plan) -> None:
+    """Raises RuntimeError where the model or the recipe is not what the plan is about."""
+    if plan.rows_per_step != recipe.train.rows_per_step:
+        raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
+    if is_lean(model) != (recipe.train.kernels == "lean" and unsupported_reason(model) is None):
+        raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls use_lean_layers")
+    if is_sharded(model) != plan.layout.sharded:
+        raise RuntimeError(f"the plan says {plan.layout}; a recipe calls shard_layers")
+
+
+def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
+    """The recipe's values as arguments of TRL's trainer."""
+    machine = this_machine()
+    return SFTConfig(
+        output_dir=str(folder / CHECKPOINTS),
+        per_device_train_batch_size=plan.micro_batch_rows,
+        per_device_eval_batch_size=plan.micro_batch_rows,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=train.learning_rate,
+        num_train_epochs=train.epochs,
+        max_steps=train.max_steps or -1,
+        lr_scheduler_type=train.lr_schedule if train.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=train.warmup_ratio,  # below 1: a share of all steps
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        bf16=machine.dtype == torch.bfloat16,
+        fp16=machine.dtype == torch.float16,
+        use_cpu=not machine.is_gpu,
+        seed=train.seed,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=train.eval_every,
+        save_strategy="steps",
+        save_steps=train.save_every,
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would print 0.0 for NaN
+        include_num_input_tokens_seen="non_padding",
+        disable_tqdm=True,
+        report_to=train.report_to,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        dataloader_pin_memory=machine.is_gpu,
+        ddp_backend="gloo" if world_size() > 1 and not machine.is_gpu else None,
+        ddp_find_unused_parameters=False,  # each adapter gets a gradient in each micro-batch
+        ddp_broadcast_buffers=False,  # they never change
+        **{TRAINER_FLAG: False},  # the plan decides which layers recompute
+    )

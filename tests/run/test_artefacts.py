@@ -1,0 +1,28 @@
+import torch
+from safetensors.torch import load_file
+from transformers import GenerationConfig
+
+from common.run.artefacts import save_adapter
+from common.run.training import train
+from tests.run.test_training import prepare
+
+
+def test_pitfall_4_the_saved_generation_config_stops_at_the_end_of_a_turn(recipe, small_llama, tokenizer):
+    train(*prepare(recipe))
+    saved = GenerationConfig.from_pretrained(recipe.out)
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in saved.eos_token_id
+    assert saved.pad_token_id not in saved.eos_token_id
+
+
+def test_an_adapter_is_written_without_what_peft_leaves_beside_it(recipe, tmp_path):
+    model, *_ = prepare(recipe)
+    (tmp_path / "adapter" / ".saving").mkdir(parents=True)  # of a killed run
+    save_adapter(model, tmp_path / "adapter")
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    assert stored.keys() == trained.keys()
+    assert all(torch.equal(stored[name], trained[name]) for name in stored)

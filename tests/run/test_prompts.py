@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from common.data.chat_format import ChatFormat
+from common.data.conversations import Message
+from common.data.rows import load_rows
+from common.recipe import DataSpec, UserError
+from common.run.prompts import Prompt, load_prompts, sample_prompts
+
+HELD_OUT = "data/tiny/held_out.jsonl"
+
+
+def test_the_last_turn_of_a_conversation_is_the_reference(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "1+1?", "completion": "2"}\n{"prompt": "2+2?", "completion": "4"}\n')
+    ids = ChatFormat(tokenizer).prompt_ids((Message("user", "1+1?"),))
+    assert load_prompts(str(path), tokenizer, limit=1) == [Prompt(ids, "1+1?", "2")]
+    assert load_prompts(None, tokenizer) == []
+    path.write_text('{"text": "no questions here"}\n')
+    with pytest.raises(UserError, match="holds no conversations to ask"):
+        load_prompts(str(path), tokenizer)
+
+
+def test_samples_of_packed_rows_are_prompts_and_the_answers_of_the_data(tokenizer):
+    rows = load_rows(DataSpec(HELD_OUT, eval_rows=0), tokenizer, 256).train
+    samples = sample_prompts(rows, tokenizer, 30, seed=3)
+    expected = {prompt.text: prompt for prompt in load_prompts(HELD_OUT, tokenizer)}
+    assert len({sample.text for sample in samples}) == 30
+    assert all(expected[sample.text] == sample for sample in samples)
+    assert sample_prompts(rows, tokenizer, 30, seed=3) == samples
+    assert sample_prompts(rows, tokenizer, 0) == []
+
+
+def test_a_sample_of_several_turns_asks_for_the_last(tokenizer, tmp_path):
+    path = tmp_path / "chat.jsonl"
+    turns = [("user", "One?"), ("assistant", "1"), ("user", "Two?"), ("assistant", "2")]
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}))
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 64).train
+    (sample,) = sample_prompts(rows, tokenizer, 5)
+    assert (sample.text, sample.reference) == ("Two?", "2")
+    assert tokenizer.decode(sample.input_ids).startswith("<s><|user|>One?<|end|><|assistant|>1<|end|>")
+
+
+def test_a_sample_of_plain_text_goes_on_from_its_first_quarter(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "The timer for the tea is set to five minutes, and then the tea is ready."}))
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 64).train
+    (sample,) = sample_prompts(rows, tokenizer, 5)
+    assert len(sample.input_ids) == len(rows[0]["input_ids"]) // 4
+    assert sample.reference.endswith("the tea is ready.")
