@@ -3,8 +3,9 @@
     make memory                                       # three models, two lengths, every policy; about ten minutes
     make memory ARGS="--models llama3-8b --tokens 2048"
 
-The step is the planned one: full rows, every token trained, gradients of an earlier micro-batch and optimizer states
-there. What does not fit the card is left out and said so. Results go to benchmarks/results/memory_<gpu>.json.
+The step is the one that a plan counts: full rows, every token trained; gradients of an earlier micro-batch and
+optimizer states exist already. For a step that does not fit the card the result says so, with the prediction alone.
+Results go to benchmarks/results/memory_<gpu>.json.
 """
 
 import argparse
@@ -52,7 +53,10 @@ def policies(layers: int) -> list[Policy]:
 
 
 def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Machine) -> Callable[[], list[float]]:
-    """An optimizer step of two micro-batches of random tokens, one row each; it returns the seconds of each."""
+    """A function that runs an optimizer step of two micro-batches and returns the seconds of each micro-batch.
+
+    A micro-batch is one row of `tokens` random tokens.
+    """
     train = forecast.recipe.train
     optimizer = build_optimizer(model, train)
     batch = full_batch(tokens, tokens, padding_free=forecast.setting.attention == PACKED_ATTENTION)
@@ -87,14 +91,14 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
 def measure(
     model: PeftModel, forecast: Forecast, tokens: int, policy: Policy, machine: Machine, repeats: int = 3
 ) -> dict[str, Any]:
-    """One micro-batch of so many tokens, after one that left its gradients; then the optimizer's step.
+    """Measures optimizer steps of two micro-batches of so many tokens, and predicts the same.
 
-    Bytes as torch.cuda.max_memory_allocated and max_memory_reserved count them (None on a CPU), seconds of the fastest
-    micro-batch, without the optimizer.
+    Bytes are those of torch.cuda.max_memory_allocated and max_memory_reserved, None on a CPU. Seconds are those of the
+    fastest micro-batch, without the optimizer.
     """
     checkpoint_activations(model, policy)
     step = random_step(model, forecast, tokens, machine)
-    step()  # compiles, allocates the optimizer's states
+    step()  # compiles the kernels and allocates the optimizer states
     if machine.is_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -114,7 +118,7 @@ def measure(
 
 
 def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list[dict[str, Any]]:
-    """All policies at all lengths, largest last; what does not fit has only its prediction."""
+    """Measures every policy at every length, in the order of `lengths`. What does not fit has its prediction alone."""
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()

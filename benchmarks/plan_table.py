@@ -1,6 +1,8 @@
 """Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
 
-python -m benchmarks.plan_table        # about a minute; tests/benchmarks/test_plan_table.py holds the pages to it
+    python -m benchmarks.plan_table        # about a minute
+
+tests/benchmarks/test_plan_table.py compares the pages with it.
 """
 
 import sys
@@ -24,22 +26,24 @@ BASES = (
     "Qwen/Qwen2.5-14B-Instruct",
     "Qwen/Qwen3-14B",
 )
-# A hosting company's guide, without its settings: GB without and with activation checkpointing, and how much slower.
+# From a hosting company's guide, which does not give its settings: GB without and with activation checkpointing, and
+# how much slower training is with it.
 PUBLISHED = {"mistral-7b": (26, 12, "25 %"), "llama3-8b": (17, 11, "20 %"), "qwen-14b": (38, 18, "25 %")}
 
 
 def activation_lines() -> list[str]:
-    """What an inner layer keeps for backward when it does not recompute, KiB a token, stock and lean."""
+    """For each base model the KiB a token that an inner layer saves for backward, stock and lean, without recompute."""
     lines = []
     for base in BASES:
         model, saved = ModelSpec(base, weights="random", layers=3), {}
         for kernels in ("stock", "lean"):
-            saved[kernels] = kept_per_token(model, kernels)
+            saved[kernels] = saved_per_token(model, kernels)
         lines.append(f"| {base.split('/')[1]} | {saved['stock']:.1f} KiB | {saved['lean']:.1f} KiB |")
     return lines
 
 
-def kept_per_token(model: ModelSpec, kernels: Kernels) -> float:
+def saved_per_token(model: ModelSpec, kernels: Kernels) -> float:
+    """KiB a token, from two counts: what is saved whatever the tokens cancels out."""
     recipe = recipe_of("llama3-8b")
     forecast = Forecast(replace(recipe, model=model, train=replace(recipe.train, kernels=kernels)))
     short, long = (forecast.count(n, Policy(3, 3), True).segment("forward 1").net for n in (1024, 2048))
@@ -47,7 +51,7 @@ def kept_per_token(model: ModelSpec, kernels: Kernels) -> float:
 
 
 def published_lines() -> list[str]:
-    """The published peaks, and ours: without recompute, and with the least that stays below the published one."""
+    """The published peaks beside ours: without recompute, and with as little as stays below the published peak."""
     lines = []
     for name, (without, with_recompute, slower) in PUBLISHED.items():
         planner = Planner(recipe_of(name), Card("the published peak", int(with_recompute * 1e9)))
@@ -86,7 +90,7 @@ def plan_lines() -> list[str]:
 
 
 def policy_lines(name: str = "llama3-8b") -> list[str]:
-    """What each policy needs and costs, at one row of the recipe."""
+    """For each policy its peak, its host memory and its time, with a micro-batch of one row of the recipe."""
     planner = Planner(recipe_of(name), Card.of_size(24))
     layers = planner.layers
     reference = planner.exact(1, Policy(layers, layers))[0].seconds_per_token

@@ -68,10 +68,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
-    if not sys.stderr.isatty():
-        import datasets
-
-        datasets.disable_progress_bars()
+    if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def quiet_transformers() -> None:

@@ -14,6 +14,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # no GPU: Triton's interpreter runs its kernels, if it knows early enough
 
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # as quiet_libraries does, which here comes after the imports
+
 import pytest
 import torch
 from transformers import (

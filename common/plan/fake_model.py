@@ -1,8 +1,8 @@
-"""The recipe's own model without weights: every tensor a fake one, with shape and dtype and no data.
+"""The recipe's own model on fake tensors, which have a shape and a dtype and no data.
 
-Built from the config by the functions that a run uses (adapters, fused loss, checkpointing), on fake tensors of the
-device "cpu": a torch without CUDA refuses to index fake CUDA tensors. What differs on a GPU is chosen by name, not by
-device: the attention, and the dtype of the compute.
+It is built from the config, by the functions that a run uses: adapters, fused loss, lean layers. Its tensors are on the
+device "cpu", because a torch without CUDA refuses to index fake CUDA tensors. What differs on a GPU is chosen by name
+instead of by device: the attention, and the dtype of the compute.
 """
 
 from dataclasses import replace
@@ -33,11 +33,11 @@ def fake_lora_model(
     attention: str,
     kernels: Kernels,
 ) -> PeftModel:
-    """`layers` layers of the recipe's model with its adapters, in training mode, as load_4bit, attach_lora and
-    use_lean_layers make it.
+    """The first `layers` layers of the recipe's model with adapters, in training mode.
 
-    dtype: of the compute and of the weights that are not 4-bit. attention: its name in transformers. Nothing is
-    downloaded but, for a model that ships no config here, the config. Raises UserError as load_config and attach_lora.
+    It is what load_4bit, attach_lora and use_lean_layers make. dtype: of the compute and of the weights that are not
+    4-bit. attention: its name in transformers. Downloads nothing but the config of a model that ships no config here.
+    Raises UserError as load_config and attach_lora do.
     """
     config = load_config(replace(spec, weights="random", layers=layers))
     with torch.device("meta"):
@@ -49,7 +49,7 @@ def fake_lora_model(
     fuse_head_and_loss(model)
     adapted = attach_lora(model, lora)
     with mode:
-        _materialise(adapted, dtype)
+        _materialize(adapted, dtype)
     keep_dropout_masks_as_on_gpu(adapted)
     if kernels == "lean" and not unsupported_reason(adapted):
         swap_in_lean_classes(adapted)
@@ -63,7 +63,7 @@ def keep_dropout_masks_as_on_gpu(model: nn.Module) -> None:
 
 
 class _MaskedDropout(nn.Dropout):
-    """Keeps a mask of one byte an entry; on a CPU torch keeps its noise in the dtype of the input."""
+    """Saves a mask of one byte an entry, as on a GPU. On a CPU torch saves its noise in the dtype of the input."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         output: torch.Tensor = torch.native_dropout(inputs, self.p, self.training)[0]
@@ -71,13 +71,15 @@ class _MaskedDropout(nn.Dropout):
 
 
 class _FakeLinear4bit(Linear4bit):
-    """Tells DoRA its weight: PEFT 0.21 asks a module that has W_q (dequantize_module_weight), and copies a Linear4bit,
-    which cannot be done on meta, only under that name."""
+    """A Linear4bit that gives DoRA its weight under the name W_q.
+
+    For DoRA, PEFT 0.21 (dequantize_module_weight) copies the weight of a Linear4bit, which cannot be done on meta. A
+    module that has W_q it asks to dequantize.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.weight.quant_state = (
-            self.quant_state
-        )  # a weight that FSDP2 has gathered has none; Linear4bit would mend it
+        # A weight that FSDP2 has gathered has no quant_state. Linear4bit would try to repair it.
+        self.weight.quant_state = self.quant_state
         output: torch.Tensor = super().forward(x)
         return output
 
@@ -90,8 +92,8 @@ class _FakeLinear4bit(Linear4bit):
         return self.weight.data if state is None else bnb.dequantize_4bit(self.weight, state)
 
 
-def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
-    """Every meta tensor becomes a fake one; 4-bit weights get their packed form and their scales."""
+def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces every meta tensor by a fake one. A 4-bit weight gets its packed form and its scales."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -108,7 +110,7 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
-    """An ordinary parameter with the quant_state of Params4bit, which cannot hold a fake tensor."""
+    """An ordinary parameter with the quant_state of a Params4bit. A Params4bit cannot hold a fake tensor."""
     values = module.in_features * module.out_features
     blocks = -(-values // VALUES_PER_SCALE)
     scales = bnb.QuantState(

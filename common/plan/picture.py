@@ -22,16 +22,17 @@ from common.plan.step import KINDS, Step
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-POINTS = 2000  # of a curve; more than the picture has pixels
-# Okabe and Ito's colours (jfly.uni-koeln.de/color), which stay apart for colour-blind readers; in the order of KINDS.
+POINTS = 2000  # of a curve: more than the picture has pixels
+# In the order of KINDS. Okabe and Ito chose these colours so that colour-blind readers can tell them apart
+# (jfly.uni-koeln.de/color).
 COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#000000", "#D55E00")
 
 
 def draw_plan(report: PlanReport, path: Path) -> None:
-    """A PNG of the memory in an optimizer step's last micro-batch, without checkpointing and as chosen, over time.
+    """Draws a PNG: memory over time in the last micro-batch of an optimizer step, without checkpointing and as chosen.
 
-    Where no checkpointing is the choice, it stands beside recomputing every layer. Raises UserError where the picture
-    cannot be written.
+    Where the choice is no checkpointing, the other panel shows recomputing every layer. Raises UserError where the
+    picture cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -85,7 +86,7 @@ def _draw_panel(axes: "Axes", row: PolicyRow, report: PlanReport) -> None:
         axes.text(at, 1.01, name, transform=axes.get_xaxis_transform(), ha=side, fontsize=8, color="0.25")
         start += length
     _, top = axes.get_ylim()
-    # Then the words would lie on the card's line or the budget's.
+    # Just below the card's line, the words would lie on that line or on the budget's. Then they go above it.
     card_line_near = card.size / GIB - 0.2 * top < row.peak / GIB <= card.size / GIB
     highest = max(range(len(totals)), key=totals.__getitem__)
     axes.annotate(
@@ -103,7 +104,7 @@ def _draw_panel(axes: "Axes", row: PolicyRow, report: PlanReport) -> None:
 
 
 def phases(step: Step, speed: Speed) -> dict[str, float]:
-    """Milliseconds of the parts of a step, in order."""
+    """Milliseconds of each phase of a step, in order."""
     lengths = dict.fromkeys(("forward", "head and loss", "backward", "optimizer"), 0.0)
     for segment in step.segments:
         name = {"embedding": "forward", "loss": "head and loss"}.get(segment.name, segment.name)
@@ -112,9 +113,10 @@ def phases(step: Step, speed: Speed) -> dict[str, float]:
 
 
 def curve(step: Step, speed: Speed) -> tuple[list[float], list[list[float]]]:
-    """Milliseconds, and for each of KINDS the GiB from then on: of each POINTS-th of the time its worst moment.
+    """The moments of a curve in milliseconds, and for each of KINDS the GiB from each moment on.
 
-    The allocations and releases of a segment are spread evenly over it.
+    The time is cut into POINTS intervals. Each interval that has events gives one moment, its worst. The events of a
+    segment are spread evenly over the segment.
     """
     total = step.seconds(speed)
     moments = step.timeline()

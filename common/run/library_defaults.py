@@ -21,8 +21,8 @@ def refuse_second_sharding(sharded: bool, arguments: Any) -> None:
     """
     if sharded and getattr(arguments, TRAINER_FLAG):
         raise UserError(
-            f"{TRAINER_FLAG}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each would "
-            "be gathered once more. Leave the trainer's off; TrainSpec.checkpointing says which layers recompute"
+            f"{TRAINER_FLAG}=True in the trainer's arguments, and the plan checkpoints sharded layers already: each "
+            "would be gathered once more. Leave the trainer's off; TrainSpec.checkpointing says which layers recompute"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
         raise UserError(
