@@ -48,7 +48,9 @@ def plan(recipe: Recipe, gib: float) -> Plan:
     return make_plan(shared, shared.choose())
 
 
-@pytest.mark.parametrize("name", [LLAMA, MISTRAL, QWEN])
+@pytest.mark.parametrize(
+    "name", [LLAMA, pytest.param(MISTRAL, marks=pytest.mark.slow), pytest.param(QWEN, marks=pytest.mark.slow)]
+)
 def test_rows_per_step_are_kept_whatever_the_card_and_a_larger_one_is_no_slower(name):
     recipe, speeds, kept = replace(RECIPE, model=ModelSpec(name)), [], []
     for gib in (16, 20, 24, 48, 80):
@@ -141,9 +143,9 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
 @pytest.mark.parametrize(
     ("recipe", "gib", "named"),
     [
-        (edited(seq_len=8192), 8, ["seq_len="]),
+        pytest.param(edited(seq_len=8192), 8, ["seq_len="], marks=pytest.mark.slow),
         (edited(seq_len=4096, checkpointing="every layer"), 8.2, ["seq_len=", "checkpointing='offload'"]),
-        (replace(RECIPE, lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="]),
+        pytest.param(replace(RECIPE, lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_fit_does_the_arithmetic_and_every_change_it_names_fits(recipe, gib, named):
@@ -236,6 +238,7 @@ def on_cards(shared: Planner, gib: float, host: int | None = None) -> Planner:
     return other
 
 
+@pytest.mark.slow
 def test_smaller_cards_hold_fewer_parts_and_keep_the_contract(cut_planner):
     """From 24 GiB, where a card holds all of its parts, to 6, where they wait in host memory."""
     found = []
