@@ -79,15 +79,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, 4) if config.option.markexpr == DEFAULT_TIER and cores > 1 else 0
 
 
-def pytest_report_header(config: pytest.Config) -> str:
-    """Says which tests these are, and how long all of them take."""
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Says which tests these are, and how long all of them take. pytest -q hides what pytest_report_header returns."""
     tiers = {
-        DEFAULT_TIER: "the fast tests, about 5 minutes on two cores; the others: make test ARGS='-m slow' (make test "
-        "ARGS='-m gpu' on a machine with an NVIDIA GPU)",
-        "slow": "the slow tests, about 15 minutes on two cores",
+        DEFAULT_TIER: "the fast tests, all of them about 5 minutes on two cores\n"
+        "the others: make test ARGS='-m slow', about 15 minutes; make test ARGS='-m gpu' on a machine with a GPU",
+        "slow": "the slow tests, all of them about 15 minutes on two cores, one by one",
         "gpu": "the tests that need an NVIDIA GPU, about 10 minutes; without one they are skipped",
     }
-    return tiers.get(config.option.markexpr, f"the tests that are marked {config.option.markexpr or 'in any way'}")
+    expression = session.config.option.markexpr
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and "PYTEST_XDIST_WORKER" not in os.environ:
+        reporter.write_line(tiers.get(expression, f"the tests that are marked {expression or 'in any way'}"))
 
 
 quiet_libraries()

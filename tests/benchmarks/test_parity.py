@@ -5,6 +5,7 @@ import pytest
 from benchmarks.parity import compare, same_losses
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_plain_trl_and_peft():
     result = compare(steps=6, repeats=1)
     assert len(result["ours_losses"]) == 6

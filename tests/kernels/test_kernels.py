@@ -163,6 +163,7 @@ for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, ro
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_every_kernel_compiles_for_every_generation_of_cards(tmp_path):
     """From the RTX 20 to the RTX 50 series and H100, by Triton's own compiler and assembler: no GPU is needed."""

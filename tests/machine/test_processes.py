@@ -101,7 +101,8 @@ def furthest(a: Path, b: Path) -> float:
     return max((ours[name] - theirs[name]).abs().max().item() for name in theirs)
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("never", marks=pytest.mark.slow), "always"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", BOTH)
 def test_two_processes_train_as_one_does(runs, sharding):
     """Six steps. The main process alone prints, and run.json holds the number of processes."""
     (together, text), alone = runs(2, 6, sharding), runs(1, 6)[0]
@@ -121,6 +122,7 @@ def test_twenty_steps_are_those_of_one_process(runs, processes, sharding):
     assert_same(runs(processes, sharding=sharding)[0], runs(1)[0])
 
 
+@pytest.mark.slow
 def test_the_adapter_of_sharded_layers_is_one_that_peft_loads(runs):
     folder = runs(2, 6, "always")[0]
     base = AutoModelForCausalLM.from_pretrained(TINY)

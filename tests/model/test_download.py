@@ -142,6 +142,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(hub):
     load_4bit(ModelSpec(NAME), FP32)
 
 
+@pytest.mark.slow  # the library waits and tries again, five times: 22 seconds
 def test_a_download_that_stalls_ends_with_a_line(hub):
     hub.stalls = set(hub.files)
     started = time.monotonic()

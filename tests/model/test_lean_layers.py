@@ -123,6 +123,7 @@ def tiny_losses(kernels: str, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_after_200_steps_the_tiny_model_has_learnt_the_same():
     lean, stock = tiny_losses("lean", 200), tiny_losses("stock", 200)
     assert len(lean) == 200

@@ -207,7 +207,7 @@ print(base, peak, anonymous())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
-@pytest.mark.parametrize("weights", ["pretrained", "random"])
+@pytest.mark.parametrize("weights", ["pretrained", pytest.param("random", marks=pytest.mark.slow)])
 def test_loading_needs_little_more_host_memory_than_the_result(small_model, weights):
     # 16 layers of 512 x 1536: 100 MB in bf16, 27 MB in 4 bit; the largest tensor has 1.6 MB.
     folder = small_model(

@@ -75,6 +75,7 @@ def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
         assert counted == pytest.approx(line["peak"], rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_count_of_one_card_is_what_a_real_process_allocates(steps, monkeypatch):
     """Two gloo processes: within 2 % of what the profiler says torch's allocator gave out."""
     check_bytes(steps, "lean", 2, monkeypatch)
@@ -86,6 +87,7 @@ def test_the_count_of_one_card_holds_for_every_policy(steps, kernels, monkeypatc
     check_bytes(steps, kernels, 6, monkeypatch)
 
 
+@pytest.mark.slow
 def test_pitfall_24_each_layer_is_gathered_twice_a_micro_batch_whatever_recomputes(steps):
     """Once forward and once backward: a checkpoint around the gathering, or a second one, would gather again."""
     assert {line["gathers"] for line in steps(2, "lean", 2)} == {2 * fully_sharded.LAYERS}

@@ -30,9 +30,9 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
 @pytest.mark.parametrize(
     ("recipe", "gib", "named"),
     [
-        (edited(seq_len=8192), 8, ["seq_len="]),
+        pytest.param(edited(seq_len=8192), 8, ["seq_len="], marks=pytest.mark.slow),
         (edited(seq_len=4096, checkpointing="every layer"), 8.2, ["seq_len=", "checkpointing='offload'"]),
-        (replace(RECIPE, lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="]),
+        pytest.param(replace(RECIPE, lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_fit_does_the_arithmetic_and_every_change_it_names_fits(recipe, gib, named):

@@ -12,7 +12,9 @@ from common.recipe import ModelSpec
 from tests.plan.planners import LLAMA, MISTRAL, QWEN, RECIPE, SHARDED, edited, plan_for, planner_for
 
 
-@pytest.mark.parametrize("name", [LLAMA, MISTRAL, QWEN])
+@pytest.mark.parametrize(
+    "name", [LLAMA, pytest.param(MISTRAL, marks=pytest.mark.slow), pytest.param(QWEN, marks=pytest.mark.slow)]
+)
 def test_rows_per_step_are_kept_whatever_the_card_and_a_larger_one_is_no_slower(name):
     recipe, speeds, kept = replace(RECIPE, model=ModelSpec(name)), [], []
     for gib in (16, 20, 24, 48, 80):
@@ -65,6 +67,7 @@ def test_a_named_policy_is_obeyed(name):
     assert chosen.checkpointing == Policy.named(name, 32)
 
 
+@pytest.mark.slow
 def test_smaller_cards_hold_fewer_parts_and_keep_the_contract():
     """From 24 GiB, where a card holds all of its parts, to 6, where they wait in host memory."""
     found = []

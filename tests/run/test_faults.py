@@ -126,7 +126,7 @@ def kill_and_resume(recipe: Recipe, kills: int, tmp_path: Path) -> int:
 
 
 def test_pitfall_28_a_killed_run_ends_at_the_same_adapter(long_run, tmp_path):
-    assert kill_and_resume(long_run, 8, tmp_path) == 8
+    assert kill_and_resume(long_run, 3, tmp_path) == 3
 
 
 @pytest.mark.slow
@@ -218,7 +218,7 @@ def test_an_output_folder_that_cannot_be_written_in_mid_run_is_one_line(long_run
     assert error == f"error: {long_run.out}/metrics.jsonl cannot be written: {os.strerror(number)}"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "a byte flipped"])
+@pytest.mark.parametrize("damage", [pytest.param("truncated", marks=pytest.mark.slow), "a byte flipped"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(long_run, tmp_path, damage):
     log = tmp_path / "log"
     whole = replace(long_run, out=str(tmp_path / "whole"))

@@ -79,7 +79,7 @@ def test_pitfall_32_then_micro_batches_are_cut_in_half_with_the_same_rows_per_st
         torch.testing.assert_close(got[name], expected[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("after", [3, 4, 5])
+@pytest.mark.parametrize("after", [3, pytest.param(4, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_in_mid_step_the_step_begins_again_whatever_was_accumulated(recipe, after):
     plan = split(recipe, 2, Policy(2, 1))
     expected, _, _ = run(out(recipe, "plenty"), plan)
