@@ -38,9 +38,9 @@ def fake_lora_model(
 ) -> PeftModel:
     """The first `layers` layers of the recipe's model with adapters, in training mode.
 
-    It is what load_4bit, attach_lora and use_lean_layers make. dtype: of the compute and of the weights that are not 4-bit. attention: its name in
-    transformers. Downloads nothing but the config of a model that ships no config here. Raises UserError as load_config
-    and attach_lora do.
+    It is what load_4bit, attach_lora and use_lean_layers make. dtype: of the compute and of the weights that are not
+    4-bit. attention: its name in transformers. Downloads nothing but the config of a model that ships no config here.
+    Raises UserError as load_config and attach_lora do.
     """
     config = load_config(replace(spec, weights="random", layers=layers))
     with torch.device("meta"):
