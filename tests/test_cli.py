@@ -158,6 +158,7 @@ def test_a_mistake_in_a_recipe_names_its_line(project, old, new, at, message):
     assert refused(recipes("my-bot", cwd=project)) == f"error: recipes/my_bot.py:{line}: {message}"
 
 
+@pytest.mark.slow
 def test_without_a_gpu_the_large_recipes_say_so_and_leave_no_folder(tmp_path):
     out = tmp_path / "run"
     assert "needs an NVIDIA GPU" in refused(recipes("llama3-8b", "--out", str(out)))
@@ -169,6 +170,7 @@ def test_a_missing_data_file_is_named(tmp_path):
     assert line.startswith("error: there is no data file nowhere.jsonl")
 
 
+@pytest.mark.slow  # tests/data/test_bad_data.py has them all, in one process
 def test_broken_lines_are_named_with_file_and_line(tmp_path):
     data = tmp_path / "chats.jsonl"
     data.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
@@ -194,6 +196,7 @@ def test_own_data_trains_the_copied_recipe_with_few_flags(tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
     text = (project / "recipes" / "tiny.py").read_text()
     (project / "recipes" / "my_bot.py").write_text(text.replace('ModelSpec("models/tiny")', 'ModelSpec("owner/model")'))

@@ -83,6 +83,7 @@ def test_smaller_cards_hold_fewer_parts_and_keep_the_contract():
     assert found[0] == 0 < found[-1]  # in between a larger micro-batch may be worth more than parts on the card
 
 
+@pytest.mark.slow
 def test_no_fewer_parts_in_host_memory_would_fit():
     shared = planner_for(RECIPE, 6, SHARDED)
     option = shared.choose()

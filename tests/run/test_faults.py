@@ -134,7 +134,7 @@ def test_a_hundred_killed_runs_end_at_the_same_adapter(long_run, tmp_path):
     assert kill_and_resume(long_run, 100, tmp_path) == 100
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_pitfall_31_a_stopped_run_says_how_to_go_on_and_ends_at_the_same_adapter(long_run, tmp_path, number):
     recipe = replace(long_run, train=replace(long_run.train, max_steps=40, save_every=1000))
     assert ended(forked(replace(recipe, out=str(tmp_path / "whole")), tmp_path / "whole.log")) == 0
@@ -218,7 +218,8 @@ def test_an_output_folder_that_cannot_be_written_in_mid_run_is_one_line(long_run
     assert error == f"error: {long_run.out}/metrics.jsonl cannot be written: {os.strerror(number)}"
 
 
-@pytest.mark.parametrize("damage", [pytest.param("truncated", marks=pytest.mark.slow), "a byte flipped"])
+@pytest.mark.slow  # test_resume.py has one in the default tier
+@pytest.mark.parametrize("damage", ["truncated", "a byte flipped"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(long_run, tmp_path, damage):
     log = tmp_path / "log"
     whole = replace(long_run, out=str(tmp_path / "whole"))
