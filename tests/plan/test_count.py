@@ -111,7 +111,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(name, policy, "stock", marks=[] if name == "llama" else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("architecture", "policy", "kernels"), cases())
+@pytest.mark.parametrize(("architecture", "policy", "kernels"), list(cases()))
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
