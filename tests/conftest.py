@@ -74,9 +74,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which make test uses
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One worker a core. Slow tests measure seconds and memory, and GPU tests share a card: they run one by one."""
+    """One worker a core. GPU tests share a card and run one by one; so does whatever else is asked for."""
     cores = len(os.sched_getaffinity(0))
-    return min(cores, 4) if config.option.markexpr == DEFAULT_TIER and cores > 1 else 0
+    return min(cores, 4) if config.option.markexpr in (DEFAULT_TIER, "slow") and cores > 1 else 0
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -124,10 +124,12 @@ def test_a_dry_run_downloads_nothing_and_takes_a_small_model_without_a_gpu():
 
 
 @pytest.mark.slow
-def test_a_plan_takes_ten_seconds_at_most(tmp_path):
-    started = time.monotonic()
+def test_a_plan_takes_ten_seconds_of_one_core_at_most(tmp_path):
+    """In seconds of the processor: other tests may run beside it."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert recipes("llama3-8b", "--plan", "--json", str(tmp_path / "plan.json")).returncode == 0
-    assert time.monotonic() - started <= 10
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 10
 
 
 @pytest.mark.slow
