@@ -153,23 +153,33 @@ def adapted(small_model, tmp_path_factory) -> Callable[..., Recipe]:
     return make
 
 
-@pytest.fixture
-def chats(tmp_path) -> str:
-    path = tmp_path / "chats.jsonl"
+def write_chats(folder: Path) -> str:
+    """The path of a file with 200 conversations."""
+    path = folder / "chats.jsonl"
     path.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:200]) + "\n")
     return str(path)
 
 
-@pytest.fixture
-def recipe(small_llama, chats, tmp_path) -> Recipe:
+def small_recipe(model: Path, folder: Path) -> Recipe:
+    """Three steps of a small model; data and output are in the folder."""
     return Recipe(
-        model=ModelSpec(str(small_llama)),
-        data=DataSpec(chats, eval_rows=20),
+        model=ModelSpec(str(model)),
+        data=DataSpec(write_chats(folder), eval_rows=20),
         lora=LoraSpec(rank=4, alpha=8),
         train=TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3, max_steps=3),
         card_gib=None,
-        out=str(tmp_path / "run"),
+        out=str(folder / "run"),
     )
+
+
+@pytest.fixture
+def chats(tmp_path) -> str:
+    return write_chats(tmp_path)
+
+
+@pytest.fixture
+def recipe(small_llama, tmp_path) -> Recipe:
+    return small_recipe(small_llama, tmp_path)
 
 
 @pytest.fixture(scope="session")

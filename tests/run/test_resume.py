@@ -1,6 +1,7 @@
 """A run goes on from its own checkpoint only: PITFALLS row 27 and what may change all the same."""
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +12,24 @@ from common.recipe import LoraSpec, UserError
 from common.run.checkpoints import read_run_identity
 from common.run.resume import checkpoint_to_resume, finished_state, refuse_another_run, run_identity
 from common.run.training import train
+from tests.conftest import small_recipe
 from tests.run.test_training import prepare
 
 
-@pytest.fixture
-def stopped(recipe):
+@pytest.fixture(scope="module")
+def finished(small_llama, tmp_path_factory):
     """A run that has three checkpoints behind it."""
+    recipe = small_recipe(small_llama, tmp_path_factory.mktemp("finished"))
     recipe = replace(recipe, train=replace(recipe.train, save_every=1))
     train(*prepare(recipe))
-    return replace(recipe, existing_run="resume")
+    return recipe
+
+
+@pytest.fixture
+def stopped(finished, tmp_path):
+    """A copy of that run, to be resumed; its data are the same file."""
+    shutil.copytree(finished.out, tmp_path / "run")
+    return replace(finished, out=str(tmp_path / "run"), existing_run="resume")
 
 
 def edited(recipe, **train_values):
@@ -61,9 +71,15 @@ def test_pitfall_27_resuming_with_another_setting_is_refused_and_names_it(stoppe
 
 def test_pitfall_27_the_same_file_with_other_content_is_refused(stopped):
     path = Path(stopped.data.source)
-    path.write_text("\n".join(path.read_text().splitlines()[::-1]) + "\n")
-    with pytest.raises(UserError, match="the data is not what it was: other rows, another tokenizer or chat template"):
-        train(*prepare(stopped))
+    before = path.read_text()
+    path.write_text("\n".join(before.splitlines()[::-1]) + "\n")
+    try:
+        with pytest.raises(
+            UserError, match="the data is not what it was: other rows, another tokenizer or chat template"
+        ):
+            train(*prepare(stopped))
+    finally:
+        path.write_text(before)  # other tests go on with it
 
 
 def test_pitfall_27_another_version_of_a_library_is_said(stopped, capsys):
