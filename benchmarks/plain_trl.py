@@ -20,7 +20,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     for name in ("rank", "seq-len", "micro-batch-rows", "accumulation", "max-steps", "seed"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("alpha", "learning-rate", "warmup-ratio"):
+    for name in ("alpha", "learning-rate"):
         parser.add_argument(f"--{name}", type=float, required=True)
     args = parser.parse_args()
 
@@ -47,7 +47,6 @@ def main() -> None:
             gradient_accumulation_steps=args.accumulation,
             learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=args.warmup_ratio,
             max_steps=args.max_steps,
             optim="adamw_torch_fused",
             bf16=gpu,

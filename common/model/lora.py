@@ -2,7 +2,7 @@
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.recipe import LoraSpec, UserError
@@ -44,6 +44,14 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise RuntimeError(f"{name} is {parameter.dtype}; adapters are trained in fp32")
     return peft_model
+
+
+def unmoved_adapters(adapter: dict[str, Tensor]) -> list[str]:
+    """Names of the B matrices that are still zero, as attach_lora made them: such an adapter changes nothing.
+
+    adapter: tensors by name.
+    """
+    return [name for name, tensor in adapter.items() if "lora_B" in name and not tensor.any()]
 
 
 def trainable_params(model: nn.Module) -> int:

@@ -118,11 +118,10 @@ def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
     return newest
 
 
-def finished_state(checkpoint: Path, max_steps: int, epochs: float) -> TrainerState | None:
-    """The trainer's state in a checkpoint that was written after the last step; None when steps are left to train.
+def finished_state(checkpoint: Path, steps: int) -> TrainerState | None:
+    """The trainer's state in a checkpoint after which no optimizer step is left; None when some are.
 
-    max_steps: of the run, 0 or less where `epochs` ends it.
+    steps: of the whole run, as it would be trained now.
     """
     state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    total = max_steps if max_steps > 0 else state.max_steps
-    return None if state.global_step < total or state.num_train_epochs < epochs else state
+    return state if state.global_step >= steps else None

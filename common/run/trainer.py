@@ -2,8 +2,9 @@
 
 step_down: out of memory it goes on with less. skipped_steps: it skips a step without finite numbers, and names the
 rows. rehearsal: it computes the largest step before the first one. recompute_check: it verifies the checkpointing
-policy in the first step. held_out_loss: it weighs the held-out loss by tokens. checkpoints: it writes them whole or not
-at all. library_defaults: it keeps TRL and accelerate from changing what the recipe prepared.
+policy in the first step. lr_schedule: its first step learns, however short the run is. held_out_loss: it weighs the
+held-out loss by tokens. checkpoints: it writes them whole or not at all. library_defaults: it keeps TRL and accelerate
+from changing what the recipe prepared.
 """
 
 from functools import partial
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback
 from trl import SFTTrainer
@@ -26,6 +28,7 @@ from common.run.checkpoints import staging_folder, write_checkpoint
 from common.run.folder import ADAPTER_WEIGHTS
 from common.run.held_out_loss import batch_nll, fill_up, mean_nll
 from common.run.library_defaults import keep_adapters_fp32, leave_sharding_alone, refuse_second_sharding
+from common.run.lr_schedule import build_lr_schedule, set_lr_of_next_step
 from common.run.recompute_check import RecomputeCheck
 from common.run.rehearsal import rehearse
 from common.run.resume import finished_state
@@ -72,6 +75,12 @@ class Trainer(SFTTrainer):
         return self.step_down.policy
 
     # The optimizer step
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """The recipe's schedule. The stock trainer's would begin at a learning rate of 0."""
+        schedule, ratio = self.args.lr_scheduler_type, self.args.warmup_steps
+        self.lr_scheduler = build_lr_schedule(self.optimizer, schedule, ratio, num_training_steps)
+        return self.lr_scheduler
 
     def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch. Returns its loss, divided by the tokens of the whole step."""
@@ -159,11 +168,16 @@ class Trainer(SFTTrainer):
 
         The stock trainer would train one step more.
         """
-        state = finished_state(checkpoint, self.args.max_steps, self.args.num_train_epochs)
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        state = finished_state(checkpoint, steps)
         if state is not None:
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
         return state is not None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        set_lr_of_next_step(self.lr_scheduler)
 
     # Sharded layers. The stock trainer knows only those that accelerate sharded.
 

@@ -73,8 +73,8 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         learning_rate=train.learning_rate,
         num_train_epochs=train.epochs,
         max_steps=train.max_steps or -1,
-        lr_scheduler_type=train.lr_schedule if train.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=train.warmup_ratio,  # below 1: a share of all steps
+        lr_scheduler_type=train.lr_schedule,  # both are read by Trainer.create_scheduler
+        warmup_steps=train.warmup_ratio,
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         bf16=machine.dtype == torch.bfloat16,

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
 from common.machine.collectives import run_on_main
+from common.model.lora import unmoved_adapters
 from common.model.sharding import gather_adapter, is_sharded
 from common.plan.plan import Plan
 from common.process_state import make_deterministic, set_tensorboard_folder
@@ -54,6 +56,7 @@ def train(
     metrics = run_metrics(trainer.state.global_step, report.history, plan, trainer.step_down.taken)
     print(memory_line(metrics))
     adapter = gather_adapter(model)
+    refuse_unmoved(adapter, trainer.state.global_step)
 
     def leave_files() -> None:
         save_trained(model, tokenizer, folder, adapter)
@@ -76,10 +79,10 @@ def prepare_process(train: TrainSpec, folder: Path) -> None:
 
 
 def _warn_of_few_rows(rows: Rows, train: TrainSpec) -> None:
-    if len(rows.train) < train.rows_per_step:
+    if len(rows.train) <= train.rows_per_step:
         print(
             f"warning: there are {len(rows.train)} packed rows and rows_per_step is {train.rows_per_step}: an "
-            "epoch is a single, smaller step. Lower rows_per_step, or raise epochs"
+            "epoch is a single step. Lower rows_per_step, or raise epochs"
         )
 
 
@@ -98,6 +101,21 @@ def run_steps(trainer: Trainer, report: ProgressReport, checkpoint: Path | None,
         raise Stopped(f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}", stop.received)
     if evaluates and "eval_loss" not in report.history[-1]:
         trainer.evaluate()
+
+
+def refuse_unmoved(adapter: dict[str, Tensor], steps: int) -> None:
+    """Raises UserError when no step has moved the adapter, and warns of parts of it that none has moved.
+
+    adapter: its tensors by name.
+    """
+    unmoved, count = unmoved_adapters(adapter), sum("lora_B" in name for name in adapter)
+    if len(unmoved) == count:
+        raise UserError(
+            f"{steps} {'step' if steps == 1 else 'steps'} taught nothing: the adapter is what it was before the first. "
+            "Its updates are too small for fp32, or were skipped. Raise TrainSpec.learning_rate, or train more steps"
+        )
+    if unmoved:
+        print(f"warning: {len(unmoved)} of {count} linear layers learnt nothing, first {unmoved[0]}")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A run goes on from its own checkpoint only: PITFALLS row 27 and what may change all the same."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import TrainerState
 
 from common.recipe import LoraSpec, UserError
 from common.run.checkpoints import read_run_identity
+from common.run.progress import read_metrics
 from common.run.resume import checkpoint_to_resume, finished_state, refuse_another_run, run_identity
 from common.run.training import train
 from tests.conftest import small_recipe
@@ -116,13 +118,54 @@ def test_a_finished_run_is_resumed_to_the_same_end(stopped):
     assert (Path(stopped.out) / "adapter_model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("max_steps", "epochs", "finished"), [(10, 1.0, True), (0, 1.0, True), (11, 1.0, False), (0, 2.0, False)]
-)
-def test_a_checkpoint_of_the_last_step_is_a_finished_run(tmp_path, max_steps, epochs, finished):
+# 72 packed rows, 16 a step: 5 steps an epoch.
+LENGTHS = [
+    pytest.param({"max_steps": 2, "epochs": 2.0, "lr_schedule": "constant"}, 2, id="fewer steps than the epochs have"),
+    pytest.param({"epochs": 1.4}, 7, id="epochs and a part"),
+    pytest.param({"max_steps": 6, "epochs": 1.0}, 6, id="more steps than the epochs have", marks=pytest.mark.slow),
+    pytest.param({"epochs": 2.0, "lr_schedule": "linear"}, 10, id="epochs", marks=pytest.mark.slow),
+    pytest.param({"epochs": 0.4, "lr_schedule": "constant"}, 2, id="a part of an epoch", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("values", "steps"), LENGTHS)
+def test_a_finished_run_is_the_same_after_each_resume(recipe, values, steps):
+    recipe = edited(recipe, rows_per_step=16, **{"max_steps": None} | values)
+    assert train(*prepare(recipe))["steps"] == steps
+    before = what_a_run_left(recipe)
+    for _ in range(2):
+        assert train(*prepare(replace(recipe, existing_run="resume")))["steps"] == steps
+        assert what_a_run_left(recipe) == before
+
+
+def what_a_run_left(recipe):
+    """The bytes of its adapter and metrics, and what run.json says but for the time and the memory of the process."""
+    folder = Path(recipe.out)
+    run = json.loads((folder / "run.json").read_text())
+    for name in ("finished", "command"):
+        del run[name]
+    for name in ("peak_gib", "allocated_bytes"):
+        del run["metrics"][name]
+    del run["recipe"]["existing_run"]
+    checkpoints = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    files = [(folder / name).read_bytes() for name in ("adapter_model.safetensors", "metrics.jsonl")]
+    return run, checkpoints, files
+
+
+@pytest.mark.parametrize(("steps", "finished"), [(9, True), (10, True), (11, False)])
+def test_a_run_is_finished_when_its_checkpoint_leaves_no_step(tmp_path, steps, finished):
     TrainerState(global_step=10, max_steps=10, num_train_epochs=1).save_to_json(str(tmp_path / "trainer_state.json"))
-    state = finished_state(tmp_path, max_steps, epochs)
+    state = finished_state(tmp_path, steps)
     assert (state is not None and state.global_step == 10) == finished
+
+
+def test_a_run_that_goes_on_beyond_its_end_learns_in_each_step(recipe):
+    recipe = edited(recipe, rows_per_step=16, max_steps=2, epochs=1.0, lr_schedule="linear", warmup_ratio=0.0)
+    train(*prepare(recipe))
+    assert train(*prepare(replace(edited(recipe, max_steps=None), existing_run="resume")))["steps"] == 5
+    rates = [entry["learning_rate"] for entry in read_metrics(Path(recipe.out)) if "loss" in entry]
+    # The first two steps fell towards the end of a run of 2 steps, the others are those of a run of 5.
+    assert [rate / recipe.train.learning_rate for rate in rates] == pytest.approx([1, 1 / 2, 3 / 5, 2 / 5, 1 / 5])
 
 
 def test_the_newest_intact_checkpoint_is_resumed_and_damaged_ones_are_removed(stopped, capsys):
