@@ -16,6 +16,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from common.cpu_quota import available_cpus, cpus_in_affinity
+
 _ENVIRONMENT = {
     # TRL reports each trainer that is built, and huggingface_hub each download, unless told not to.
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -41,6 +43,7 @@ def set_environment() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     _show_one_gpu()
+    _share_cpus()
     # On some CPUs bitsandbytes asks for a package that would download native kernels. We load none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
@@ -52,6 +55,23 @@ def _show_one_gpu() -> None:
     """
     if "LOCAL_RANK" not in os.environ:
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+
+_threads_are_ours = False  # OMP_NUM_THREADS was set here, and not by the user
+
+
+def _share_cpus() -> None:
+    """Makes torch's threads on the CPU (OpenMP's) fit beside other processes, and into a container's CPU quota.
+
+    A thread that waits for another one spins on its core 300,000 times, before it lets others run there: beside a busy
+    process a step takes up to twenty times as long. 1,000 is as fast on a quiet machine: docs/speed.md has the figures.
+    """
+    global _threads_are_ours
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "OMP_NUM_THREADS" not in os.environ and available_cpus() < cpus_in_affinity():
+        os.environ["OMP_NUM_THREADS"] = str(available_cpus())
+        _threads_are_ours = True
 
 
 def prepare_for_plan() -> None:
@@ -81,11 +101,12 @@ def quiet_transformers() -> None:
 
 
 def prepare_launcher(processes: int) -> None:
-    """Shares this machine's cores among the processes that a launcher starts here. Called by machine/launch.py.
+    """Shares the CPUs among the processes that a launcher starts here. Called by machine/launch.py.
 
     Also silences torch's own report of how they ended: the launcher prints one line instead.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    if _threads_are_ours or "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // processes))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
 
 
