@@ -1,6 +1,6 @@
 """How fast the tiny recipe trains on a CPU alone, and beside another process that computes, by how threads wait.
 
-    python -m benchmarks.busy_cpu --json benchmarks/results/busy_cpu.json    # needs a quiet machine; a quarter of an hour
+    python -m benchmarks.busy_cpu --json benchmarks/results/busy_cpu.json    # on a quiet machine; ten minutes or more
 
 common/process_state.py sets GOMP_SPINCOUNT=1000. The default of GNU's OpenMP, which torch uses, is 300,000 (libgomp
 manual, "GOMP_SPINCOUNT").
@@ -8,7 +8,6 @@ manual, "GOMP_SPINCOUNT").
 
 import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
