@@ -3,10 +3,17 @@
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.commands.flags import whole_number
 from common.recipe import Recipe, UserError
 from common.run.folder import EVAL_JSON
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+    from common.adapter.find import TrainedAdapter
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -20,38 +27,49 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
 def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     """Prints and writes the losses and sample answers of base and adapter.
 
-    Raises UserError when the run held no rows out and --data names none.
+    Raises UserError when the run kept no held-out rows and --data names none.
     """
     print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
-    from common.data.rows import load_rows
     from common.run.evaluation import compare_with_base, print_evaluation, write_evaluation
     from common.run.prompts import sample_prompts
     from common.run.report import write_report
 
     adapter = find_adapter(recipe)
     tokenizer = trained_tokenizer(adapter)
-    data, train = adapter.recipe.data, adapter.recipe.train
-    if flags.data:
-        data = replace(data, eval_source=flags.data, eval_split=data.split, revision=None)
-    if data.eval_source:  # all its rows; the training data need not be read
-        rows = replace(data, source=data.eval_source, split=data.eval_split, eval_source=None, eval_rows=0)
-        held_out = load_rows(rows, tokenizer, train.seq_len).train
-    else:
-        held_out = load_rows(data, tokenizer, train.seq_len, train.seed).evaluation
-    if held_out is None:
-        raise UserError("the run held no rows out; name a file or a hub data set: DATA=held_out.jsonl")
-    prompts = sample_prompts(held_out, tokenizer, flags.samples, train.seed)
+    rows, source = rows_to_evaluate(adapter, tokenizer, flags.data)
+    prompts = sample_prompts(rows, tokenizer, flags.samples, adapter.recipe.train.seed)
     model = load_trained(adapter)
-    print(f"with the adapter and without: the loss of {len(held_out):,} rows, {len(prompts)} answers", flush=True)
-    result = {
-        "source": data.eval_source or f"held out of {data.source}",
-        **compare_with_base(model, tokenizer, held_out, prompts),
-    }
+    print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
+    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts)}
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON
     write_evaluation(result, path)
     print(f"written to {path}")
     if not flags.json and not flags.data and adapter.run:
         print(f"and into {write_report(adapter.folder)}")
+
+
+def rows_to_evaluate(
+    adapter: "TrainedAdapter", tokenizer: "PreTrainedTokenizerFast", data: str | None
+) -> tuple["Dataset", str]:
+    """Packed rows, and their source in words: all rows of `data` where given, else those that the run held out.
+
+    Of an adapter that was trained elsewhere, whose held-out rows nobody knows: those of the recipe's eval_source.
+    """
+    from common.data.rows import load_rows
+    from common.run.held_out_rows import load_held_out_rows
+
+    spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
+    if data:
+        return load_rows(
+            replace(spec, source=data, eval_source=None, eval_rows=0, revision=None), tokenizer, seq_len
+        ).train, data
+    held_out = load_held_out_rows(adapter.folder)
+    if held_out is not None:
+        return held_out, spec.eval_source or f"held out of {spec.source}"
+    if spec.eval_source and not adapter.run:
+        whole = replace(spec, source=spec.eval_source, split=spec.eval_split, eval_source=None, eval_rows=0)
+        return load_rows(whole, tokenizer, seq_len).train, spec.eval_source
+    raise UserError(f"{adapter.folder} has no held-out rows; name a file or a hub data set: DATA=held_out.jsonl")

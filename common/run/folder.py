@@ -9,6 +9,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 RUN_JSON = "run.json"
 EVAL_JSON = "eval.json"
+HELD_OUT_ROWS = "held_out.parquet"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
@@ -21,6 +22,7 @@ RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and not
     "chat_template.jinja",
     EVAL_JSON,
     "generation_config.json",
+    HELD_OUT_ROWS,
     LOSS_PICTURE,
     METRICS,
     REPORT,

@@ -53,6 +53,7 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
     return {
         "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
         "rows": hash_rows(rows.train),
+        "held_out": hash_rows(rows.evaluation) if rows.evaluation else None,
         "versions": {name: version(name) for name in LIBRARIES},
         "plan": f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes",
         "machine": str(this_machine()),
@@ -88,7 +89,7 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
             warned.append(f"{name} was {before} and is {now}")
-    for name in sorted(old.keys() & new.keys() - {"recipe", "rows", "versions"}):
+    for name in sorted(old.keys() & new.keys() - {"recipe", "rows", "held_out", "versions"}):
         if old[name] != new[name]:
             warned.append(f"the {name} was {old[name]} and is {new[name]}")
     if refused:
@@ -98,6 +99,10 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
         )
     for line in warned:
         print(f"warning: {line}; the run goes on, and ends a little differently")
+    if old["held_out"] != new["held_out"]:
+        print(
+            "warning: other rows are held out than before: held-out losses from here on are not those of the same rows"
+        )
 
 
 def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:

@@ -22,6 +22,7 @@ from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.artefacts import save_trained
 from common.run.evaluation import compare_completions
 from common.run.folder import CHECKPOINTS, TENSORBOARD
+from common.run.held_out_rows import save_held_out_rows
 from common.run.progress import ProgressReport, draw_loss
 from common.run.prompts import sample_prompts
 from common.run.report import write_report
@@ -49,6 +50,8 @@ def train(
     checkpoint = None
     if recipe.existing_run == "resume":
         checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run)
+    if (held_out := rows.evaluation) is not None:
+        run_on_main(lambda: save_held_out_rows(held_out, folder))
     with _failures_in_words(trainer, plan, checkpoint):
         run_steps(trainer, report, checkpoint, evaluates=rows.evaluation is not None)
     if not any("loss" in entry for entry in report.history):

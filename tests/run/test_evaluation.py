@@ -82,4 +82,4 @@ def test_make_eval_of_rows_held_out_of_the_training_data(recipe, capsys):
 def test_nothing_held_out_is_one_line(adapted, capsys):
     recipe = adapted("llama")
     assert run_command("eval", "x", replace(recipe, data=replace(recipe.data, eval_rows=0)), []) == 2
-    assert "the run held no rows out; name a file" in capsys.readouterr().err
+    assert "has no held-out rows; name a file" in capsys.readouterr().err
