@@ -3,8 +3,7 @@
 Each function says where it is called. Other modules set for the whole process only
 - what they undo: signal handlers (run/stopping.py), patches of torch and sys.excepthook while counting (plan/);
 - what they add to a library: operators (kernels/), attention (model/attention.py), a table of bitsandbytes (plan/);
-- the seed of the random numbers that they draw next, the GPU of this process (machine/collectives.py), and matplotlib's
-  backend (run/progress.py).
+- the seed of the random numbers that they draw next, and the GPU of this process (machine/collectives.py).
 
 Standard library only at import: common/__init__.py imports this module before anything else.
 """
@@ -88,6 +87,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+    # matplotlib draws a box where its font lacks a letter of a run's or model's name.
+    warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 

@@ -62,7 +62,7 @@ def draw_plan(report: PlanReport, path: Path) -> None:
         f"{report.recipe.model.name} on {card.name}: the last micro-batch of an optimizer step, "
         f"{rows} × {train.seq_len:,} tokens"
     )
-    figure.suptitle(textwrap.fill(title, 108), fontweight="bold")
+    figure.suptitle(textwrap.fill(title, 108), fontweight="bold", parse_math=False)  # $ in a name is no formula
     with writing(path):
         figure.savefig(path, format="png", dpi=130)
 

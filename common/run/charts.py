@@ -57,7 +57,7 @@ def line_chart(title: str, x_label: str, curves: Sequence[Curve], *, from_zero: 
     for curve in curves:
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve.points))
         parts.append(f'<polyline class="{curve.style}" points="{line}"/>')
-        for point in curve.points if curve.dots else ():
+        for point in curve.points if curve.dots or len(curve.points) == 1 else ():  # no line shows one point
             x, y = place(*point)
             label = f"{escape(curve.name)}, {_number(point[0])}: {point[1]:.4g}"
             parts.append(

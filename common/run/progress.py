@@ -1,4 +1,4 @@
-"""What a run shows while it goes on, and keeps of it: the progress line, metrics.jsonl, loss.png."""
+"""What a run shows while it goes on, and keeps of it: the progress line, metrics.jsonl."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
 from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
-from common.run.folder import LOSS_PICTURE, METRICS
+from common.run.folder import METRICS
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -132,25 +132,3 @@ class ProgressReport(TrainerCallback):
             return
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def draw_loss(folder: Path) -> None:
-    """Draws loss.png: the training loss of each step, and the held-out loss where it was measured."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = read_metrics(folder)
-    training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
-    held_out = [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", markersize=5, label="held out")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=folder.name, ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(folder / LOSS_PICTURE, dpi=120)
-    pyplot.close(figure)

@@ -23,7 +23,8 @@ from common.run.artefacts import save_trained
 from common.run.evaluation import compare_completions
 from common.run.folder import CHECKPOINTS, TENSORBOARD
 from common.run.held_out_rows import save_held_out_rows
-from common.run.progress import ProgressReport, draw_loss
+from common.run.loss_picture import draw_loss
+from common.run.progress import ProgressReport
 from common.run.prompts import sample_prompts
 from common.run.report import write_report
 from common.run.resume import checkpoint_to_resume

@@ -148,6 +148,12 @@ def test_the_picture_is_a_png(planner, mixture, kept, tmp_path):
     assert struct.unpack(">II", content[16:24]) == (1690, 780)  # 13 x 6 inches of 130 pixels
 
 
+def test_the_name_of_a_model_is_no_formula(mixture, tmp_path):
+    model = replace(mixture.recipe.model, name="my $model_$ {x")
+    draw_plan(replace(mixture, recipe=replace(mixture.recipe, model=model)), tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 20_000
+
+
 @pytest.mark.parametrize("write", (write_json, draw_plan))
 def test_a_folder_that_is_not_there_is_named(mixture, write, tmp_path):
     with pytest.raises(UserError, match="nowhere/plan cannot be written: No such file or directory") as error:

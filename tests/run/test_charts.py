@@ -61,3 +61,8 @@ def test_many_points_become_means_and_odd_ones_are_left_out():
     assert thinned([]) == []
     assert line_chart("t", "x", [Curve("a", [(0, math.nan), (1, math.inf)], "a")]) == ""
     assert line_chart("t", "x", []) == ""
+
+
+def test_a_curve_of_one_point_is_a_dot():
+    assert "<circle" in line_chart("loss", "step", [Curve("training", [(1, 2.0)], "training")])
+    assert "<circle" not in line_chart("loss", "step", [Curve("training", [(1, 2.0), (2, 1.0)], "training")])

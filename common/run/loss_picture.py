@@ -1,0 +1,28 @@
+"""loss.png: the losses of a run as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from common.run.folder import LOSS_PICTURE
+from common.run.progress import read_metrics
+
+
+def draw_loss(folder: Path) -> None:
+    """Draws loss.png: the training loss of each step, and the held-out loss where it was measured."""
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import MaxNLocator
+
+    entries = read_metrics(folder)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if training := [(e["step"], e["loss"]) for e in entries if "loss" in e]:
+        dot: dict[str, Any] = {"marker": "o", "markersize": 5} if len(training) == 1 else {}  # no line shows one point
+        axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training", **dot)
+    if held_out := [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]:
+        axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", markersize=5, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", ylim=(0, None))
+    axes.set_title(folder.name, parse_math=False)  # $ in a name is no formula
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / LOSS_PICTURE, dpi=120)
