@@ -35,44 +35,52 @@ help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
+# The value of a variable as one word of bash: it may hold any character, and arrives as it was typed.
+define newline
+
+
+endef
+quoted = '$(subst $(newline),'$$'\n'',$(subst ','\'',$(value $(1))))'
+# "--flag=VALUE" where the variable has one. With the equals sign a value may begin with a dash.
+flag = $(if $(value $(2)),$(1)=$(call quoted,$(2)))
+
 # Each command is `python -m recipes COMMAND NAME flags`; its flags are in common/commands/COMMAND.py.
-PROCESS_FLAGS = $(if $(GPUS),--gpus "$(GPUS)") $(if $(NNODES),--nnodes "$(NNODES)" --rdzv-endpoint "$(RDZV_ENDPOINT)")
+RECIPE = $(call quoted,MODEL)
+OUT_FLAG = $(call flag,--out,OUT)
+RUN_FLAGS = $(call flag,--data,DATA) $(OUT_FLAG)
+PROCESS_FLAGS = $(call flag,--gpus,GPUS) $(call flag,--nnodes,NNODES) $(call flag,--rdzv-endpoint,RDZV_ENDPOINT)
+TARGET_FLAGS = $(OUT_FLAG) $(call flag,--base,BASE) $(call flag,--to,TO)
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
-	@$(PY) -m recipes finetune "$(MODEL)" $(PROCESS_FLAGS) $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)") $(ARGS)
+	@$(PY) -m recipes finetune $(RECIPE) $(PROCESS_FLAGS) $(RUN_FLAGS) $(ARGS)
 
 plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
-	@$(PY) -m recipes plan "$(MODEL)" $(PROCESS_FLAGS) $(if $(CARD_GIB),--card-gib "$(CARD_GIB)") $(if $(SEQ_LEN),--seq-len "$(SEQ_LEN)") \
-		$(if $(JSON),--json "$(JSON)") $(ARGS)
+	@$(PY) -m recipes plan $(RECIPE) $(PROCESS_FLAGS) $(call flag,--card-gib,CARD_GIB) $(call flag,--seq-len,SEQ_LEN) \
+		$(call flag,--json,JSON) $(ARGS)
 
 dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no download; LAYERS=2 (the default without a GPU)
-	@$(PY) -m recipes dryrun "$(MODEL)" $(PROCESS_FLAGS) $(if $(LAYERS),--layers "$(LAYERS)") $(ARGS)
-
-# The value of a variable in single quotes, for the shell: a prompt may hold any character.
-quoted = '$(subst ','\'',$(value $(1)))'
-RUN_FLAGS = "$(MODEL)" $(if $(OUT),--out "$(OUT)")
-MERGED_FOLDER = $(or $(TO),$(or $(OUT),outputs/$(subst _,-,$(MODEL)))-merged)
-TARGET_FLAGS = $(if $(BASE),--base "$(BASE)") $(if $(TO),--to "$(TO)")
+	@$(PY) -m recipes dryrun $(RECIPE) $(PROCESS_FLAGS) $(call flag,--layers,LAYERS) $(ARGS)
 
 chat: _recipe $(VENV)/.installed ## talk to what MODEL became; PROMPT="one question" answers it and ends
-	@$(PY) -m recipes chat $(RUN_FLAGS) $(if $(value PROMPT),--prompt $(call quoted,PROMPT)) $(ARGS)
+	@$(PY) -m recipes chat $(RECIPE) $(OUT_FLAG) $(call flag,--prompt,PROMPT) $(ARGS)
 
 eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss, perplexity, answers; DATA=other.jsonl
-	@$(PY) -m recipes eval $(RUN_FLAGS) $(if $(DATA),--data "$(DATA)") $(if $(JSON),--json "$(JSON)") $(ARGS)
+	@$(PY) -m recipes eval $(RECIPE) $(RUN_FLAGS) $(call flag,--json,JSON) $(ARGS)
 
 merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
-	@$(PY) -m recipes merge $(RUN_FLAGS) $(TARGET_FLAGS) $(ARGS)
+	@$(PY) -m recipes merge $(RECIPE) $(TARGET_FLAGS) $(ARGS)
 
 export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, f16 or bf16
-	@$(PY) -m recipes export $(RUN_FLAGS) $(TARGET_FLAGS) $(if $(FORMAT),--format "$(FORMAT)") $(if $(QUANT),--quant "$(QUANT)") $(ARGS)
+	@$(PY) -m recipes export $(RECIPE) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
-	@$(PY) -m recipes report $(RUN_FLAGS) $(ARGS)
+	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
 
 lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
-	@if [ ! -f "$(MERGED_FOLDER)/config.json" ]; then echo "error: there is no merged model in $(MERGED_FOLDER): make merge first" >&2; exit 2; fi
-	@echo "lm-eval loads $(MERGED_FOLDER) and runs $(TASKS); its own progress follows"
-	@$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$(MERGED_FOLDER)" --tasks "$(TASKS)" $(ARGS)
+	@model=$(if $(value TO),$(call quoted,TO),$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL)))-merged); \
+	if [ ! -f "$$model/config.json" ]; then echo "error: there is no merged model in $$model: make merge first" >&2; exit 2; fi; \
+	echo "lm-eval loads $$model and runs "$(call quoted,TASKS)"; its own progress follows"; \
+	$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$$model" --tasks $(call quoted,TASKS) $(ARGS)
 
 test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
 	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
@@ -100,7 +108,7 @@ setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
 # Runs before the set-up, which takes minutes: a mistyped MODEL fails at once.
 _recipe:
 	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
-	@$(PYTHON) -m recipes --check "$(MODEL)"
+	@$(PYTHON) -m recipes --check $(RECIPE)
 
 $(PY):
 	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi

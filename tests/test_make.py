@@ -1,6 +1,88 @@
-"""The Makefile, and make inside of make."""
+"""The Makefile: what is typed arrives as it was typed, also in a make inside of make."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
 
 from tests.run_make import OF_MAKE, VARIABLES, run_make
+
+
+@pytest.fixture
+def words(tmp_path):
+    """words(target, variables...): what make hands to `python -m recipes`, which here only writes it down."""
+    folder = tmp_path / "venv"
+    (folder / "bin").mkdir(parents=True)
+    python, heard = folder / "bin" / "python", tmp_path / "heard.json"
+    python.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open({str(heard)!r}, 'w'))\n")
+    python.chmod(0o755)
+    for name in (".installed", ".installed-dev", ".installed-eval"):
+        (folder / name).touch()
+    (folder / "bin" / "lm_eval").symlink_to(python)
+
+    def call(target: str, *variables: str) -> list[str]:
+        done = run_make(target, *variables, f"VENV={folder}", f"PYTHON={python}")
+        assert done.returncode == 0, done.stderr
+        return json.loads(heard.read_text())
+
+    return call
+
+
+ODD = [
+    "two words",
+    'it\'s "quoted" and `quoted`',
+    "v$HOME and $(HOME) and ${HOME} and $$",
+    "-x",
+    "--help",
+    "two\nlines\n\nand more",
+    "back\\slash \\",
+    "# no comment; no command && none | either > nowhere",
+    "試験 🙂 (v2) [3]*?",
+    "a=b,c",
+]
+
+
+@pytest.mark.parametrize("word", ODD)
+def test_every_word_arrives_as_it_was_typed(words, word):
+    variables = {"--prompt": "PROMPT", "--out": "OUT"}
+    heard = words("chat", *(f"{name}={word}" for name in variables.values()))
+    assert heard == ["-m", "recipes", "chat", "tiny", f"--out={word}", f"--prompt={word}"]
+
+
+FLAGS = {
+    "finetune": {
+        "DATA": "--data",
+        "OUT": "--out",
+        "GPUS": "--gpus",
+        "NNODES": "--nnodes",
+        "RDZV_ENDPOINT": "--rdzv-endpoint",
+    },
+    "plan": {"CARD_GIB": "--card-gib", "SEQ_LEN": "--seq-len", "JSON": "--json", "GPUS": "--gpus"},
+    "dryrun": {"LAYERS": "--layers", "GPUS": "--gpus"},
+    "eval": {"DATA": "--data", "OUT": "--out", "JSON": "--json"},
+    "merge": {"OUT": "--out", "BASE": "--base", "TO": "--to"},
+    "export": {"OUT": "--out", "BASE": "--base", "TO": "--to", "FORMAT": "--format", "QUANT": "--quant"},
+    "report": {"OUT": "--out"},
+}
+
+
+@pytest.mark.parametrize("target", FLAGS)
+def test_each_variable_of_a_target_becomes_its_flag(words, target):
+    heard = words(target, "MODEL=my-bot", "ARGS=--last 'two words'", *(f"{name}=$5 'x'" for name in FLAGS[target]))
+    assert heard[:4] == ["-m", "recipes", target, "my-bot"] and heard[-2:] == ["--last", "two words"]
+    assert sorted(heard[4:-2]) == sorted(f"{flag}=$5 'x'" for flag in FLAGS[target].values())
+    assert words(target) == ["-m", "recipes", target, "tiny"]
+
+
+def test_lm_eval_takes_the_folder_that_was_typed(words, tmp_path):
+    for name in ("my $run (v2)-merged", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    heard = words("lm-eval", f"OUT={tmp_path}/my $run (v2)", "TASKS=gsm8k")
+    assert heard[heard.index("--model_args") + 1] == f"pretrained={tmp_path}/my $run (v2)-merged"
+    heard = words("lm-eval", f"TO={tmp_path}/elsewhere", "TASKS=gsm8k")
+    assert heard[heard.index("--model_args") + 1] == f"pretrained={tmp_path}/elsewhere"
 
 
 def test_the_flags_and_variables_of_an_outer_make_stay_outside(monkeypatch):

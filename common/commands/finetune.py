@@ -12,6 +12,7 @@ from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
 from common.run.folder import prepare_run_folder
+from common.run.provenance import make_command
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +33,9 @@ def run_finetune(recipe: Recipe, flags: argparse.Namespace) -> int | None:
 
 
 def _resume_command(flags: argparse.Namespace) -> str:
-    out = f' OUT="{flags.out}"' if flags.out else ""
-    data = f' DATA="{flags.data}"' if flags.data else ""
-    gpus = f" GPUS={os.environ['WORLD_SIZE']}" if "WORLD_SIZE" in os.environ else ""
-    return f"make finetune MODEL={flags.recipe_name}{gpus}{data}{out} ARGS=--resume"
+    variables = {"MODEL": flags.recipe_name, "GPUS": os.environ.get("WORLD_SIZE"), "DATA": flags.data, "OUT": flags.out}
+    steps = ["--max-steps", str(flags.max_steps)] if flags.max_steps is not None else []
+    return make_command("finetune", variables, [*steps, "--resume"])
 
 
 def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> int | None:

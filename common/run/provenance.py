@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from common import REPOSITORY
@@ -12,23 +13,30 @@ MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT"}  # the Makefile's variables 
 
 
 def command_line(arguments: list[str] | None = None) -> str:
-    """The command that repeats this run: through make where it was started so, else as it was typed.
+    """The command that repeats this run, for a shell: through make where it was started so, else as it was typed.
 
     arguments: those of the process; None takes sys.argv.
     """
     program, *flags = arguments or sys.argv
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
+    if flags[0] == "finetune" and len(flags) > 1:
+        del flags[0]
     name, *flags = flags
-    processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
-    command, rest = [f"MODEL={name}", *([f"GPUS={processes}"] if processes != "1" else [])], []
+    variables, rest = {"MODEL": name, "GPUS": os.environ.get("WORLD_SIZE", "1").removeprefix("1")}, []
     while flags:
-        flag = flags.pop(0)
-        if flag in MAKE_VARIABLES and flags:
-            command.append(f"{MAKE_VARIABLES[flag]}={flags.pop(0)}")
+        flag, is_word, value = flags.pop(0).partition("=")
+        if flag in MAKE_VARIABLES and (is_word or flags):
+            variables[MAKE_VARIABLES[flag]] = value if is_word else flags.pop(0)
         elif flag not in ("--resume", "--overwrite"):  # whoever repeats the run begins anew
-            rest.append(flag)
-    return shlex.join(["make", "finetune", *command, *([f"ARGS={shlex.join(rest)}"] if rest else [])])
+            rest.append(flag + is_word + value)
+    return make_command("finetune", variables, rest)
+
+
+def make_command(target: str, variables: Mapping[str, str | None], arguments: Sequence[str]) -> str:
+    """A line for the shell. Variables without a value are left out; the arguments become ARGS."""
+    words = [f"{name}={value}" for name, value in variables.items() if value]
+    return shlex.join(["make", target, *words, *([f"ARGS={shlex.join(arguments)}"] if arguments else [])])
 
 
 def code_version() -> dict[str, str]:
