@@ -9,6 +9,7 @@ Standard library only at import: common/__init__.py imports this module before a
 """
 
 import gc
+import io
 import logging
 import os
 import sys
@@ -117,6 +118,15 @@ def silence_stdout() -> None:
     Called by machine/collectives.py in every process but the first, which prints for all.
     """
     sys.stdout = open(os.devnull, "w")
+
+
+def accept_any_bytes() -> None:
+    """Reads bytes that are no text from a pipe as lone surrogates. Called by commands/chat.py.
+
+    In a UTF-8 locale Python otherwise raises where it reads them, and loses the lines behind them.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(errors="surrogateescape")
 
 
 def make_deterministic() -> None:

@@ -78,6 +78,7 @@ class Chat:
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError("the model has no chat template: it is a base model, which does not take part in a chat")
+        refuse_other_bytes(self.system)
         self.chat_format = ChatFormat(self.tokenizer)
         self.positions = self.model.config.max_position_embeddings
         self.model.set_attn_implementation("sdpa")  # common.model.attention has no key-value cache
@@ -91,9 +92,10 @@ class Chat:
     def ask(self, text: str, show: Callable[[str], None]) -> str:
         """Asks the model, and adds question and answer to the conversation. Returns the answer.
 
-        show: called with each piece of the answer. Ctrl-C ends the answer where it is. Raises UserError when the
-        template refuses the conversation, or when it is too long; the question is forgotten then.
+        show: called with each piece of the answer. Ctrl-C ends the answer where it is. Raises UserError when the text
+        is not text, when the template refuses the conversation, or when it is too long; the question is forgotten then.
         """
+        refuse_other_bytes(text)
         self.turns.append(Message("user", text))
         try:
             prompt = self.chat_format.prompt_ids(self.conversation)
@@ -127,7 +129,7 @@ class Chat:
             )
 
     def run_slash_command(self, line: str) -> str:
-        """Runs a line of HELP's, which begins with a slash. Returns what to print."""
+        """Runs a line of HELP's, which begins with a slash. Returns what to print. Raises UserError as ask."""
         name, _, rest = line.partition(" ")
         if name == "/reset":
             self.turns.clear()
@@ -136,10 +138,22 @@ class Chat:
             self.adapter_on = not self.adapter_on
             return "the adapter is on" if self.adapter_on else "the adapter is off: this is the base model"
         if name == "/system":
+            refuse_other_bytes(rest)
             self.turns.clear()
             self.system = rest.strip()
             return f"from now on: {self.system}" if self.system else "no system message"
         return HELP if name == "/help" else f"there is no {name}\n{HELP}"
+
+
+def refuse_other_bytes(text: str) -> None:
+    """Raises UserError for what was typed as bytes that are not UTF-8. Python has a lone surrogate for each of them."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"what was typed is not UTF-8 text, from character {error.start + 1} on: {text!r:.60}. Set the terminal to "
+            "UTF-8, or convert: iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
@@ -157,16 +171,19 @@ def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
         except KeyboardInterrupt:  # the user gives up the line
             print()
             continue
+        except UnicodeDecodeError:
+            print("error: what was typed is not UTF-8 text")
+            continue
         if line in ("/quit", "/exit"):
             return
         if not line:
             continue
-        if line.startswith("/"):
-            print(chat.run_slash_command(line))
-            continue
         try:
-            chat.ask(line, show)
-            print("\n")
+            if line.startswith("/"):
+                print(chat.run_slash_command(line))
+            else:
+                chat.ask(line, show)
+                print("\n")
         except UserError as error:
             print(f"error: {error}")
 

@@ -151,3 +151,12 @@ def build_modelfile(
         sampling = {"temperature": 0}
     lines += [f"PARAMETER {name} {value}" for name, value in sampling.items() if value is not None]
     return "\n".join(lines) + "\n"
+
+
+def ollama_name(name: str) -> str:
+    """A name that ollama accepts for a model: of ASCII letters, digits, single dots, - and _; at most 80 of them.
+
+    Source: github.com/ollama/ollama, types/model/name.go. "model" where nothing of `name` is left.
+    """
+    kept = re.sub(r"[^a-zA-Z0-9_.-]+|\.{2,}", "-", name)[:80].strip("-_.")
+    return kept or "model"

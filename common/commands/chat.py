@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import sys
 
+from common.process_state import accept_any_bytes
 from common.recipe import Recipe
 
 
@@ -32,6 +33,7 @@ def run_chat(recipe: Recipe, flags: argparse.Namespace) -> None:
     chat = Chat(model, tokenizer, sampling, flags.system, adapter_on=not flags.base)
     if flags.prompt is None:
         print(f"{adapter.recipe.model.name} with the adapter in {adapter.folder}")
+        accept_any_bytes()
         talk(chat)
         return
     chat.ask(flags.prompt, show)

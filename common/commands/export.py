@@ -1,6 +1,7 @@
 """`make export`: writes GGUF files, of the merged model or of the adapter alone, and what ollama needs."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,11 +53,12 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
     from common.adapter.gguf import GgufModel
     from common.adapter.load import trained_tokenizer
     from common.adapter.merge import MergedWeights
-    from common.adapter.ollama import build_modelfile
+    from common.adapter.ollama import build_modelfile, ollama_name
 
     weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
-    for_ollama, file = flags.format == "ollama", _file_name(name, flags)
+    for_ollama = flags.format == "ollama"
+    file = _file_name(ollama_name(name), flags)
     if for_ollama:  # before the weights are merged: a template that ollama cannot express is refused here
         context = min(MAX_OLLAMA_CONTEXT, weights.config.max_position_embeddings)
         modelfile = build_modelfile(file, tokenizer, weights.generation_config(), context)
@@ -68,7 +70,8 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
             weights.write_made_from(path / MADE_FROM)
     print(f"the merged model is in {target}; {describe_peak()}")
     if for_ollama:
-        print(f"ollama create {name} -f {target}/Modelfile && ollama run {name}")
+        modelfile_path = shlex.quote(str(target / "Modelfile"))
+        print(f"ollama create {ollama_name(name)} -f {modelfile_path} && ollama run {ollama_name(name)}")
 
 
 def _write_lora(adapter: "TrainedAdapter", target: Path, name: str, flags: argparse.Namespace) -> None:

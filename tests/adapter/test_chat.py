@@ -20,7 +20,6 @@ from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT
-from tests.run_make import run_make
 
 TEA = "Start a tea timer, 1 minute."
 CALL = '{"tool":"timer","label":"tea","minutes":1}'
@@ -183,15 +182,39 @@ def test_a_prompt_for_scripts_gives_the_answer_alone(finetuned, capfd):
     assert capfd.readouterr().out == BASE_SAYS + "\n"
 
 
-def test_make_hands_a_prompt_over_as_it_is():
-    """Quotes, dollars and backticks: nothing is expanded on the way. make -n shows the command."""
-    prompt = """Don't say "hi" to `whoami` for $5"""
-    shown = run_make("-n", "chat", f"PROMPT={prompt}", "VENV=/nowhere").stdout
-    line = next(line for line in shown.splitlines() if "recipes chat" in line)
-    echoed = subprocess.run(
-        ["bash", "-c", "printf '%s\\n' " + line.split(" -m ", 1)[1]], capture_output=True, text=True
-    )
-    assert echoed.stdout.splitlines()[-1] == prompt
+def test_a_line_that_cannot_be_decoded_is_given_up(chat, capsys):
+    lines = iter([UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "invalid"), EOFError()])
+
+    def read(prompt):
+        raise next(lines)
+
+    talk(chat, read)
+    assert "error: what was typed is not UTF-8 text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["caf\udce9", "/system caf\udce9"])
+def test_bytes_that_are_no_text_are_said_and_the_conversation_goes_on(chat, capsys, line):
+    out = said(chat, TEA, line, "/reset", TEA, capsys=capsys)
+    assert "error: what was typed is not UTF-8 text, from character " in out and "iconv -f LATIN1 -t UTF-8" in out
+    assert out.count(CALL) == 2
+    assert chat.system == "" and len(chat.turns) == 2
+
+
+def test_a_system_message_of_bytes_that_are_no_text_is_refused(parts):
+    with pytest.raises(UserError, match="not UTF-8 text, from character 4 on"):
+        Chat(*parts, system="caf\udce9")
+
+
+@pytest.mark.slow  # two processes that import and load
+def test_bytes_that_are_no_text_in_a_real_process(finetuned):
+    command = [sys.executable, "-m", "recipes", "chat", "tiny", "--out", str(finetuned[1]), "--temperature", "0"]
+    typed = b"caf\xe9 ol\xe9\n" + TEA.encode() + b"\n"
+    done = subprocess.run(command, input=typed, capture_output=True, cwd=ROOT, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    assert b"error: what was typed is not UTF-8 text, from character 4 on" in done.stdout
+    assert CALL.encode() in done.stdout
+    done = subprocess.run([*command, b"--prompt=caf\xe9"], capture_output=True, cwd=ROOT)
+    assert done.returncode == 2 and b"error: what was typed is not UTF-8" in done.stderr and not done.stdout
 
 
 @pytest.mark.slow  # a terminal of its own, and the imports: ten seconds

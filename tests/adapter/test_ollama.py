@@ -1,6 +1,7 @@
 """Chat templates in ollama's words, rendered by Go's own template engine where Go is installed (in CI)."""
 
 import json
+import shlex
 import shutil
 import subprocess
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from common.adapter.ollama import build_modelfile, parse_template
+from common.adapter.ollama import build_modelfile, ollama_name, parse_template
 from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
@@ -152,6 +153,31 @@ def test_a_modelfile_names_what_ends_an_answer_and_how_it_is_drawn():
     assert lines[-2:] == ["PARAMETER temperature 0.6", "PARAMETER top_p 0.9"] or "PARAMETER top_p 0.9" in lines
     greedy = build_modelfile("x", tokenizer, GenerationConfig(), 10).splitlines()
     assert greedy[-1] == "PARAMETER temperature 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "accepted"),
+    [
+        ("tiny", "tiny"),
+        ("Llama-3.1_8b", "Llama-3.1_8b"),
+        ("My Run (v2)", "My-Run-v2"),
+        ('it\'s $5 "run"', "it-s-5-run"),
+        ("../..x", "x"),
+        ("a..b", "a-b"),
+        ("試験", "model"),
+        ("x" * 245, "x" * 80),
+    ],
+)
+def test_a_run_of_any_name_gets_a_name_that_ollama_accepts(name, accepted):
+    assert ollama_name(name) == accepted
+
+
+def test_the_command_for_ollama_can_be_pasted(finetuned, tmp_path, capsys):
+    target = tmp_path / "it's (v2)"
+    flags = ["--format", "ollama", "--quant", "f16", "--to", str(target)]
+    assert run_command("export", "tiny", replace(RECIPE, out=str(finetuned[1])), flags) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("ollama create"))
+    assert shlex.split(line)[4:7] == [str(target / "Modelfile"), "&&", "ollama"]
 
 
 def test_the_folder_is_ready_for_ollama(finetuned, tmp_path, capsys):
