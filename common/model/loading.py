@@ -34,6 +34,7 @@ from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 
 TINY = REPOSITORY / "models" / "tiny"
+DEFAULT_TEMPLATE = "default"  # transformers' name of a model's template where it has several
 MIN_ANNOUNCED_BYTES = 1 << 30  # a smaller model loads within a few seconds
 # Tokens that exist in our models' vocabularies and that no chat template uses, in the order of preference.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "[PAD]", "<pad>", "<unk>")
@@ -61,8 +62,26 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
         if not path.is_file():
             raise UserError(f"ModelSpec.chat_template: there is no file {path}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = _choose_template(tokenizer.chat_template, spec.name)
     _set_pad_token(tokenizer, spec.name)
     return tokenizer
+
+
+def _choose_template(templates: dict[str, str], name: str) -> str:
+    """The template "default" of several named ones, as transformers takes where no tools are given. Prints which.
+
+    Raises UserError where none has that name. Whatever comes later sees one template.
+    """
+    if DEFAULT_TEMPLATE not in templates:
+        raise UserError(
+            f"{name} has {len(templates)} chat templates ({', '.join(sorted(templates))}) and none is the default; "
+            "write the one to train with into a file: ModelSpec(chat_template='my_template.jinja')"
+        )
+    others = ", ".join(sorted(templates.keys() - {DEFAULT_TEMPLATE}))
+    if others:
+        print(f"of the chat templates of {name} the default one is taken, not {others}")
+    return templates[DEFAULT_TEMPLATE]
 
 
 def _set_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,45 @@ def test_a_template_of_ones_own(small_llama, tmp_path):
         load_tokenizer(ModelSpec(str(small_llama), chat_template="nowhere.jinja"))
 
 
+TOOLS = "{{ 'tools' }}"
+
+
+def with_templates(base, folder, names, where):
+    """A copy of a model with its chat template under the first name, and TOOLS under the others."""
+    shutil.copytree(base, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    named = dict.fromkeys(names, TOOLS) | {names[0]: template}
+    (folder / "chat_template.jinja").unlink()
+    if where == "tokenizer_config.json":
+        path = folder / where
+        entries = [{"name": name, "template": text} for name, text in named.items()]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": entries}))
+    else:
+        (folder / where).mkdir()
+        for name, text in named.items():
+            path = folder / ("chat_template.jinja" if name == "default" else f"{where}/{name}.jinja")
+            path.write_text(text)
+    return ModelSpec(str(folder)), template
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "additional_chat_templates"])
+def test_of_several_templates_the_default_one_is_taken_and_said(small_llama, tmp_path, capsys, where):
+    spec, template = with_templates(small_llama, tmp_path / "m", ["default", "tool_use", "rag"], where)
+    assert load_tokenizer(spec).chat_template == template
+    assert (
+        f"of the chat templates of {spec.name} the default one is taken, not rag, tool_use" in capsys.readouterr().out
+    )
+
+
+def test_of_several_templates_without_a_default_none_is_taken(small_llama, tmp_path):
+    spec, _ = with_templates(small_llama, tmp_path / "m", ["chat", "tool_use"], "tokenizer_config.json")
+    with pytest.raises(UserError, match=r"has 2 chat templates \(chat, tool_use\) and none is the default"):
+        load_tokenizer(spec)
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}<|end|>")
+    chosen = replace(spec, chat_template=str(tmp_path / "mine.jinja"))
+    assert load_tokenizer(chosen).chat_template == "{{ messages[0].content }}<|end|>"
+
+
 def test_a_folder_without_tokenizer_says_so(small_llama, tmp_path):
     shutil.copytree(small_llama, tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
     with pytest.raises(UserError, match="has no tokenizer"):
@@ -182,6 +222,7 @@ def test_a_folder_without_tokenizer_says_so(small_llama, tmp_path):
 
 HOST_MEMORY = """
 import threading, time
+from dataclasses import replace
 from pathlib import Path
 import torch
 from common.model.loading import load_4bit

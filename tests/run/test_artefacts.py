@@ -1,9 +1,15 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from common.run.artefacts import save_adapter
+from common.run.folder import prepare_run_folder
 from common.run.training import train
+from tests.model.test_loading import with_templates
 from tests.run.test_training import prepare
 
 
@@ -12,6 +18,16 @@ def test_pitfall_4_the_saved_generation_config_stops_at_the_end_of_a_turn(recipe
     saved = GenerationConfig.from_pretrained(recipe.out)
     assert tokenizer.convert_tokens_to_ids("<|end|>") in saved.eos_token_id
     assert saved.pad_token_id not in saved.eos_token_id
+
+
+def test_a_run_on_a_model_with_several_templates_leaves_one_and_can_go_on(recipe, small_llama, tmp_path):
+    spec, template = with_templates(small_llama, tmp_path / "m", ["default", "tool_use"], "tokenizer_config.json")
+    recipe = replace(recipe, model=spec, train=replace(recipe.train, max_steps=1))
+    train(*prepare(recipe))
+    assert (Path(recipe.out) / "chat_template.jinja").read_text() == template
+    assert "chat_template" not in json.loads((Path(recipe.out) / "tokenizer_config.json").read_text())
+    prepare_run_folder(recipe.out, "resume")
+    prepare_run_folder(recipe.out, "overwrite")
 
 
 def test_an_adapter_is_written_without_what_peft_leaves_beside_it(recipe, tmp_path):
