@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.load import attach_adapter
+from common.adapter.load import attach_adapter, trained_tokenizer
 from common.adapter.trained_base import find_trained_base
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
 from common.model.config import load_config
+from common.model.integrity import refuse_other_names
 from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
 from common.model.safetensors_files import (
     Entry,
@@ -48,7 +49,7 @@ class MergedWeights:
     `original`, the original weights are taken instead. `packed` has the names of the weights that the base's files hold
     in 4 bits, `quantised` of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's
     adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as find_trained_base,
-    load_config and attach_adapter.
+    load_config, refuse_other_names and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
@@ -65,6 +66,7 @@ class MergedWeights:
         self.config.dtype = torch.float32
         self.stored = SafetensorsFolder(self.folder)
         base = self._base_skeleton()
+        refuse_other_names(spec, self.folder, (name for name, _ in base.named_parameters()))
         linears = {f"{name}.weight" for name in names_of_4bit_linears(base)}
         self.skeleton = attach_adapter(base, adapter, self.device).eval()
         self.packed = {
@@ -100,15 +102,12 @@ class MergedWeights:
                 entries.append(entry)
         return narrow_to_16_bits(split_into_files(entries), dtype)
 
-    def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device.
-
-        rows: only these rows, of a tensor that is not 4-bit.
-        """
+    def base(self, name: str) -> Tensor:
+        """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device."""
         if name in self.packed:
             weight, state = read_4bit(self.stored, name, self.device)
             return dequantize(weight, state).to(self.dtype).float()
-        tensor = self.stored.read(name, rows).to(self.device, self.dtype)
+        tensor = self.stored.read(name).to(self.device, self.dtype)
         if name in self.quantised:
             tensor = dequantize(*quantize(tensor))
         return tensor.float()
@@ -195,14 +194,22 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
 def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
     """Copies the base's tokenizer files, which every tool can read; where it has none, those that the run saved.
 
-    Chat template and generation config are the run's, where it has them; else the base's.
+    Chat template and generation config are the run's, where it has them; else the base's. The template is written once,
+    as chat_template.jinja: some programs read that file, and others tokenizer_config.json.
     """
     ours = weights.adapter.folder
     source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    for name in ("chat_template.jinja", "generation_config.json"):
-        found = next((place / name for place in (ours, weights.folder) if (place / name).exists()), None)
-        if found:
-            shutil.copyfile(found, folder / name)
+    template = trained_tokenizer(weights.adapter).chat_template
+    config = folder / "tokenizer_config.json"
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if config.exists():
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values.pop("chat_template", None)
+            config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = [place for place in (ours, weights.folder) if (place / "generation_config.json").exists()]
+    if found:
+        shutil.copyfile(found[0] / "generation_config.json", folder / "generation_config.json")

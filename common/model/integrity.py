@@ -1,11 +1,12 @@
 """Refuses weights that are missing, pickled, cut short or damaged, before anything is loaded."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.model.file_hash import hub_sha256, remembered_sha256
 from common.model.safetensors_files import read_header
 from common.model.weight_files import INDEX, SINGLE, weight_files
-from common.recipe import UserError
+from common.recipe import ModelSpec, UserError
 
 
 def check_safetensors(folder: Path) -> None:
@@ -34,6 +35,20 @@ def check_safetensors(folder: Path) -> None:
             if tensor in place_of:
                 raise UserError(f"{folder} holds {tensor} twice, in {place_of[tensor]} and {file}: download it again")
             place_of[tensor] = file
+
+
+def refuse_other_names(spec: ModelSpec, folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError unless the folder's files have a tensor for each of a model's parameters under its own name.
+
+    transformers loads some other names too, such as those without "model." at the front; nothing else here does.
+    """
+    stored = {tensor for file in weight_files(folder) for tensor in read_header(folder / file)[1]}
+    missing = sorted(set(names) - stored)
+    if missing:
+        raise UserError(
+            f"{spec.name} has no tensor {missing[0]}, and {len(missing) - 1} more are missing or have other names than "
+            "transformers writes: load it with transformers and save it again"
+        )
 
 
 def check_complete(path: Path) -> None:

@@ -22,6 +22,7 @@ from common.machine.device import Machine
 from common.model.config import is_4bit_checkpoint
 from common.model.loading import load_whole_model
 from common.model.weight_files import weight_files
+from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -31,6 +32,7 @@ class LayerLoader:
     """Gives the tensors of a base model by name, in fp32, as the model computes with them after load_4bit."""
 
     def __init__(self, spec: ModelSpec, config: PretrainedConfig, folder: Path, machine: Machine) -> None:
+        quiet_transformers(also_on_terminal=True)  # a bar for each layer
         self.spec, self.config, self.machine = spec, config, machine
         self.file_of: dict[str, Path] = {}
         for name in weight_files(folder):
@@ -46,10 +48,11 @@ class LayerLoader:
         module, key = self._find(name)
         if module is None:
             return self.read_stored(name, rows).to(self.machine.dtype).float()
-        value = module.get_parameter(key)
+        value: Any = module.get_parameter(key)
         if isinstance(module, Linear4bit) and key == "weight":
             value = bnb.dequantize_4bit(value.data, value.quant_state)
-        return value.to(self.machine.dtype).float()
+        tensor: Tensor = value.to(self.machine.dtype).float()
+        return tensor
 
     def read_stored(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
         """A tensor, or rows of it, in the dtype of its file, on the machine's device. Raises UserError as `read`."""

@@ -27,6 +27,7 @@ from common.model.base_hash import read_base_record
 from common.model.config import is_4bit_checkpoint, load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.hollow_model import build_hollow_model
+from common.model.integrity import refuse_other_names
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
 from common.model.tensor_source import WeightsOrigin, random_state
@@ -158,6 +159,8 @@ def load_whole_model(
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
+    if isinstance(weights, Path):
+        refuse_other_names(spec, weights, (name for name, _ in model.named_parameters()))
     _prepare_4bit_modules(model, spec, machine)
     return model
 
