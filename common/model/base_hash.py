@@ -1,5 +1,6 @@
 """What identifies a base model: the sha256 of each of its files. A run records it, and what comes after compares."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def base_hash(folder: Path) -> dict[str, str]:
 
 def read_base_record(folder: Path) -> BaseRecord:
     """Hashes the base in a folder, and reads its commit off the name that the hub's cache gives the folder."""
-    return BaseRecord(base_hash(folder), folder.name if folder.parent.name == "snapshots" else None)
+    is_snapshot = folder.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", folder.name)
+    return BaseRecord(base_hash(folder), folder.name if is_snapshot else None)
 
 
 def base_record(model: nn.Module) -> BaseRecord | None:
