@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from common.model.file_hash import hub_sha256, remembered_sha256
-from common.model.safetensors_files import read_header
+from common.model.safetensors_files import read_header, tensor_names
 from common.model.weight_files import INDEX, SINGLE, weight_files
 from common.recipe import ModelSpec, UserError
 
@@ -42,12 +42,22 @@ def refuse_other_names(spec: ModelSpec, folder: Path, names: Iterable[str]) -> N
 
     transformers loads some other names too, such as those without "model." at the front; nothing else here does.
     """
-    stored = {tensor for file in weight_files(folder) for tensor in read_header(folder / file)[1]}
-    missing = sorted(set(names) - stored)
+    missing = sorted(set(names) - tensor_names(folder))
     if missing:
         raise UserError(
             f"{spec.name} has no tensor {missing[0]}, and {len(missing) - 1} more are missing or have other names than "
             "transformers writes: load it with transformers and save it again"
+        )
+
+
+def refuse_other_quantization(spec: ModelSpec, folder: Path, *, is_4bit: bool) -> None:
+    """Raises UserError unless the files hold 4-bit weights just if config.json says so. is_4bit: what it says."""
+    stored = any(".quant_state.bitsandbytes__" in name for name in tensor_names(folder))
+    if stored != is_4bit:
+        in_files, in_config = ("4 bits", "no quantization") if stored else ("16 or 32 bits", "4 bits")
+        raise UserError(
+            f"the files of {spec.name} hold weights of {in_files}, and its config.json says {in_config} "
+            "(quantization_config): they do not belong together, download the model again"
         )
 
 

@@ -27,7 +27,7 @@ from common.model.base_hash import read_base_record
 from common.model.config import is_4bit_checkpoint, load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.hollow_model import build_hollow_model
-from common.model.integrity import refuse_other_names
+from common.model.integrity import refuse_other_names, refuse_other_quantization
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
 from common.model.tensor_source import WeightsOrigin, random_state
@@ -97,6 +97,8 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
     stored_in_4bit = is_4bit_checkpoint(config, spec)
     quantizes = spec.bits == 4 and not stored_in_4bit
+    if isinstance(weights, Path):
+        refuse_other_quantization(spec, weights, is_4bit=stored_in_4bit)
     record = read_base_record(weights) if isinstance(weights, Path) else None
     announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
     if layout.sharded:

@@ -132,6 +132,11 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     return 8 + length, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
 
 
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the folder's files, which must be complete."""
+    return {tensor for file in weight_files(folder) for tensor in read_header(folder / file)[1]}
+
+
 def split_into_files(entries: list[Entry]) -> list[SafetensorsFile]:
     """Files of at most MAX_FILE_BYTES with the entries in their order, named as transformers names them."""
     groups: list[list[Entry]] = [[]]
