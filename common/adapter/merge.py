@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -192,17 +193,22 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
 
 
 def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
-    """Copies the base's tokenizer files, which every tool can read; where it has none, those that the run saved.
+    """Copies the base's tokenizer files, which every tool can read, if they have the tokens that the run trained with;
+    else those that the run saved.
 
     Chat template and generation config are the run's, where it has them; else the base's. The template is written once,
     as chat_template.jinja: some programs read that file, and others tokenizer_config.json.
     """
-    ours = weights.adapter.folder
-    source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours
+    ours, tokenizer = weights.adapter.folder, trained_tokenizer(weights.adapter)
+    of_base = weights.folder / "tokenizer.json"
+    fits = of_base.exists() and Tokenizer.from_file(str(of_base)).get_vocab() == tokenizer.get_vocab()
+    source = weights.folder if fits else ours
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    template = trained_tokenizer(weights.adapter).chat_template
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # by name; "default" is the one of a chat without tools
+        template = template.get("default")
     config = folder / "tokenizer_config.json"
     if isinstance(template, str):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -25,16 +25,16 @@ def weight_files(folder: Path) -> list[str]:
         others = sorted(path.name for path in folder.glob("*.safetensors") if SHARD.fullmatch(path.name))
         if others and not (folder / SINGLE).is_file():
             raise UserError(f"{folder} has {others[0]} and no {INDEX}: download that file too")
-        origin = f"without a {INDEX}"
+        origin, remedy = f"without a {INDEX}", "the others"
     else:
         files = named
         others = [] if SINGLE in named else named
-        origin = f"that {INDEX} names"
+        origin, remedy = f"that {INDEX} names", f"{INDEX} and its files"
     if others and (folder / SINGLE).is_file():
         there = "" if any((folder / name).is_file() for name in others) else ", not one of which is there"
         raise UserError(
             f"{folder} holds two models: {SINGLE}, and {_count(others)} {origin}{there}. Remove the one that is not "
-            f"meant: {SINGLE}, or {INDEX} and its files"
+            f"meant: {SINGLE}, or {remedy}"
         )
     _refuse_other_weights(folder)
     return files

@@ -206,6 +206,14 @@ def test_a_base_that_changes_between_merge_and_check_is_found(adapted, small_mod
         check_merged(find_adapter(recipe), folder)
 
 
+def test_the_tokenizer_of_the_run_is_taken_where_the_base_has_other_tokens(adapted, tmp_path):
+    recipe = adapted("llama")
+    saved = Path(recipe.out) / "tokenizer.json"
+    saved.write_text(saved.read_text().replace("<|user|>", "<|human|>"))
+    folder = merged(recipe, tmp_path / "merged")
+    assert (folder / "tokenizer.json").read_bytes() == saved.read_bytes()
+
+
 def test_the_template_of_the_run_is_the_only_one(adapted, small_model, tmp_path):
     """Also where base and adapter have theirs in tokenizer_config.json, as older libraries wrote it."""
     base = tmp_path / "base"
