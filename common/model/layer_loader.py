@@ -96,14 +96,15 @@ class LayerLoader:
 
     @contextmanager
     def _open(self, names: list[str]) -> Iterator[dict[str, Any]]:
-        """Parts of open files by name, each of which reads its tensor, or rows of it, when it is indexed.
+        """Parts of open files by name, each of which gives its tensor, or rows of it, when it is indexed.
 
-        The files are read and not mapped: the pages of a mapped file count as memory of the process.
+        The files are mapped, and only for as long as they are open: mapped pages count as memory of the process. The
+        library's other way, `pread`, would read a whole tensor for each row.
         """
         missing = next((name for name in names if name not in self.file_of), None)
         if missing is not None:
             raise UserError(f"{self.spec.name} is incomplete: {missing} is missing")
-        files = {path: safe_open(path, framework="pt", backend="pread") for path in {self.file_of[n] for n in names}}
+        files = {path: safe_open(path, framework="pt") for path in {self.file_of[n] for n in names}}
         yield {name: files[self.file_of[name]].get_slice(name) for name in names}
 
 
