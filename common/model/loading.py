@@ -135,7 +135,7 @@ def load_whole_model(
 ) -> PreTrainedModel:
     """The model as transformers' from_pretrained loads it. quantizes: to NF4, from 16 or 32 bits.
 
-    Raises UserError when the weights do not fit the card, cannot be read, or are incomplete.
+    Raises UserError when the weights do not fit the card, cannot be read, are incomplete, or do not fit the config.
     """
     arguments: dict[str, Any] = {
         "config": config,
