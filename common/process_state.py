@@ -94,9 +94,9 @@ def quiet_libraries() -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def quiet_transformers() -> None:
-    """Hides transformers' progress bars, except on a terminal. Called where a model is loaded."""
-    if not sys.stderr.isatty():
+def quiet_transformers(*, also_on_terminal: bool = False) -> None:
+    """Hides transformers' progress bars; those on a terminal only if asked. Called where a model is loaded."""
+    if also_on_terminal or not sys.stderr.isatty():
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()

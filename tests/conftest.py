@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from common.machine.device import Machine
+from common.model import file_hash
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
@@ -91,6 +92,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if reporter and "PYTEST_XDIST_WORKER" not in os.environ:
         reporter.write_line(tiers.get(expression, f"the tests that are marked {expression or 'in any way'}"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def notes_of_hashes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The sha256 of the models that tests make are remembered outside the repository."""
+    file_hash.NOTES = tmp_path_factory.mktemp("sha256")
 
 
 quiet_libraries()

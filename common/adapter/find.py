@@ -48,6 +48,9 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
             raise UserError(
                 f"the adapter in {folder} was trained on {trained_on}, and the recipe says {recipe.model.name}"
             )
+    commit = (run.get("base") or {}).get("commit")
+    if commit:  # the branch that the recipe names may have moved on since
+        ran = replace(ran, model=replace(ran.model, revision=commit))
     expected = run.get("adapter_sha256")
     if expected and expected != sha256_of(folder / ADAPTER_WEIGHTS):
         raise UserError(

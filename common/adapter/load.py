@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
+from common.adapter.trained_base import find_trained_base
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
@@ -22,8 +23,10 @@ def trained_tokenizer(adapter: TrainedAdapter) -> PreTrainedTokenizerFast:
 def load_trained(adapter: TrainedAdapter) -> PeftModel:
     """Loads the 4-bit base and puts the adapter on it. In eval mode; inside `disable_adapter()` it is the base alone.
 
-    Raises UserError as load_4bit and attach_adapter.
+    Raises UserError as find_trained_base, load_4bit and attach_adapter.
     """
+    if adapter.recipe.model.weights == "pretrained":
+        find_trained_base(adapter)
     model = load_4bit(adapter.recipe.model)
     peft_model = attach_adapter(model, adapter, model.device)
     saved = adapter.folder / "generation_config.json"

@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.load import attach_adapter
+from common.adapter.load import attach_adapter, trained_tokenizer
+from common.adapter.trained_base import find_trained_base
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
 from common.model.config import load_config
-from common.model.download import model_folder
+from common.model.integrity import refuse_other_names
 from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
 from common.model.safetensors_files import (
     Entry,
@@ -47,8 +49,8 @@ class MergedWeights:
     Where the run's model had 4 bits, its linear layers are quantised and dequantised as `load_4bit` does; with
     `original`, the original weights are taken instead. `packed` has the names of the weights that the base's files hold
     in 4 bits, `quantised` of those that were 4-bit when the adapter was trained. Raises UserError for a dry run's
-    adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as model_folder,
-    load_config and attach_adapter.
+    adapter, which has no base; for `original` of a checkpoint that holds only 4-bit weights; and as find_trained_base,
+    load_config, refuse_other_names and attach_adapter.
     """
 
     def __init__(self, adapter: TrainedAdapter, *, original: bool = False) -> None:
@@ -60,11 +62,12 @@ class MergedWeights:
         machine = this_machine()
         self.adapter, self.device = adapter, machine.device
         self.dtype = adapter.dtype or machine.dtype  # of the weights that were quantised, and of the compute
-        self.folder = model_folder(spec, weights=True)
+        self.folder = find_trained_base(adapter)
         self.config = load_config(spec, self.folder)
         self.config.dtype = torch.float32
         self.stored = SafetensorsFolder(self.folder)
         base = self._base_skeleton()
+        refuse_other_names(spec, self.folder, (name for name, _ in base.named_parameters()))
         linears = {f"{name}.weight" for name in names_of_4bit_linears(base)}
         self.skeleton = attach_adapter(base, adapter, self.device).eval()
         self.packed = {
@@ -100,15 +103,12 @@ class MergedWeights:
                 entries.append(entry)
         return narrow_to_16_bits(split_into_files(entries), dtype)
 
-    def base(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device.
-
-        rows: only these rows, of a tensor that is not 4-bit.
-        """
+    def base(self, name: str) -> Tensor:
+        """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device."""
         if name in self.packed:
             weight, state = read_4bit(self.stored, name, self.device)
             return dequantize(weight, state).to(self.dtype).float()
-        tensor = self.stored.read(name, rows).to(self.device, self.dtype)
+        tensor = self.stored.read(name).to(self.device, self.dtype)
         if name in self.quantised:
             tensor = dequantize(*quantize(tensor))
         return tensor.float()
@@ -118,35 +118,15 @@ class MergedWeights:
 
         Raises UserError when it has values that are not finite.
         """
-        module = self._adapted(name)
+        module = self.adapted(name)
         tensor = self.base(name) if module is not None or name in self.quantised else self.stored.read(name)
         if module is not None:
-            module.base_layer.weight = nn.Parameter(tensor, requires_grad=False)
-            module.merge()
-            tensor = module.base_layer.weight.data
-            module.base_layer.weight = nn.Parameter(tensor.to("meta"), requires_grad=False)  # frees the memory
-            module.merged_adapters = []  # so that the module can merge again
+            tensor = merge_into(module, tensor)
         if not all(part.isfinite().all() for part in tensor.split(FINITE_CHECK_ROWS)):
             raise UserError(f"{name} of the merged model is not finite: the adapter or the base is damaged")
         return tensor
 
-    def rounded(self, name: str, rows: slice | list[int] | None = None) -> Tensor:
-        """Computes what a tensor of the merged model should be: rounded to the files' dtype, then fp32.
-
-        It uses LoRA's formula, W + scale * B A, not PEFT's merge that it is compared with; for DoRA, PEFT's merge too.
-        rows: only these rows, of a tensor that the adapter does not change.
-        """
-        module = self._adapted(name)
-        if module is None:
-            tensor = self.base(name, rows) if name in self.quantised else self.stored.read(name, rows).to(self.device)
-        elif self.adapter.config.use_dora:
-            tensor = self.merged(name)
-        else:
-            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
-            tensor = self.base(name) + module.scaling["default"] * (b @ a)
-        return tensor.to(self.dtype_of[name]).float()
-
-    def _adapted(self, name: str) -> Any:
+    def adapted(self, name: str) -> Any:
         """Finds the module whose weight has this name; None where the adapter does not change it."""
         owner, _, kind = name.rpartition(".")
         with contextlib.suppress(AttributeError):  # no module has the tensor: older files hold rotary frequencies
@@ -174,6 +154,16 @@ class MergedWeights:
         path.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
 
 
+def merge_into(module: Any, weight: Tensor) -> Tensor:
+    """The sum of a weight and the adapter that the module of a skeleton holds for it, as PEFT merges them."""
+    module.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    module.merge()
+    merged: Tensor = module.base_layer.weight.data
+    module.base_layer.weight = nn.Parameter(merged.to("meta"), requires_grad=False)  # frees the memory
+    module.merged_adapters = []  # so that the module can merge again
+    return merged
+
+
 def _report_reading(entries: Sequence[Entry]) -> Iterator[Entry]:
     """Yields the entries, and prints how far their reader is when it is slow."""
     with report_slow_work("reading the 4-bit base", len(entries), "tensors") as work:
@@ -193,6 +183,7 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
         write_files(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)  # the name of the base's file or index
     config.pop("torch_dtype", None)  # the older name of `dtype`
     largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
@@ -202,16 +193,29 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
 
 
 def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
-    """Copies the base's tokenizer files, which every tool can read; where it has none, those that the run saved.
+    """Copies the base's tokenizer files, which every tool can read, if they have the tokens that the run trained with;
+    else those that the run saved.
 
-    Chat template and generation config are the run's, where it has them; else the base's.
+    Chat template and generation config are the run's, where it has them; else the base's. The template is written once,
+    as chat_template.jinja: some programs read that file, and others tokenizer_config.json.
     """
-    ours = weights.adapter.folder
-    source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours
+    ours, tokenizer = weights.adapter.folder, trained_tokenizer(weights.adapter)
+    of_base = weights.folder / "tokenizer.json"
+    fits = of_base.exists() and Tokenizer.from_file(str(of_base)).get_vocab() == tokenizer.get_vocab()
+    source = weights.folder if fits else ours
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    for name in ("chat_template.jinja", "generation_config.json"):
-        found = next((place / name for place in (ours, weights.folder) if (place / name).exists()), None)
-        if found:
-            shutil.copyfile(found, folder / name)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # by name; "default" is the one of a chat without tools
+        template = template.get("default")
+    config = folder / "tokenizer_config.json"
+    if isinstance(template, str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if config.exists():
+            values = json.loads(config.read_text(encoding="utf-8"))
+            values.pop("chat_template", None)
+            config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = [place for place in (ours, weights.folder) if (place / "generation_config.json").exists()]
+    if found:
+        shutil.copyfile(found[0] / "generation_config.json", folder / "generation_config.json")

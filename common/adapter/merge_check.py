@@ -1,10 +1,12 @@
 """Checks that the merged model is the trained one: both read a few prompts, and their next-token distributions agree.
 
-Each model runs a layer at a time, so that the check needs the memory of one layer.
+Each model runs a layer at a time, so that the check needs the memory of one layer. The trained model's base comes
+through the loader of a run (common.model.layer_loader), which shares no code that reads weights with the merge.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
 from common.adapter.load import trained_tokenizer
-from common.adapter.merge import MergedWeights
+from common.adapter.merge import MergedWeights, merge_into
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
+from common.machine.device import this_machine
 from common.machine.slow_work import WorkDone, report_slow_work
+from common.model.config import load_config
+from common.model.layer_loader import LayerLoader
 from common.model.safetensors_files import SafetensorsFolder
 from common.recipe import UserError
 
@@ -110,9 +115,14 @@ def compare(
         return merged.read(name, rows).to(weights.device).float()
 
     prompts = [prompt[:MAX_CHECKED_TOKENS] for prompt in prompts]
+    machine = replace(this_machine(), device=weights.device, dtype=weights.dtype)
+    base = LayerLoader(
+        weights.adapter.recipe.model, load_config(weights.adapter.recipe.model, weights.folder), weights.folder, machine
+    )
     trained = _plain_model(weights) if rounded else weights.skeleton.get_base_model()
+    read_trained = partial(_round, weights, base) if rounded else base.read
     with report_slow_work("self-check", 2 * weights.config.num_hidden_layers, "layers") as work:
-        trained_logits = _logits(trained, weights.rounded if rounded else weights.base, prompts, work)
+        trained_logits = _logits(trained, read_trained, prompts, work)
         merged_logits = _logits(_plain_model(weights), read_merged, prompts, work)
     kl, same = 0.0, 0
     for ours, theirs in zip(trained_logits, merged_logits, strict=True):
@@ -120,6 +130,23 @@ def compare(
         kl += (p.exp() * (p - q)).sum().item()
         same += int(ours.argmax() == theirs.argmax())
     return Agreement(kl / len(trained_logits), same, len(trained_logits))
+
+
+def _round(weights: MergedWeights, base: LayerLoader, name: str, rows: slice | list[int] | None = None) -> Tensor:
+    """Computes what a tensor of the merged model should be: rounded to the files' dtype, then fp32.
+
+    It uses LoRA's formula, W + scale * B A, not PEFT's merge that it is compared with; for DoRA, PEFT's merge too.
+    rows: only these rows, of a tensor outside the layers.
+    """
+    module = weights.adapted(name)
+    if module is None:
+        tensor = base.read(name, rows) if base.is_4bit(name) else base.read_stored(name, rows)
+    elif weights.adapter.config.use_dora:
+        tensor = merge_into(module, base.read(name))
+    else:
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        tensor = base.read(name) + module.scaling["default"] * (b @ a)
+    return tensor.to(weights.dtype_of[name]).float()
 
 
 def _plain_model(weights: MergedWeights) -> Any:

@@ -1,10 +1,12 @@
 """Finds a model's folder: a local one as it is, one of the hub in the hub's cache, downloaded where it is missing."""
 
+import contextlib
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -13,12 +15,11 @@ from huggingface_hub.errors import (
 
 from common.machine.hub import TransportError
 from common.model.integrity import check_safetensors
+from common.model.weight_files import INDEX, SINGLE, weight_files
 from common.recipe import ModelSpec, UserError
 
 SMALL_FILES = ["config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja"]
-SMALL_FILES += ["vocab.json", "merges.txt", "added_tokens.json"]
-# Not "*.safetensors": some repositories hold the same weights twice (Mistral's consolidated.safetensors).
-WEIGHT_FILES = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+SMALL_FILES += ["vocab.json", "merges.txt", "added_tokens.json", INDEX]  # the index says which files to download
 
 
 def model_folder(spec: ModelSpec, *, weights: bool) -> Path:
@@ -30,10 +31,29 @@ def model_folder(spec: ModelSpec, *, weights: bool) -> Path:
     if not folder.is_dir():
         if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
             raise UserError(f"there is no folder {spec.name}, and it is no hub id (owner/name) either")
-        folder = _download(spec, SMALL_FILES + (WEIGHT_FILES if weights else []))
+        folder = _download(spec, SMALL_FILES)
+        if weights:
+            folder = _download(spec, SMALL_FILES + _weights_on_hub(spec, folder))
     if weights:
         check_safetensors(folder)
     return folder
+
+
+def _weights_on_hub(spec: ModelSpec, folder: Path) -> list[str]:
+    """The weight files to download, by the index in `folder`. Some repositories hold other weights beside them.
+
+    Raises UserError when the hub has two models in one repository, before either is downloaded.
+    """
+    files = weight_files(folder)
+    if SINGLE in files or all((folder / file).is_file() for file in files):
+        return files
+    with contextlib.suppress(HfHubHTTPError, OfflineModeIsEnabled, TransportError, OSError):  # _download reports it
+        if HfApi().file_exists(spec.name, SINGLE, revision=folder.name):
+            raise UserError(
+                f"{spec.name} holds two models on the hub: {SINGLE}, and what {INDEX} names. Download one: "
+                f"hf download {spec.name} --exclude {SINGLE} --local-dir my_model, and ModelSpec('my_model')"
+            )
+    return files
 
 
 def _download(spec: ModelSpec, patterns: list[str]) -> Path:

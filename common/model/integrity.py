@@ -1,38 +1,64 @@
 """Refuses weights that are missing, pickled, cut short or damaged, before anything is loaded."""
 
-import contextlib
-import re
+from collections.abc import Iterable
 from pathlib import Path
 
-from common.machine.disk import format_bytes, sha256_of
-from common.machine.slow_work import report_slow_work
-from common.model.safetensors_files import INDEX, list_files, read_header
-from common.recipe import UserError
-
-VERIFIED_NOTES = Path(".cache") / "checked"  # an empty file for each blob whose sha256 was right
+from common.model.file_hash import hub_sha256, remembered_sha256
+from common.model.safetensors_files import read_header, tensor_names
+from common.model.weight_files import INDEX, SINGLE, weight_files
+from common.recipe import ModelSpec, UserError
 
 
 def check_safetensors(folder: Path) -> None:
-    """Raises UserError unless the folder's weights are complete safetensors files, and as the hub has them."""
-    index = folder / INDEX
-    try:
-        files = list_files(folder)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{index} is damaged: {error}; download it again") from error
+    """Raises UserError unless the folder holds one model, in complete safetensors files, and as the hub has them."""
+    files = weight_files(folder)
     missing = [file for file in files if not (folder / file).is_file()]
-    if missing and not index.exists():
+    if missing == [SINGLE] and not (folder / INDEX).is_file():
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         if pickled:
             raise UserError(
                 f"{folder} has only pickled weights ({pickled[0]}), which can run code when they are opened; "
                 "take a model with safetensors, or convert it: https://huggingface.co/spaces/safetensors/convert"
             )
-        raise UserError(f"{folder} has no weights: there is no model.safetensors and no model.safetensors.index.json")
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        raise UserError(
+            f"{folder} has no weights: there is no {SINGLE} and no {INDEX}"
+            + (f"; {others[0]} is another format or variant" if others else "")
+        )
     if missing:
         raise UserError(f"{folder} lacks {len(missing)} of {len(files)} weight files, first {missing[0]}")
+    place_of: dict[str, str] = {}
     for file in files:
         check_complete(folder / file)
         _check_content(folder / file)
+        for tensor in read_header(folder / file)[1]:
+            if tensor in place_of:
+                raise UserError(f"{folder} holds {tensor} twice, in {place_of[tensor]} and {file}: download it again")
+            place_of[tensor] = file
+
+
+def refuse_other_names(spec: ModelSpec, folder: Path, names: Iterable[str]) -> None:
+    """Raises UserError unless the folder's files have a tensor for each of a model's parameters under its own name.
+
+    transformers loads some other names too, such as those without "model." at the front; nothing else here does.
+    """
+    missing = sorted(set(names) - tensor_names(folder))
+    if missing:
+        raise UserError(
+            f"{spec.name} has no tensor {missing[0]}, and {len(missing) - 1} more are missing or have other names than "
+            "transformers writes: load it with transformers and save it again"
+        )
+
+
+def refuse_other_quantization(spec: ModelSpec, folder: Path, *, is_4bit: bool) -> None:
+    """Raises UserError unless the files hold 4-bit weights just if config.json says so. is_4bit: what it says."""
+    stored = any(".quant_state.bitsandbytes__" in name for name in tensor_names(folder))
+    if stored != is_4bit:
+        in_files, in_config = ("4 bits", "no quantization") if stored else ("16 or 32 bits", "4 bits")
+        raise UserError(
+            f"the files of {spec.name} hold weights of {in_files}, and its config.json says {in_config} "
+            "(quantization_config): they do not belong together, download the model again"
+        )
 
 
 def check_complete(path: Path) -> None:
@@ -52,21 +78,7 @@ def check_complete(path: Path) -> None:
 
 
 def _check_content(path: Path) -> None:
-    """Raises UserError unless a file in the hub's cache has the sha256 that the hub gave it as its name.
-
-    Each file is read once, at a GiB a second or so; a note in VERIFIED_NOTES saves the second time.
-    """
-    blob = path.resolve()
-    if not path.is_symlink() or not re.fullmatch("[0-9a-f]{64}", blob.name):
-        return
-    status = blob.stat()
-    note = VERIFIED_NOTES / f"{blob.name}-{status.st_size}-{status.st_mtime_ns}"
-    if note.exists():
-        return
-    with report_slow_work(f"checking {path.name} ({format_bytes(status.st_size)}), once"):
-        sha256 = sha256_of(blob)
-    if sha256 != blob.name:
-        raise UserError(f"{path} is damaged: it is not what the hub has. Delete {blob} and run again")
-    with contextlib.suppress(OSError):  # without the note the file is checked again next time
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    """Raises UserError unless a file in the hub's cache has the sha256 that the hub gave it as its name."""
+    expected = hub_sha256(path)
+    if expected is not None and remembered_sha256(path) != expected:
+        raise UserError(f"{path} is damaged: it is not what the hub has. Delete {path.resolve()} and run again")

@@ -23,13 +23,15 @@ from common.machine.layout import ONE_PROCESS, Layout
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
+from common.model.base_hash import read_base_record
 from common.model.config import is_4bit_checkpoint, load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.hollow_model import build_hollow_model
+from common.model.integrity import refuse_other_names, refuse_other_quantization
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
-from common.model.safetensors_files import list_files
 from common.model.tensor_source import WeightsOrigin, random_state
+from common.model.weight_files import first_file, weight_files
 from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 
@@ -114,13 +116,17 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
     stored_in_4bit = is_4bit_checkpoint(config, spec)
     quantizes = spec.bits == 4 and not stored_in_4bit
+    if isinstance(weights, Path):
+        refuse_other_quantization(spec, weights, is_4bit=stored_in_4bit)
+    record = read_base_record(weights) if isinstance(weights, Path) else None
     announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine)
     else:
-        model = _load_whole_model(spec, config, weights, machine, quantizes=quantizes)
-        _prepare_4bit_modules(model, spec, machine)
+        with _show_loading(spec):
+            model = load_whole_model(spec, config, weights, machine, quantizes=quantizes)
     fuse_head_and_loss(model)
+    model.base_record = record
     # The model's name on the hub, not its folder in the cache: PEFT writes it into the adapter's config.
     model.config._name_or_path = model.name_or_path = spec.name
     return model
@@ -138,17 +144,17 @@ def _find_weights(spec: ModelSpec, machine: Machine) -> tuple[PretrainedConfig, 
 
 def _count_files_and_bytes(weights: WeightsOrigin) -> tuple[int, int]:
     if isinstance(weights, Path):
-        sizes = [(weights / file).stat().st_size for file in list_files(weights)]
+        sizes = [(weights / file).stat().st_size for file in weight_files(weights)]
         return len(sizes), sum(sizes)
     return 0, sum(tensor.shape.numel() * tensor.dtype.itemsize for tensor in weights.values())
 
 
-def _load_whole_model(
+def load_whole_model(
     spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine, *, quantizes: bool
 ) -> PreTrainedModel:
-    """The model as transformers' from_pretrained loads it.
+    """The model as transformers' from_pretrained loads it. quantizes: to NF4, from 16 or 32 bits.
 
-    Raises UserError when the weights do not fit the card, cannot be read, or are incomplete.
+    Raises UserError when the weights do not fit the card, cannot be read, are incomplete, or do not fit the config.
     """
     arguments: dict[str, Any] = {
         "config": config,
@@ -159,23 +165,24 @@ def _load_whole_model(
     }
     if quantizes:
         arguments["quantization_config"] = quantization_config(machine.dtype)
-    with _show_loading(spec):
-        if isinstance(weights, dict):
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, state_dict=weights, **arguments
+    if isinstance(weights, dict):
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **arguments)
+    else:
+        config.transformers_weights = first_file(weights)
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                weights, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
             )
-        else:
-            try:
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    weights, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
-                )
-            except torch.OutOfMemoryError as error:
-                raise UserError(f"{spec.name} does not fit the memory that is free on {machine.name}") from error
-            except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"{spec.name} does not fit the memory that is free on {machine.name}") from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
         raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
+    if isinstance(weights, Path):
+        refuse_other_names(spec, weights, (name for name, _ in model.named_parameters()))
+    _prepare_4bit_modules(model, spec, machine)
     return model
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from common.machine.disk import format_bytes
+from common.model.weight_files import INDEX, SINGLE, weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # Names of safetensors' format (huggingface.co/docs/safetensors, "Format") that a model of ours may hold.
 DTYPES = {
     "F64": torch.float64,
@@ -80,7 +79,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files, self.places = [], dict[str, tuple[Path, int]]()
-        for file in list_files(folder):
+        for file in weight_files(folder):
             start, header = read_header(folder / file)
             entries = [Entry(name, DTYPES[part["dtype"]], tuple(part["shape"])) for name, part in header.items()]
             self.files.append(SafetensorsFile(file, tuple(entries)))
@@ -114,17 +113,6 @@ def _read(path: Path, offset: int, entry: Entry) -> Tensor:
     return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
 
 
-def list_files(folder: Path) -> list[str]:
-    """Names of the files that hold the folder's weights, whether they are there or not.
-
-    Raises ValueError, KeyError or AttributeError when the index is damaged.
-    """
-    index = folder / INDEX
-    if not index.exists():
-        return [SINGLE]
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
 def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
     """Where the data of a file begins, in bytes, and the header's entry of each tensor, in the order of the data.
 
@@ -142,6 +130,11 @@ def read_header(path: Path) -> tuple[int, dict[str, dict[str, Any]]]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return 8 + length, dict(sorted(header.items(), key=lambda item: item[1]["data_offsets"]))
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors in the folder's files, which must be complete."""
+    return {tensor for file in weight_files(folder) for tensor in read_header(folder / file)[1]}
 
 
 def split_into_files(entries: list[Entry]) -> list[SafetensorsFile]:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from common.data.rows import Rows
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of
+from common.model.base_hash import base_record
 from common.model.lora import trainable_params
 from common.plan.plan import Plan
 from common.recipe import Recipe
@@ -67,6 +68,7 @@ def write_run_json(
     samples: list[dict[str, str]],
 ) -> None:
     """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
+    base = base_record(model)
     run = {
         "recipe": dataclasses.asdict(recipe),
         "plan": dataclasses.asdict(plan),
@@ -75,6 +77,7 @@ def write_run_json(
             | {"tokens": r.tokens, "trained_tokens": r.trained_tokens, "faults": dict(r.fault_counts)}
             for r in rows.reports
         ],
+        "base": None if base is None else dataclasses.asdict(base),
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
         "machine": str(this_machine()),

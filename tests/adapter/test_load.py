@@ -1,5 +1,6 @@
 """A trained adapter on its base gives what plain PEFT gives."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def test_an_adapter_that_does_not_fit_the_base_names_what_does_not(copy, small_m
     for name in ("adapter_config.json", "run.json"):
         path = Path(copy.out) / name
         path.write_text(path.read_text().replace(copy.model.name, str(other)))
+    run = json.loads((Path(copy.out) / "run.json").read_text())
+    (Path(copy.out) / "run.json").write_text(json.dumps(run | {"base": None}))  # of a version that did not record it
     with pytest.raises(UserError, match="does not fit .*: base_model.* is 4x128, and the base needs|is .*and the base"):
         load_trained(find_adapter(replace(copy, model=ModelSpec(str(other)))))
 

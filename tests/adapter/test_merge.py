@@ -2,6 +2,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,57 @@ def test_a_merge_that_went_wrong_is_found_and_nothing_is_kept(adapted, tmp_path,
     assert run_command("merge", "x", recipe, ["--to", str(tmp_path / "merged")]) == 2
     assert "the merged model is not the trained one, and nothing was kept: KL" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_merge_of_other_weights_than_the_run_loads_is_found(adapted, tmp_path, monkeypatch, capsys):
+    """The disk shows an older model to whoever reads the base with Python, as the merge does, and not to the library's
+    own reader, as a run does. Nothing but the check can tell."""
+    recipe = adapted("llama")
+    base, older, right = Path(recipe.model.name), tmp_path / "older.safetensors", Path.open
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.05 for name, tensor in tensors.items()}, older, {"format": "pt"})
+
+    def opened(path: Path, *mode: Any, **options: Any) -> Any:
+        return right(older if path == base / "model.safetensors" else path, *mode, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert run_command("merge", "x", recipe, ["--to", str(tmp_path / "merged")]) == 2
+    assert "the merged model is not the trained one, and nothing was kept: KL" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_base_that_changes_between_merge_and_check_is_found(adapted, small_model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(small_model("llama", initializer_range=0.05), base)
+    recipe = adapted("llama", base=base)
+    folder = merged(recipe, tmp_path / "merged")
+    check_merged(find_adapter(recipe), folder)
+    changed = {name: tensor * 1.05 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(changed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="is not the trained one, .* Rounding does not explain it: KL"):
+        check_merged(find_adapter(recipe), folder)
+
+
+def test_the_tokenizer_of_the_run_is_taken_where_the_base_has_other_tokens(adapted, tmp_path):
+    recipe = adapted("llama")
+    saved = Path(recipe.out) / "tokenizer.json"
+    saved.write_text(saved.read_text().replace("<|user|>", "<|human|>"))
+    folder = merged(recipe, tmp_path / "merged")
+    assert (folder / "tokenizer.json").read_bytes() == saved.read_bytes()
+
+
+def test_the_template_of_the_run_is_the_only_one(adapted, small_model, tmp_path):
+    """Also where base and adapter have theirs in tokenizer_config.json, as older libraries wrote it."""
+    base = tmp_path / "base"
+    shutil.copytree(small_model("llama"), base)
+    recipe = adapted("llama", base=base)
+    for folder, template in ((base, "{{ 'of the base' }}"), (Path(recipe.out), "{{ 'of the run' }}")):
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    folder = merged(recipe, tmp_path / "merged")
+    assert (folder / "chat_template.jinja").read_text() == "{{ 'of the run' }}"
+    assert "chat_template" not in json.loads((folder / "tokenizer_config.json").read_text())
 
 
 def test_the_check_asks_what_the_run_was_asked(adapted):

@@ -120,6 +120,40 @@ def test_a_model_is_downloaded_and_loaded(hub):
     assert load_4bit(ModelSpec(NAME), FP32).config._name_or_path == NAME
 
 
+def test_what_is_loaded_from_the_hub_is_known_by_commit_and_hash(hub):
+    record = load_4bit(ModelSpec(NAME), FP32).base_record
+    assert record.commit == COMMIT
+    wanted = {name: content for name, content in hub.files.items() if name in record.sha256}
+    assert record.sha256 == {name: hashlib.sha256(content).hexdigest() for name, content in wanted.items()}
+    assert shard(hub) in record.sha256
+
+
+def test_only_the_weights_that_the_index_names_are_downloaded(hub):
+    other = hub.files[shard(hub)]
+    others = ["consolidated.safetensors", "model.fp16.safetensors", "model-fp16.safetensors", "pytorch_model.bin"]
+    hub.files |= dict.fromkeys([*others, "model-00001-of-00099.safetensors"], other)
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    index = json.loads(hub.files["model.safetensors.index.json"])
+    assert {path.name for path in folder.glob("*model*.*")} == {
+        *index["weight_map"].values(),
+        "model.safetensors.index.json",
+    }
+
+
+def test_two_models_in_one_repository_are_refused_before_they_are_downloaded(hub):
+    hub.files["model.safetensors"] = hub.files[shard(hub)]
+    message = refusal()
+    assert message.startswith(f"{NAME} holds two models on the hub: model.safetensors, and what model.safetensors.ind")
+    assert f"hf download {NAME} --exclude model.safetensors --local-dir my_model" in message
+    assert not any(path.endswith(".safetensors") for method, path, _ in hub.requests if method == "GET")
+
+
+def test_two_models_in_the_cache_are_refused(hub):
+    folder = model_folder(ModelSpec(NAME), weights=True)
+    (folder / "model.safetensors").write_bytes(hub.files[shard(hub)])  # as another program may have downloaded it
+    assert refusal().startswith(f"{folder} holds two models: model.safetensors, and model-00001-of-")
+
+
 def shard(hub: Hub) -> str:
     return next(name for name in sorted(hub.files) if name.startswith("model-00002"))
 
