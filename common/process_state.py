@@ -9,6 +9,7 @@ Each function says where it is called. Other modules set for the whole process o
 Standard library only at import: common/__init__.py imports this module before anything else.
 """
 
+import csv
 import gc
 import logging
 import os
@@ -70,6 +71,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def allow_large_csv_cells(limit: int) -> None:
+    """Allows cells of up to `limit` characters in a CSV file, not only 128 KiB. Called before one is read."""
+    csv.field_size_limit(limit)
 
 
 def quiet_transformers() -> None:
