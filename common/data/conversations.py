@@ -39,7 +39,7 @@ _WITHOUT_SHAPE = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(
 _WITHOUT_SHAPE |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}  # variation selectors
 
 
-def _is_blank(text: str) -> bool:
+def is_blank(text: str) -> bool:
     """Returns whether nothing of the text can be seen: only blanks, control, zero-width and other such characters."""
     return not text.strip() or all(
         c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or ord(c) in _WITHOUT_SHAPE for c in text
@@ -52,7 +52,7 @@ def _require_text(value: Any, name: str) -> str:
         value = _join_parts(value, name)
     if not isinstance(value, str):
         raise BadRow(f"{name} is {'missing' if value is None else 'not text'}")
-    if _is_blank(value):
+    if is_blank(value):
         raise BadRow(f"{name} is {'of invisible characters alone' if value.strip() else 'empty'}")
     try:
         value.encode("utf-8")
@@ -141,7 +141,7 @@ def _from_prompt_completion(row: Row) -> Conversation:
 
 def _from_alpaca(row: Row) -> Conversation:
     user, extra = _require_text(row["instruction"], "instruction"), row.get("input")
-    if extra is not None and not (isinstance(extra, str) and _is_blank(extra)):
+    if extra is not None and not (isinstance(extra, str) and is_blank(extra)):
         user += f"\n\n{_require_text(extra, 'input')}"
     return (Message("user", user), Message("assistant", _require_text(row["output"], "output")))
 

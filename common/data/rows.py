@@ -67,22 +67,25 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
     elif count := min(spec.eval_rows, len(examples) // 10):
         training, held_out = _hold_out(training, count, seed)
     rows = Rows(pack(training, seq_len), pack(held_out, seq_len) if held_out else None, reports)
-    fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
-    held = f", {len(held_out):,} held out" if held_out else ""
-    lines = [
-        f"  {len(training):,} examples packed into {len(rows.train):,} rows of {seq_len:,} tokens, {fill}{held}",
-        f"  for example: {mark_trained(examples[0], tokenizer)}",
-    ]
-    if held_out and (shared := count_shared(held_out, training)):
-        lines.append(
-            f"  warning: {shared:,} of the {len(held_out):,} held-out examples are also among the training ones: "
-            "the held-out loss looks better than it is"
-        )
+    example = f"  for example: {mark_trained(examples[0], tokenizer)}"
+    lines = [*_packing_lines(rows, training, held_out, seq_len), example]
     print("\n".join(lines))
     if folder is not None:
         metadata = {"lines": lines, "reports": [vars(report) for report in reports]}
         save_cached(folder, rows.train, rows.evaluation, metadata)
     return rows
+
+
+def _packing_lines(rows: Rows, training: pa.Table, held_out: pa.Table | None, seq_len: int) -> list[str]:
+    fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
+    held = f", {len(held_out):,} held out" if held_out else ""
+    lines = [f"  {len(training):,} examples packed into {len(rows.train):,} rows of {seq_len:,} tokens, {fill}{held}"]
+    if held_out and (shared := count_shared(held_out, training)):
+        lines.append(
+            f"  warning: {shared:,} of the {len(held_out):,} held-out examples are also among the training ones: "
+            "the held-out loss looks better than it is"
+        )
+    return lines
 
 
 def _rows_from_cache(folder: Path) -> Rows | None:
