@@ -42,8 +42,9 @@ def match_keys(names: tuple[str, ...]) -> MatchedKeys | None:
             if there.issuperset(known.keys):
                 read = [key for key in (*known.keys, *known.optional) if key in folded]
                 for key in read:
-                    if folded.count(key) > 1:
-                        raise BadRow(f"{key!r} is there more than once, in any case and with any blanks; leave one")
+                    if (count := folded.count(key)) > 1:
+                        found = [name for name, same in zip(names, folded, strict=True) if same == key]
+                        raise BadRow(f"{count} keys could be {key!r}: {found!r:.80}; leave one")
                 return MatchedKeys(known.name, {key: folded.index(key) for key in read})
     return None
 

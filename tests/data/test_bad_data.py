@@ -150,7 +150,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     # .json
     "an object for a list": ("a.json", GOOD, "{path} holds one dict; a .json file is a list of objects"),
     "two lists in .json": ("a.json", "[" + GOOD + "]\n[" + GOOD + "]", "{path}:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
-    "a key twice in another case": ("a.json", '[{"text": "a", "Text": "b"}]', "'text' is there more than once, in any case and with any blanks; leave one ({path}, entry 1)"),
+    "a key twice in another case": ("a.json", '[{"text": "a", "Text": "b"}]', "2 keys could be 'text': ['text', 'Text']; leave one ({path}, entry 1)"),
     "a .json in Latin-1": ("a.json", '["caf\xe9"]'.encode("latin-1"), "{path} is not UTF-8 (byte 5); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.json"),
     "a list cut short": ("a.json", "[" + GOOD + ",\n", "{path}:2: invalid JSON"),
     "a list of texts": ("a.json", '["a", "b"]', "not a JSON object ({path}, entry 1 and 1 more)"),
@@ -167,9 +167,9 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "no header": ("a.csv", "Hello;Hi\nHow?;So.\n", "{path}: no format has the columns of its first line: 'Hello', 'Hi' (delimiter ';')"),
     "another delimiter than sep= says": ("a.csv", "sep=,\nprompt;completion\na;b\n", "'prompt;completion' (delimiter ',')"),
     "two delimiters that fit": ("a.csv", "text,a;text\nb,c;d\n", "{path}: its header can be read as ['text', 'a;text'] and as ['text,a', 'text']; name the delimiter"),
-    "a column twice": ("a.csv", "prompt,completion,completion\na,b,c\n", "{path}: its header: 'completion' is there more than once"),
-    "a column twice in another case": ("a.csv", "prompt;completion; Prompt\na;b;c\n", "{path}: its header: 'prompt' is there more than once"),
-    "an optional column twice": ("a.csv", "instruction,input,output,Input\na,b,c,d\n", "{path}: its header: 'input' is there more than once"),
+    "a column twice": ("a.csv", "prompt,completion,completion\na,b,c\n", "{path}: its header: 2 keys could be 'completion': ['completion', 'completion']; leave one"),
+    "a column twice in another case": ("a.csv", "prompt;completion; Prompt\na;b;c\n", "{path}: its header: 2 keys could be 'prompt': ['prompt', ' Prompt']; leave one"),
+    "an optional column twice": ("a.csv", "instruction,input,output,Input\na,b,c,d\n", "{path}: its header: 2 keys could be 'input'"),
     "a header alone": ("a.csv", "prompt,completion\n", "{path} holds no rows"),
     "an empty cell": ("a.csv", "prompt,completion\na,\n", "completion is empty ({path}:2)"),
     "a CSV in Latin-1": ("a.csv", "prompt,completion\na,caf\xe9\n".encode("latin-1"), "{path} is not UTF-8 (line 2); if Excel saved it, convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.csv"),
@@ -181,7 +181,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "numbers in Parquet": ("a.parquet", parquet([{"prompt": 1, "completion": 2}]), "prompt is not text ({path}, row 1)"),
     "nulls in Parquet": ("a.parquet", parquet([{"text": None}]), "text is missing ({path}, row 1)"),
     "other columns in Parquet": ("a.parquet", parquet([{"promt": "a", "completion": "b"}]), "{path}: no format has its columns: 'promt', 'completion'; name them messages, or"),
-    "a column twice in another case in Parquet": ("a.parquet", parquet([{"text": "a", "TEXT": "b"}]), "{path}: its columns: 'text' is there more than once"),
+    "a column twice in another case in Parquet": ("a.parquet", parquet([{"text": "a", "TEXT": "b"}]), "{path}: its columns: 2 keys could be 'text': ['text', 'TEXT']; leave one"),
     "a Parquet file without rows": ("a.parquet", parquet([]), "{path} holds no rows"),
 }  # fmt: skip
 

@@ -81,7 +81,7 @@ def messages(*pairs: tuple[str, object]) -> dict:
         ({"messages": "3"}, "the messages are not a list"),
         ({"conversations": '[{"from": "human"}'}, "the messages are text, invalid JSON"),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "prompt is a list, and not of parts"),
-        ({"prompt": "a", "Prompt": "b", "completion": "c"}, "'prompt' is there more than once"),
+        ({"prompt": "a", "Prompt": "b", "completion": "c"}, "2 keys could be 'prompt'"),
         ({"messages": ["Hello"]}, "a message is not an object"),
         (messages(("user", "a")), "the last turn is not the assistant's"),
         (messages(("system", "a")), "the last turn is not the assistant's"),

@@ -67,7 +67,7 @@ def test_every_type_of_text_is_read(tmp_path, kind):
 
 
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
-    with pytest.raises(UserError, match="its columns: 'completion' is there more than once"):
+    with pytest.raises(UserError, match="its columns: 2 keys could be 'completion'"):
         read(tmp_path, [("prompt", PROMPTS), ("completion", ANSWERS), ("completion", ANSWERS)])
 
 
