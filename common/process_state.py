@@ -8,6 +8,7 @@ Each function says where it is called. Other modules set for the whole process o
 Standard library only at import: common/__init__.py imports this module before anything else.
 """
 
+import csv
 import gc
 import io
 import logging
@@ -92,6 +93,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def allow_large_csv_cells(limit: int) -> None:
+    """Allows cells of up to `limit` characters in a CSV file, not only 128 KiB. Called before one is read."""
+    csv.field_size_limit(limit)
 
 
 def quiet_transformers(*, also_on_terminal: bool = False) -> None:

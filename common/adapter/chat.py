@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Conversation, Message
-from common.data.files import BadRow
+from common.data.source_row import BadRow
 from common.recipe import UserError, require
 from common.run.generation import GREEDY
 

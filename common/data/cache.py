@@ -15,7 +15,7 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
-from common.data.files import is_file
+from common.data.fingerprint import FileStates
 from common.machine.disk import write_aside
 from common.recipe import DataSpec
 
@@ -23,18 +23,22 @@ CACHE = Path(".cache") / "rows"  # in the working directory
 MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
-CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "report", "rows")
+CODE_MODULES = (
+    *("cache", "chat_format", "conversations", "csv_files", "files", "fingerprint", "formats", "json_files", "labels"),
+    *("packing", "parquet_files", "report", "rows", "source_row", "text_files"),
+)
 
 
-def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
-    """Returns the folder of these rows in the cache, which may not exist yet.
+def cache_folder(
+    spec: DataSpec, states: FileStates, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int
+) -> Path | None:
+    """Returns the folder of these rows in the cache, which may not exist yet. `states` are those of spec's files.
 
     Returns None for small files and for data sets of the hub: they are not cached.
     """
-    sources = [Path(source) for source in (spec.source, spec.eval_source) if source is not None]
-    if not all(is_file(str(path)) and path.is_file() for path in sources):
-        return None
-    if sum(path.stat().st_size for path in sources) < MIN_SOURCE_BYTES:
+    files = [states.get(source) for source in (spec.source, spec.eval_source) if source is not None]
+    hashes = [file.sha256 for file in files if file is not None]
+    if len(hashes) < len(files) or sum(file.size for file in files if file is not None) < MIN_SOURCE_BYTES:
         return None
     digest = hashlib.sha256()
     settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
@@ -43,9 +47,7 @@ def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: in
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in CODE_MODULES:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
-    for path in sources:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest.update(" ".join(hashes).encode())
     return CACHE / digest.hexdigest()[:32]
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.conversations import Conversation, Example, Message
-from common.data.files import BadRow
 from common.data.labels import IGNORED
+from common.data.source_row import BadRow
 from common.recipe import TrainOn, UserError
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index

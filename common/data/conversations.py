@@ -3,11 +3,14 @@
 A row that is neither raises BadRow.
 """
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from common.data.files import BadRow, Row
+from common.data.formats import WANTED_KEYS, MatchedKeys, match_keys
+from common.data.json_files import parse_json
+from common.data.source_row import BadRow, Row
 
 Role = Literal["system", "user", "assistant"]
 
@@ -31,12 +34,26 @@ ROLES: dict[str, Role] = {
 }
 
 
+# Of Unicode's Default_Ignorable_Code_Point, those that are neither blanks nor of the category Cf (format).
+_WITHOUT_SHAPE = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
+_WITHOUT_SHAPE |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}  # variation selectors
+
+
+def is_blank(text: str) -> bool:
+    """Returns whether nothing of the text can be seen: only blanks, control, zero-width and other such characters."""
+    return not text.strip() or all(
+        c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or ord(c) in _WITHOUT_SHAPE for c in text
+    )
+
+
 def _require_text(value: Any, name: str) -> str:
     """Returns the value when it is text that can be trained. `name` says in the message of BadRow what it is."""
+    if isinstance(value, list):
+        value = _join_parts(value, name)
     if not isinstance(value, str):
         raise BadRow(f"{name} is {'missing' if value is None else 'not text'}")
-    if not value.strip():
-        raise BadRow(f"{name} is empty")
+    if is_blank(value):
+        raise BadRow(f"{name} is {'of invisible characters alone' if value.strip() else 'empty'}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -44,13 +61,34 @@ def _require_text(value: Any, name: str) -> str:
     return value
 
 
+def _join_parts(parts: list[Any], name: str) -> str | None:
+    """Returns the texts of a message's parts, {"type": "text", "text": ...}, as one. None where a text is missing."""
+    texts = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is None:
+            raise BadRow(f"{name} is a list, and not of parts with a type")
+        if kind != "text":
+            raise BadRow(f"{name} has a part of type {kind!r:.40}; only text can be trained")
+        if part.get("text") is None:
+            return None
+        if not isinstance(part["text"], str):
+            raise BadRow(f"{name} is not text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
 def _read_messages(entries: Any, role_key: str, content_key: str) -> Conversation:
     """Reads a list of messages: an optional system message, then user and assistant in turn, an assistant last.
 
     Raises BadRow for any other roles or order.
     """
-    if not isinstance(entries, list) or not entries:
+    if isinstance(entries, str):
+        entries = _parse_messages(entries)
+    if entries is None or entries == []:
         raise BadRow("the list of messages is missing or empty")
+    if not isinstance(entries, list):
+        raise BadRow("the messages are not a list")
     messages = []
     for entry in entries:
         if not isinstance(entry, dict):
@@ -69,12 +107,24 @@ def _read_messages(entries: Any, role_key: str, content_key: str) -> Conversatio
     return tuple(messages)
 
 
+def _parse_messages(text: str) -> Any:
+    """Returns the messages that a cell holds as JSON, as it is written to CSV files and to columns of text."""
+    try:
+        return parse_json(text) if text.strip() else None
+    except BadRow as fault:
+        by_python = text.lstrip().startswith("[") and "'" in text
+        hint = ", but a list as Python prints it; write it with json.dumps" if by_python else ""
+        raise BadRow(f"the messages are text, {fault}{hint}") from fault
+
+
 def _from_messages(row: Row) -> Conversation:
     return _read_messages(row["messages"], "role", "content")
 
 
 def _from_sharegpt(row: Row) -> Conversation:
     entries = row["conversations"]
+    if isinstance(entries, str):
+        entries = _parse_messages(entries)
     named = isinstance(entries, list) and entries and isinstance(entries[0], dict) and "role" in entries[0]
     return _read_messages(entries, "role", "content") if named else _read_messages(entries, "from", "value")
 
@@ -90,8 +140,9 @@ def _from_prompt_completion(row: Row) -> Conversation:
 
 
 def _from_alpaca(row: Row) -> Conversation:
-    instruction, extra = _require_text(row["instruction"], "instruction"), row.get("input")
-    user = f"{instruction}\n\n{_require_text(extra, 'input')}" if extra not in (None, "") else instruction
+    user, extra = _require_text(row["instruction"], "instruction"), row.get("input")
+    if extra is not None and not (isinstance(extra, str) and is_blank(extra)):
+        user += f"\n\n{_require_text(extra, 'input')}"
     return (Message("user", user), Message("assistant", _require_text(row["output"], "output")))
 
 
@@ -99,34 +150,30 @@ def _from_text(row: Row) -> str:
     return _require_text(row["text"], "text")
 
 
-class Format(NamedTuple):
-    name: str
-    keys: tuple[str, ...]  # which every row of this format has
-    read: Callable[[Row], Example]
-
-
-# A row is of the first format whose keys it has.
-FORMATS = (
-    Format("messages", ("messages",), _from_messages),
-    Format("ShareGPT", ("conversations",), _from_sharegpt),
-    Format("prompt/completion", ("prompt", "completion"), _from_prompt_completion),
-    Format("Alpaca", ("instruction", "output"), _from_alpaca),
-    Format("text", ("text",), _from_text),
-)
+_READERS: dict[str, Callable[[Row], Example]] = {
+    "messages": _from_messages,
+    "ShareGPT": _from_sharegpt,
+    "prompt/completion": _from_prompt_completion,
+    "Alpaca": _from_alpaca,
+    "text": _from_text,
+}  # for each of FORMATS
 
 
 def format_of(row: Row) -> str:
     """Returns the name of the row's format. Raises BadRow when its keys fit none."""
-    for known in FORMATS:
-        if all(key in row for key in known.keys):
-            return known.name
-    wanted = ", or ".join("+".join(known.keys) for known in FORMATS)
-    raise BadRow(f"no format has these keys; a row needs {wanted}")
+    return _match(row).format_name
 
 
 def to_example(row: Row, format_name: str) -> Example:
     """Reads a row of this format. Raises BadRow, which says what is wrong, when the row is not a good one."""
-    if format_of(row) != format_name:
-        raise BadRow(f"the format is {format_of(row)}, not {format_name} as above it")
-    read = next(known.read for known in FORMATS if known.name == format_name)
-    return read(row)
+    found, places = _match(row)
+    if found != format_name:
+        raise BadRow(f"the format is {found}, not {format_name} as above it")
+    values = list(row.values())
+    return _READERS[found]({key: values[place] for key, place in places.items()})
+
+
+def _match(row: Row) -> MatchedKeys:
+    if (matched := match_keys(tuple(row))) is None:
+        raise BadRow(f"no format has these keys; a row needs {WANTED_KEYS}")
+    return matched

@@ -1,7 +1,9 @@
 """Packs tokenised examples into rows of at most seq_len tokens."""
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -9,8 +11,8 @@ from datasets import Dataset
 from trl import pack_dataset
 
 from common.data.chat_format import Tokens
-from common.data.files import BadRow
 from common.data.labels import IGNORED
+from common.data.source_row import BadRow
 
 
 def fit_to_row(tokens: Tokens, seq_len: int, *, is_text: bool) -> list[Tokens]:
@@ -61,6 +63,19 @@ class Examples:
                 for name, values in (("input_ids", self.input_ids), ("labels", self.labels))
             }
         )
+
+
+def count_shared(examples: pa.Table, others: pa.Table) -> int:
+    """Returns how many of the examples have the token ids of one of the others. Both as Examples.table."""
+    known = Counter(_ids_as_bytes(examples))
+    return sum(known.pop(ids, 0) for ids in _ids_as_bytes(others))
+
+
+def _ids_as_bytes(table: pa.Table) -> Iterator[bytes]:
+    for chunk in table["input_ids"].chunks:
+        values, offsets = chunk.values.to_numpy(), chunk.offsets.to_numpy()
+        for start, end in pairwise(offsets):
+            yield values[start:end].tobytes()
 
 
 def pack(examples: pa.Table | Sequence[Tokens], seq_len: int) -> Dataset:

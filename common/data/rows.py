@@ -18,10 +18,12 @@ from transformers import PreTrainedTokenizerFast
 from common.data.cache import cache_folder, load_cached, save_cached
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Example, format_of, to_example
-from common.data.files import BadRow, read_rows
-from common.data.packing import Examples, fit_to_row, pack
+from common.data.files import read_rows
+from common.data.fingerprint import file_states, refuse_if_changed
+from common.data.packing import Examples, count_shared, fit_to_row, pack
 from common.data.report import DataReport, mark_trained
-from common.recipe import DataSpec
+from common.data.source_row import BadRow
+from common.recipe import DataSpec, UserError
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress
 
@@ -42,32 +44,48 @@ class Rows:
 def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int = 0) -> Rows:
     """Makes the packed rows to train and to evaluate on. Prints what was found, and one example.
 
-    Raises UserError when the source cannot be read, or too many of its rows cannot be used.
+    Raises UserError when the source cannot be read, changes meanwhile, or too many of its rows cannot be used.
     """
-    folder = cache_folder(spec, tokenizer, seq_len, seed)
+    states = file_states(spec)
+    folder = cache_folder(spec, states, tokenizer, seq_len, seed)
     if folder is not None and (cached := _rows_from_cache(folder)) is not None:
         return cached
-    chat_format = ChatFormat(tokenizer)
-    examples, report = tokenise_source(spec, spec.source, spec.split, chat_format, seq_len)
-    training, held_out, reports = examples.table(), None, [report]
+    sources = [(spec.source, spec.split)]
     if spec.eval_source is not None:
-        held_out_examples, report = tokenise_source(spec, spec.eval_source, spec.eval_split, chat_format, seq_len)
-        held_out = held_out_examples.table()
-        reports.append(report)
+        sources.append((spec.eval_source, spec.eval_split))
+    chat_format = ChatFormat(tokenizer)
+    try:
+        tokenised = [tokenise_source(spec, source, split, chat_format, seq_len) for source, split in sources]
+    except UserError:
+        refuse_if_changed(states)  # half of a new file is often a damaged file, and this says what damaged it
+        raise
+    refuse_if_changed(states)
+    reports = [report for _, report in tokenised]
+    examples, training, held_out = tokenised[0][0], tokenised[0][0].table(), None
+    if spec.eval_source is not None:
+        held_out = tokenised[1][0].table()
     elif count := min(spec.eval_rows, len(examples) // 10):
         training, held_out = _hold_out(training, count, seed)
     rows = Rows(pack(training, seq_len), pack(held_out, seq_len) if held_out else None, reports)
-    fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
-    held = f", {len(held_out):,} held out" if held_out else ""
-    lines = [
-        f"  {len(training):,} examples packed into {len(rows.train):,} rows of {seq_len:,} tokens, {fill}{held}",
-        f"  for example: {mark_trained(examples[0], tokenizer)}",
-    ]
+    example = f"  for example: {mark_trained(examples[0], tokenizer)}"
+    lines = [*_packing_lines(rows, training, held_out, seq_len), example]
     print("\n".join(lines))
     if folder is not None:
         metadata = {"lines": lines, "reports": [vars(report) for report in reports]}
         save_cached(folder, rows.train, rows.evaluation, metadata)
     return rows
+
+
+def _packing_lines(rows: Rows, training: pa.Table, held_out: pa.Table | None, seq_len: int) -> list[str]:
+    fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
+    held = f", {len(held_out):,} held out" if held_out else ""
+    lines = [f"  {len(training):,} examples packed into {len(rows.train):,} rows of {seq_len:,} tokens, {fill}{held}"]
+    if held_out and (shared := count_shared(held_out, training)):
+        lines.append(
+            f"  warning: {shared:,} of the {len(held_out):,} held-out examples are also among the training ones: "
+            "the held-out loss looks better than it is"
+        )
+    return lines
 
 
 def _rows_from_cache(folder: Path) -> Rows | None:

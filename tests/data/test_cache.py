@@ -12,6 +12,7 @@ import pytest
 
 from common.data import cache as row_cache
 from common.data import rows as data
+from common.data.fingerprint import file_states
 from common.data.rows import load_rows
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec
@@ -51,6 +52,10 @@ def test_the_second_start_takes_the_same_rows_and_says_the_same(source, small_ll
     assert hash_rows(again.evaluation) == hash_rows(first.evaluation)
     assert [r.lines() for r in again.reports] == [r.lines() for r in first.reports]
     assert again.reports[0].dropped == 1
+
+
+def folder_of(spec: DataSpec, tokenizer) -> Path | None:
+    return row_cache.cache_folder(spec, file_states(spec), tokenizer, 128, 0)
 
 
 CHANGES = {
@@ -106,9 +111,9 @@ def test_the_newest_entries_stay(source, small_llama):
 
 def test_small_files_and_data_sets_of_the_hub_are_not_kept(source, small_llama, monkeypatch):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
-    assert row_cache.cache_folder(DataSpec("owner/chats"), tokenizer, 128, 0) is None
+    assert folder_of(DataSpec("owner/chats"), tokenizer) is None
     monkeypatch.setattr(row_cache, "MIN_SOURCE_BYTES", 1 << 30)
-    assert row_cache.cache_folder(DataSpec(source), tokenizer, 128, 0) is None
+    assert folder_of(DataSpec(source), tokenizer) is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(source, small_llama, capsys):
@@ -125,10 +130,8 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
     others |= {"train_on": "everything", "max_bad_share": 0.3}
     assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
-    names = {
-        row_cache.cache_folder(replace(spec, **{name: value}), tokenizer, 128, 0) for name, value in others.items()
-    }
-    assert len(names | {row_cache.cache_folder(spec, tokenizer, 128, 0)}) == len(others) + 1
+    names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
+    assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
 
 
 LOAD = """

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import IGNORED, ChatFormat
 from common.data.conversations import Message
-from common.data.files import BadRow
+from common.data.source_row import BadRow
 from common.recipe import UserError
 from tests.conftest import ROOT
 

@@ -1,7 +1,7 @@
 import pytest
 
 from common.data.conversations import Message, format_of, to_example
-from common.data.files import BadRow
+from common.data.source_row import BadRow
 
 HELLO = (Message("user", "Hello"), Message("assistant", "Hi"))
 
@@ -26,6 +26,21 @@ def example(row: dict):
         ),
         ({"instruction": "Hello", "output": "Hi"}, "Alpaca"),
         ({"instruction": "Hello", "input": "", "output": "Hi", "id": 7}, "Alpaca"),
+        ({"instruction": "Hello", "input": " \n", "output": "Hi"}, "Alpaca"),
+        ({"instruction": "Hello", "input": "\u200b", "output": "Hi"}, "Alpaca"),
+        ({"instruction": "Hello", "input": None, "output": "Hi"}, "Alpaca"),
+        ({" Prompt": "Hello", "\ufeffCompletion": "Hi", "id": 7}, "prompt/completion"),
+        ({"messages": '[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]'}, "messages"),
+        ({"conversations": '[{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]'}, "ShareGPT"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "Hi", "image_url": None}]},
+                ]
+            },
+            "messages",
+        ),
     ],
 )
 def test_every_format_gives_the_same_conversation(row, name):
@@ -36,6 +51,15 @@ def test_every_format_gives_the_same_conversation(row, name):
 def test_alpaca_input_follows_the_instruction():
     row = {"instruction": "Translate", "input": "chien", "output": "dog"}
     assert example(row)[0].content == "Translate\n\nchien"
+
+
+def test_names_as_they_stand_come_before_names_in_another_case():
+    assert example({"Messages": [], "text": "Once"}) == "Once"
+
+
+@pytest.mark.parametrize("text", ["👍🏽", "a\u200bb", "\u200bא\u200f", "ก็", ".", "\0a"])
+def test_text_with_anything_to_see_is_taken_as_it_is(text):
+    assert example({"text": text}) == text
 
 
 def test_plain_text_stays_text():
@@ -51,7 +75,13 @@ def messages(*pairs: tuple[str, object]) -> dict:
     [
         ({"question": "a", "answer": "b"}, "no format has these keys"),
         ({"messages": []}, "missing or empty"),
-        ({"messages": "Hello"}, "missing or empty"),
+        ({"messages": "Hello"}, "the messages are text, invalid JSON"),
+        ({"messages": "[]"}, "missing or empty"),
+        ({"messages": " "}, "missing or empty"),
+        ({"messages": "3"}, "the messages are not a list"),
+        ({"conversations": '[{"from": "human"}'}, "the messages are text, invalid JSON"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "prompt is a list, and not of parts"),
+        ({"prompt": "a", "Prompt": "b", "completion": "c"}, "2 keys could be 'prompt'"),
         ({"messages": ["Hello"]}, "a message is not an object"),
         (messages(("user", "a")), "the last turn is not the assistant's"),
         (messages(("system", "a")), "the last turn is not the assistant's"),

@@ -6,7 +6,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from common.data.files import BadRow, read_rows
+from common.data.files import read_rows
+from common.data.source_row import BadRow
 from common.recipe import UserError
 
 ROWS = [{"prompt": "ä?", "completion": 'b, "c"\nd'}, {"prompt": "e", "completion": "f"}]
@@ -66,7 +67,11 @@ def test_bad_lines_come_as_bad_rows_and_the_rest_is_read(tmp_path):
         b'{"text": "ok"}',
     ]
     source = write(tmp_path, "a.jsonl", b"\n".join(lines))
-    assert kinds(source) == ["invalid JSON", "not a JSON object", "not UTF-8", "invalid JSON", "invalid JSON"]
+    not_utf8, nan = (
+        "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8",
+        "NaN and Infinity are not JSON; write null",
+    )
+    assert kinds(source) == ["invalid JSON", "not a JSON object", not_utf8, nan, "invalid JSON"]
     assert len(list(read_rows(source))) == 7
 
 
@@ -80,7 +85,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path):
     [
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16; convert it: iconv"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", "gzip-compressed; unpack it first"),
-        ("a.json", b'{"text": "a"}\n{"text": "b"}', "a.json:2: invalid JSON: Extra data; one object a line is .jsonl"),
+        ("a.json", b"[]\n[]", "a.json:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
         ("a.json", b'{"text": "a"}', "holds one dict; a .json file is a list"),
         ("a.json", b"[\xff]", "is not UTF-8"),
         ("a.csv", b'text\n"a" b\n', "a.csv:2: broken CSV"),

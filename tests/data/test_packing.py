@@ -2,9 +2,9 @@ import pytest
 
 from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversations import Message
-from common.data.files import BadRow
 from common.data.labels import IGNORED
 from common.data.packing import fit_to_row, pack
+from common.data.source_row import BadRow
 
 
 def tokens(length: int, first: int = 10) -> Tokens:

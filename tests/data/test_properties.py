@@ -8,15 +8,16 @@ from hypothesis import strategies as st
 
 from common.data.batches import collate, split_into_examples
 from common.data.chat_format import IGNORED, ChatFormat
-from common.data.conversations import Message, to_example
+from common.data.conversations import Message, is_blank, to_example
 from common.data.packing import pack
 from tests.data.test_chat_format import TOKENIZERS
 
 FORMATS = {name: ChatFormat(make()) for name, make in TOKENIZERS.items()}
 CONTROL = ["<|eot_id|>", "<|im_end|>", "</s>", "<s>", "[INST]", "[/INST]", "<|begin_of_text|>", "<|im_start|>user\n"]
 PLAIN = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
-# Any text that is not blank, with control tokens in it that would end or forge a turn.
-TEXT = st.lists(PLAIN | st.sampled_from(CONTROL), min_size=1, max_size=4).map("".join).map(str.strip).filter(bool)
+# Any text with something to see, and with control tokens in it that would end or forge a turn.
+TEXT = st.lists(PLAIN | st.sampled_from(CONTROL), min_size=1, max_size=4).map("".join).map(str.strip)
+TEXT = TEXT.filter(lambda text: not is_blank(text))
 TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 
 

@@ -1,0 +1,136 @@
+"""Reads rows from JSON: one object a line, or one list of objects, whatever of the two the file's name says."""
+
+import codecs
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow, Row
+from common.data.text_files import check_encoding, convert_command
+from common.recipe import UserError
+
+MAX_LIST_BYTES = 256 << 20  # a list is read into memory whole
+_OPENS_LIST = re.compile(rb"\s*\[\s*(\{|$)")
+
+
+def jsonl_rows(path: Path) -> Iterator[PlacedRow]:
+    """Yields the rows of a .jsonl file. A file that is one list of objects is read as .json."""
+    check_encoding(path)
+    first, second = _first_two_lines(path)
+    if first.strip() == b"{" and second.lstrip().startswith(b'"'):
+        raise UserError(
+            f"{path} is pretty-printed: its objects span several lines. Write one object a line: "
+            f"jq -c . {shlex.quote(str(path))} > lines.jsonl"
+        )
+    is_list = _OPENS_LIST.match(first) and not (second and _is_json(first))
+    yield from _list_rows(path) if is_list else _line_rows(path)
+
+
+def json_rows(path: Path) -> Iterator[PlacedRow]:
+    """Yields the rows of a .json file. A file with one object a line is read as .jsonl."""
+    check_encoding(path)
+    first, second = _first_two_lines(path)
+    is_lines = first.lstrip().startswith(b"{") and second and _is_json(first)
+    yield from _line_rows(path) if is_lines else _list_rows(path)
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value. Raises BadRow when the text is not JSON, or when it is unclear which value a key has."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("invalid JSON") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    """For json.loads, which otherwise accepts NaN and Infinity."""
+    raise BadRow("NaN and Infinity are not JSON; write null")
+
+
+def _object_of_pairs(pairs: list[tuple[str, Any]]) -> Row:
+    """Makes a JSON object for json.loads. Raises BadRow when a key occurs twice: it is unclear which value counts."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise BadRow("a key occurs twice in a JSON object")
+    return row
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _first_two_lines(path: Path) -> tuple[bytes, bytes]:
+    """The first two lines that are not blank, at most MAX_ROW_BYTES of each; empty where there are fewer."""
+    found: list[bytes] = []
+    with path.open("rb") as file:
+        while len(found) < 2 and (line := file.readline(MAX_ROW_BYTES)):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            found += [line] if line.strip() else []
+    return (*found, b"", b"")[0], (*found, b"", b"")[1]
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+    """Yields the file's lines, and None for a line that is too long, which is never in memory whole."""
+    while line := file.readline(MAX_ROW_BYTES):
+        too_long = len(line) == MAX_ROW_BYTES
+        while len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
+        yield None if too_long else line
+
+
+def _line_rows(path: Path) -> Iterator[PlacedRow]:
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file), 1):
+            place = f"{path}:{number}"
+            try:
+                if line is None:
+                    raise BadRow(f"a line of more than {MAX_ROW_BYTES >> 20} MiB")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if not text.strip():
+                    continue
+                yield place, _as_row(parse_json(text))
+            except UnicodeDecodeError:
+                yield place, BadRow("not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8")
+            except BadRow as fault:
+                yield place, fault
+
+
+def _as_row(value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise BadRow("a list, not a JSON object" if isinstance(value, list) else "not a JSON object")
+    return value
+
+
+def _list_rows(path: Path) -> Iterator[PlacedRow]:
+    if path.stat().st_size > MAX_LIST_BYTES:
+        raise UserError(
+            f"{path} is one list of more than {MAX_LIST_BYTES >> 20} MiB, too large to be read whole. Write one object "
+            f"a line: jq -c '.[]' {shlex.quote(str(path))} > lines.jsonl"
+        )
+    try:
+        entries = json.loads(
+            path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs
+        )
+    except BadRow as error:
+        raise UserError(f"{path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it: {convert_command(path)}") from error
+    except json.JSONDecodeError as error:
+        hint = "; write one list of objects, or one object a line" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}:{error.lineno}: invalid JSON: {error.msg}{hint}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(entries, list):
+        raise UserError(f"{path} holds one {type(entries).__name__}; a .json file is a list of objects")
+    for number, entry in enumerate(entries, 1):
+        try:
+            yield f"{path}, entry {number}", _as_row(entry)
+        except BadRow as fault:
+            yield f"{path}, entry {number}", fault
