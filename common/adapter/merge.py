@@ -7,7 +7,6 @@ model by the quantisation error of the base, which is some hundred times larger.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.load import attach_adapter
+from common.adapter.load import attach_adapter, trained_tokenizer
+from common.adapter.tokenizer_files import write_tokenizer
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
@@ -158,11 +158,6 @@ class MergedWeights:
     def describe_base(self) -> str:
         return "the 4-bit base, dequantised" if self.quantised else "the original weights"
 
-    def generation_config(self) -> GenerationConfig:
-        """Reads the run's generation config, which stops at the end of a turn; else the base's."""
-        folders = [f for f in (self.adapter.folder, self.folder) if (f / "generation_config.json").exists()]
-        return GenerationConfig.from_pretrained(folders[0]) if folders else GenerationConfig()
-
     def write_made_from(self, path: Path) -> None:
         """Writes down what the merged model was made from."""
         made_from = {
@@ -197,21 +192,5 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
     largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(weights, folder)
+    write_tokenizer(weights.adapter, weights.folder, trained_tokenizer(weights.adapter), folder)
     weights.write_made_from(folder / MADE_FROM)
-
-
-def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
-    """Copies the base's tokenizer files, which every tool can read; where it has none, those that the run saved.
-
-    Chat template and generation config are the run's, where it has them; else the base's.
-    """
-    ours = weights.adapter.folder
-    source = weights.folder if (weights.folder / "tokenizer.json").exists() else ours
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    for name in ("chat_template.jinja", "generation_config.json"):
-        found = next((place / name for place in (ours, weights.folder) if (place / name).exists()), None)
-        if found:
-            shutil.copyfile(found, folder / name)
