@@ -61,10 +61,10 @@ def read_text_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any],
     if model.get("type") != "BPE":
         raise UserError(f"a tokenizer of type {model.get('type')} cannot be exported to GGUF; BPE can")
     for name in sorted(values.keys() - _PARTS):
-        _refuse(name, values[name])
+        _refuse_part(name, values[name])
     for name in sorted(model.keys() - _MODEL_KEYS):
         if model[name] not in _MODEL_KEYS_OFF.get(name, ()):
-            _refuse(f"model.{name}", model[name])
+            _refuse_part(f"model.{name}", model[name])
     notes = _check_post_processor(tokenizer)
     normalizers = _flatten(values.get("normalizer"), "normalizers")
     if _NFC in normalizers:
@@ -89,7 +89,7 @@ def _flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     return [inner for each in part[key] for inner in _flatten(each, key)]
 
 
-def _refuse(name: str, value: Any) -> NoReturn:
+def _refuse_part(name: str, value: Any) -> NoReturn:
     text = json.dumps(value, ensure_ascii=False)
     raise UserError(
         f"the tokenizer's {name} cannot be exported to GGUF: {text if len(text) <= 300 else text[:300] + '…'}"
@@ -100,9 +100,9 @@ def _check_byte_level(values: dict[str, Any], normalizers: list[dict[str, Any]])
     """Returns llama.cpp's name for the pre-tokenizer of byte-level BPE."""
     model = values["model"]
     if normalizers:
-        _refuse("normalizer", values["normalizer"])
+        _refuse_part("normalizer", values["normalizer"])
     if [part.get("type") for part in _flatten(values.get("decoder"), "decoders")] != ["ByteLevel"]:
-        _refuse("decoder", values.get("decoder"))
+        _refuse_part("decoder", values.get("decoder"))
     name = _name_pre_tokenizer(values.get("pre_tokenizer"))
     missing = set(pre_tokenizers.ByteLevel.alphabet()) - model["vocab"].keys()
     if missing and model.get("unk_token") is not None:
@@ -110,8 +110,8 @@ def _check_byte_level(values: dict[str, Any], normalizers: list[dict[str, Any]])
             f"the tokenizer has no token for {len(missing)} of the 256 bytes and writes {model['unk_token']} for them, "
             "which cannot be exported to GGUF"
         )
-    if bool(model.get("ignore_merges")) != (name in IGNORES_MERGES) and not _merges_make_every_token(model):
-        _refuse("model.ignore_merges", model.get("ignore_merges"))
+    if bool(model.get("ignore_merges")) != (name in IGNORES_MERGES) and not _merges_make_every_token(values):
+        _refuse_part("model.ignore_merges", model.get("ignore_merges"))
     return name
 
 
@@ -132,12 +132,17 @@ def _name_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> str:
     raise UserError(f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}")
 
 
-def _merges_make_every_token(model: dict[str, Any]) -> bool:
-    """Whether a word that is a token comes out of the merges as that token: then it is no matter who ignores them."""
+def _merges_make_every_token(values: dict[str, Any]) -> bool:
+    """Whether a word that is a token comes out of the merges as that token: then it is no matter who ignores them.
+
+    Added tokens are cut out of the text before.
+    """
+    model = values["model"]
+    words = model["vocab"].keys() - {token["content"] for token in values.get("added_tokens") or []}
     merges: Any = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     bpe = Tokenizer(models.BPE(vocab=model["vocab"], merges=merges)).model
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    return all(len(bpe.tokenize(token)) == 1 for token in model["vocab"] if token and set(token) <= alphabet)
+    return all(len(bpe.tokenize(token)) == 1 for token in words if token and set(token) <= alphabet)
 
 
 def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any]]) -> bool:
@@ -149,20 +154,20 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
     if {f"<0x{byte:02X}>" for byte in range(256)} - model["vocab"].keys():
         raise UserError("the tokenizer has no token for some of the 256 bytes, which cannot be exported to GGUF")
     if model.get("ignore_merges"):
-        _refuse("model.ignore_merges", True)
+        _refuse_part("model.ignore_merges", True)
     for part in _flatten(values.get("decoder"), "decoders"):
         known = part == _TO_SPACE or part.get("type") in ("ByteFallback", "Fuse", "Metaspace")
         if not known and (part.get("type"), part.get("content"), part.get("stop")) != ("Strip", " ", 0):
-            _refuse("decoder", values["decoder"])
+            _refuse_part("decoder", values["decoder"])
     pre_tokenizer = values.get("pre_tokenizer")
     if normalizers in ([_PREPEND, _TO_MARK], [_TO_MARK]) and pre_tokenizer is None:
         return _PREPEND in normalizers
     if normalizers:
-        _refuse("normalizer", values["normalizer"])
+        _refuse_part("normalizer", values["normalizer"])
     if not pre_tokenizer or pre_tokenizer["type"] != "Metaspace" or pre_tokenizer["replacement"] != _SPACE:
         raise UserError(f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}")
     if pre_tokenizer["split"] and any(_SPACE in token[1:] for token in model["vocab"]):  # llama.cpp does not split
-        _refuse("pre_tokenizer", pre_tokenizer)
+        _refuse_part("pre_tokenizer", pre_tokenizer)
     return bool(pre_tokenizer["prepend_scheme"] == "always")
 
 

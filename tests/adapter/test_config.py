@@ -87,7 +87,7 @@ def test_what_is_supported_computes_what_peft_computes(tmp_path, values):
         write_merged(MergedWeights(adapter), tmp_path / "merged")
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()(IDS).logits
     assert torch.allclose(ours, wanted, atol=1e-3)
-    assert divergence(wanted, merged) < 1e-4 < divergence(wanted, of_base) / 10  # the merged weights are bf16
+    assert divergence(wanted, merged) < 3e-5 < divergence(wanted, of_base) / 10  # the merged weights are bf16
 
 
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:

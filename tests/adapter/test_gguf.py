@@ -224,6 +224,15 @@ def cut(rule: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
     return byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), normalizer)
 
 
+def whole_words() -> PreTrainedTokenizerFast:
+    """As Llama 3's: a word that is a token stays whole, whatever the merges make of it. "Hello" has no merges."""
+    tokenizer = cut("llama-bpe")
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["model"]["ignore_merges"] = True
+    assert values["model"]["vocab"].setdefault("Hello", 1000) == 1000
+    return finished(Tokenizer.from_str(json.dumps(values)))
+
+
 def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
     """As transformers makes one of Mistral's tokenizer.model: every pair of pieces that makes a piece is a merge."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -270,6 +279,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
     ),
     "llama-bpe": lambda: cut("llama-bpe"),
+    "llama-bpe, words whole": whole_words,
     "qwen2": lambda: cut("qwen2", normalizers.NFC()),
     "sentencepiece, as a normalizer": lambda: sentencepiece("normalizer"),
     "sentencepiece, first": lambda: sentencepiece("first"),
