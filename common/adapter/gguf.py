@@ -6,7 +6,7 @@ Keys and layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf pac
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import gguf
 import numpy as np
@@ -23,7 +23,7 @@ from common.adapter.find import TrainedAdapter
 from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
 from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
-from common.adapter.sampling import translate_sampling, untranslated
+from common.adapter.sampling import add_sampling, untranslated
 from common.adapter.tokenizer_files import read_generation_config
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
@@ -124,20 +124,6 @@ class GgufModel:
 
     def _tensor(self, name: str) -> Tensor:
         return permute_heads(self.weights.merged(name), name, self.weights.config)
-
-
-def add_sampling(writer: GGUFWriter, generation: dict[str, Any]) -> None:
-    """Writes how answers are drawn, which llama.cpp follows where a user says nothing else."""
-    add: dict[str, Callable[[Any], None]] = {
-        "temperature": writer.add_sampling_temp,
-        "top_k": writer.add_sampling_top_k,
-        "top_p": writer.add_sampling_top_p,
-        "min_p": writer.add_sampling_min_p,
-        "repeat_penalty": writer.add_sampling_penalty_repeat,
-        "repeat_last_n": writer.add_sampling_penalty_last_n,
-    }
-    for name, value in translate_sampling(generation).items():
-        add[name](value)
 
 
 def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path, name: str) -> None:

@@ -1,6 +1,9 @@
 """Says a generation config in llama.cpp's words, which are ollama's too: how answers are sampled, and what is lost."""
 
+from collections.abc import Callable
 from typing import Any
+
+from gguf import GGUFWriter
 
 # The values of transformers where the config has none (GenerationConfig._get_default_generation_params). llama.cpp has
 # the same names and other defaults, so each is written.
@@ -46,3 +49,17 @@ def untranslated(values: dict[str, Any], *, also: tuple[str, ...] = ()) -> list[
         if value not in _OFF_VALUES and not (name in _OFF_AT_ONE and value == 1):
             lost.append(f"{name}={value}")
     return lost
+
+
+def add_sampling(writer: GGUFWriter, generation: dict[str, Any]) -> None:
+    """Writes how answers are drawn, which llama.cpp follows where a user says nothing else."""
+    add: dict[str, Callable[[Any], None]] = {
+        "temperature": writer.add_sampling_temp,
+        "top_k": writer.add_sampling_top_k,
+        "top_p": writer.add_sampling_top_p,
+        "min_p": writer.add_sampling_min_p,
+        "repeat_penalty": writer.add_sampling_penalty_repeat,
+        "repeat_last_n": writer.add_sampling_penalty_last_n,
+    }
+    for name, value in translate_sampling(generation).items():
+        add[name](value)

@@ -72,6 +72,7 @@ def read_text_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any],
     normalizers = [part for part in normalizers if part != _NFC]
     if model.get("byte_fallback"):
         space_prefix = _check_sentencepiece(values, normalizers)
+        notes += _compare_merges(values)
         rules = TextRules("llama", "default", space_prefix, notes)
     else:
         rules = TextRules("gpt2", _check_byte_level(values, normalizers), False, notes)
@@ -155,7 +156,9 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
         raise UserError("the tokenizer has no token for some of the 256 bytes, which cannot be exported to GGUF")
     if model.get("ignore_merges"):
         _refuse_part("model.ignore_merges", True)
-    for part in _flatten(values.get("decoder"), "decoders"):
+    if values.get("decoder") is None:
+        _refuse_part("decoder", None)
+    for part in _flatten(values["decoder"], "decoders"):
         known = part == _TO_SPACE or part.get("type") in ("ByteFallback", "Fuse", "Metaspace")
         if not known and (part.get("type"), part.get("content"), part.get("stop")) != ("Strip", " ", 0):
             _refuse_part("decoder", values["decoder"])
@@ -169,6 +172,21 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
     if pre_tokenizer["split"] and any(_SPACE in token[1:] for token in model["vocab"]):  # llama.cpp does not split
         _refuse_part("pre_tokenizer", pre_tokenizer)
     return bool(pre_tokenizer["prepend_scheme"] == "always")
+
+
+def _compare_merges(values: dict[str, Any]) -> list[str]:
+    """A note when llama.cpp, which joins any two pieces that make a piece, joins more than the merges do."""
+    merges = {merge if isinstance(merge, str) else " ".join(merge) for merge in values["model"]["merges"]}
+    pieces = values["model"]["vocab"].keys() - {token["content"] for token in values.get("added_tokens") or []}
+    pieces -= {piece for piece in pieces if BYTE_TOKEN.fullmatch(piece)}
+    pairs = ((piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece)))
+    more = sorted(f"{a} {b}" for a, b in pairs if a in pieces and b in pieces and f"{a} {b}" not in merges)
+    if not more:
+        return []
+    return [
+        f"llama.cpp joins {len(more):,} pairs of tokens that the tokenizer does not, such as '{more[0]}': some texts "
+        "give other tokens"
+    ]
 
 
 def _check_added_token(token: dict[str, Any], backend: Tokenizer) -> None:

@@ -83,13 +83,14 @@ def test_what_byte_level_bpe_of_llama_cpp_does_not_do_is_refused(qwen, change, m
         (lambda v: v["pre_tokenizer"].update(replacement="_"), "cuts text like this"),
         (lambda v: v.update(pre_tokenizer=None), "cuts text like this cannot be exported to GGUF: null"),
         (lambda v: v["model"].update(ignore_merges=True), "model.ignore_merges cannot be exported to GGUF: true"),
+        (lambda v: v.update(decoder=None), "decoder cannot be exported to GGUF: null"),
         (lambda v: v["decoder"]["decoders"].append({"type": "CTC", "pad_token": "x", "cleanup": True}), "decoder"),
     ],
 )
 def test_what_bpe_of_sentencepiece_in_llama_cpp_does_not_do_is_refused(mistral, change, message):
     def add_defaults(values: dict[str, Any]) -> None:
         change(values)
-        for part in values["decoder"]["decoders"]:
+        for part in (values["decoder"] or {"decoders": []})["decoders"]:
             if part["type"] == "CTC":
                 part["word_delimiter_token"] = "|"
 
@@ -143,6 +144,15 @@ def test_composed_characters_and_additions_to_a_text_are_noted(qwen):
     adding, composing = read_text_rules(edited(qwen, change))[1].notes
     assert "does not compose characters (NFC)" in composing
     assert adding.startswith("the tokenizer adds <s>, <|end|> to a plain text")
+
+
+def test_pairs_that_llama_cpp_joins_and_the_merges_do_not_are_noted(mistral):
+    def change(values: dict[str, Any]) -> None:
+        del values["model"]["merges"][3:5]
+
+    assert read_text_rules(mistral)[1].notes == []
+    (note,) = read_text_rules(edited(mistral, change))[1].notes
+    assert note.startswith("llama.cpp joins 2 pairs of tokens that the tokenizer does not, such as")
 
 
 def test_what_transformers_sets_for_each_call_is_no_matter(qwen):
