@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from common.adapter.config import read_adapter_config
 from common.machine.disk import sha256_of
 from common.model.integrity import check_complete
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
+
+_PICKLED_WEIGHTS = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,14 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: train first (make finetune), or name the run's: OUT=...")
     missing = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()), None)
+    if missing == ADAPTER_WEIGHTS and (folder / _PICKLED_WEIGHTS).is_file():
+        raise UserError(
+            f"{folder} has its weights in {_PICKLED_WEIGHTS}, a pickle, which may run code and is not read: load the "
+            f"adapter with PEFT and save it again, which writes {ADAPTER_WEIGHTS}"
+        )
     if missing:
         raise UserError(f"{folder} has no adapter ({missing} is missing); a run leaves it when it ends")
-    config = _read_config(folder / ADAPTER_CONFIG)
+    config = read_adapter_config(folder / ADAPTER_CONFIG)
     check_complete(folder / ADAPTER_WEIGHTS)
     run = _read_run(folder / RUN_JSON)
     ran = recipe_from_run(run["recipe"], recipe) if run else recipe
@@ -51,6 +59,11 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     commit = (run.get("base") or {}).get("commit")
     if commit:  # the branch that the recipe names may have moved on since
         ran = replace(ran, model=replace(ran.model, revision=commit))
+    if not run and config.revision not in (None, recipe.model.revision or "main"):
+        raise UserError(
+            f"the adapter in {folder} was trained on the revision {config.revision} of {recipe.model.name}, "
+            f"and the recipe says {recipe.model.revision or 'main'}: set ModelSpec.revision"
+        )
     expected = run.get("adapter_sha256")
     if expected and expected != sha256_of(folder / ADAPTER_WEIGHTS):
         raise UserError(
@@ -80,23 +93,6 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
         lora=replace(lora, target_modules=tuple(lora.target_modules)),
         train=spec(TrainSpec, "train"),
     )
-
-
-def _read_config(path: Path) -> LoraConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        kind = values["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
-    if kind != "LORA" or values.get("modules_to_save") or values.get("bias", "none") != "none":
-        raise UserError(f"{path} describes more than LoRA on linear layers, or something else: {kind}")
-    for key, types in (("r", int), ("lora_alpha", (int, float)), ("target_modules", (list, str))):
-        if not isinstance(values.get(key), types):
-            raise UserError(f"{path} is not the configuration of an adapter: {key} is {values.get(key)!r}")
-    try:
-        return LoraConfig(**{key: value for key, value in values.items() if key in LoraConfig.__dataclass_fields__})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
 
 
 def _read_run(path: Path) -> dict[str, Any]:

@@ -16,12 +16,15 @@ from gguf import GGUFWriter, LlamaFileType, RopeScalingType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.gguf_tokenizer import add_tokenizer, read_vocabulary
+from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
+from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
+from common.adapter.sampling import add_sampling, untranslated
+from common.adapter.tokenizer_files import read_generation_config
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.recipe import UserError
@@ -73,13 +76,16 @@ class GgufModel:
     """The merged model, to be written as a GGUF file.
 
     Raises UserError, when it is made, for a tokenizer or a kind of RoPE that GGUF cannot express. size: in bytes, close
-    to that of the file.
+    to that of the file. generation: the values of the generation config. notes: what of tokenizer and generation config
+    llama.cpp does otherwise, or not at all.
     """
 
     def __init__(self, weights: MergedWeights, tokenizer: PreTrainedTokenizerFast, name: str, quant: Quant) -> None:
         self.weights, self.tokenizer, self.name, self.quant = weights, tokenizer, name, quant
         config = weights.config
-        self.vocabulary = read_vocabulary(weights.adapter.folder, config.vocab_size)
+        self.generation = read_generation_config(weights.adapter, weights.folder, tokenizer)
+        self.vocabulary = read_vocabulary(tokenizer, config.vocab_size)
+        self.notes = [*self.vocabulary.rules.notes, *self._untold()]
         _refuse_other_rope(config)
         entries = [entry for shard in weights.shards for entry in shard.entries]
         self.size = sum(entry.size for entry in entries) * BYTES_OF_32_VALUES[quant] // BYTES_OF_32_VALUES["f16"]
@@ -94,7 +100,8 @@ class GgufModel:
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_dimensions(writer, config)
-        add_tokenizer(writer, self.tokenizer, self.vocabulary)
+        add_tokenizer(writer, self.tokenizer, self.vocabulary, self.generation["eos_token_id"])
+        add_sampling(writer, self.generation)
         tensors = _TensorQueue(writer)
         if config.rope_parameters["rope_type"] == "llama3":
             factors = _llama3_factors(config)
@@ -108,6 +115,13 @@ class GgufModel:
             tensors.add(name, entry.shape, kind_here, partial(self._tensor, entry.name))
         tensors.write()
 
+    def _untold(self) -> list[str]:
+        """What the file does not say of the generation config."""
+        unnamed = ending_tokens(self.tokenizer, self.generation["eos_token_id"])[MAX_ENDING_TOKENS:]
+        lost = [f"eos_token_id {self.tokenizer.convert_ids_to_tokens(index)}" for index in unnamed]
+        lost += untranslated(self.generation)
+        return [f"GGUF has no words for this of the generation config: {', '.join(lost)}"] if lost else []
+
     def _tensor(self, name: str) -> Tensor:
         return permute_heads(self.weights.merged(name), name, self.weights.config)
 
@@ -115,12 +129,16 @@ class GgufModel:
 def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path, name: str) -> None:
     """Writes the adapter alone, in f32 as it was trained, to be used with a GGUF of the base.
 
-    Raises UserError for DoRA, and for layers with ranks or alphas of their own, which a GGUF adapter cannot have.
+    Raises UserError for DoRA, and for layers with ranks or alphas of their own, which a GGUF adapter cannot have, and
+    as attach_adapter.
     """
     if adapter.config.use_dora:
         raise UserError("a DoRA adapter cannot be exported alone: GGUF adapters are plain LoRA; take FORMAT=gguf")
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
         raise UserError("an adapter with ranks of its own for some layers cannot be exported alone; take FORMAT=gguf")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    attach_adapter(base, adapter, torch.device("cpu"))  # refuses a file that does not fit
     rank, alpha = adapter.config.r, adapter.config.lora_alpha
     writer = GGUFWriter(path, ARCHITECTURES[config.model_type].gguf_name)
     writer.add_type(gguf.GGUFType.ADAPTER)

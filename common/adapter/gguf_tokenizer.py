@@ -1,32 +1,21 @@
-"""Translates a tokenizer.json to GGUF: tokens, their types, merges or scores, and the name of its pre-tokenizer.
+"""Translates a tokenizer to GGUF: tokens, their types, merges or scores, special tokens and the chat template.
 
-A pre-tokenizer splits text before merges are applied. tokenizer.json describes it by rules; llama.cpp implements each
-under a name. So the rules are compared with those of the known names, and any others are an error.
 Names and keys: github.com/ggml-org/ggml/blob/master/docs/gguf.md, "Tokenizer".
 """
 
-import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
+from common.adapter.tokenizer_json import BYTE_TOKEN, TextRules, read_text_rules
 from common.data.chat_format import ChatFormat
 from common.recipe import UserError
 
-# The regular expression that splits the text, and llama.cpp's name for it (its enum llama_vocab_pre_type).
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}": "llama-bpe",  # Llama 3
-    rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}": "qwen2",  # Qwen2, Qwen2.5, Qwen3
-}
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+MAX_ENDING_TOKENS = 3  # that GGUF has keys for
 _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
@@ -34,25 +23,20 @@ _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 class Vocabulary:
     """What GGUF holds of a tokenizer."""
 
-    model: str  # "gpt2" for byte-level BPE, "llama" for BPE made from SentencePiece
-    pre: str  # llama.cpp's name of the pre-tokenizer
+    rules: TextRules
     tokens: list[str]  # one for each row of the model's embedding
     types: list[int]  # gguf.TokenType of each token
     merges: list[str]  # "a b"; none for "llama"
     scores: list[float]  # of each token; none for "gpt2"
-    space_prefix: bool  # whether every text begins with a space
 
 
-def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """Reads the tokenizer.json in `folder`, and fills its tokens up to `size`, the rows of the model's embedding.
+def read_vocabulary(tokenizer: PreTrainedTokenizerFast, size: int) -> Vocabulary:
+    """Reads the tokens, and fills them up to `size`, the rows of the model's embedding.
 
-    Raises UserError for a tokenizer that GGUF cannot express: any but byte-level BPE that splits text as Llama 3,
-    Qwen2, GPT-2 or SmolLM do, and BPE made from SentencePiece (Mistral).
+    Raises UserError as read_text_rules, and for a tokenizer with more tokens than the model has rows.
     """
-    values = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    values, rules = read_text_rules(tokenizer)
     model = values["model"]
-    if model.get("type") != "BPE":
-        raise UserError(f"a tokenizer of type {model.get('type')} cannot be exported to GGUF; BPE can")
     names = {index: token for token, index in model["vocab"].items()}
     names |= {token["id"]: token["content"] for token in values.get("added_tokens", [])}
     if max(names) >= size:
@@ -60,14 +44,14 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     tokens = [names.get(index, f"[PAD{index}]") for index in range(size)]
     types = _token_types(values, tokens, known=names.keys())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    if not model.get("byte_fallback"):
-        return Vocabulary("gpt2", _name_pre_tokenizer(values["pre_tokenizer"]), tokens, types, merges, [], False)
+    if rules.model == "gpt2":
+        return Vocabulary(rules, tokens, types, merges, [])
     # SentencePiece merges the pair whose result has the highest score: the order of the merges gives the scores.
     order: dict[str, int] = {}
     for number, merge in enumerate(merges):
         order.setdefault(merge.replace(" ", ""), number)
     scores = [-float(order.get(token, len(merges))) for token in tokens]
-    return Vocabulary("llama", "default", tokens, types, [], scores, _prepends_space(values))
+    return Vocabulary(rules, tokens, types, [], scores)
 
 
 def _token_types(values: dict[str, Any], tokens: list[str], known: Collection[int]) -> list[int]:
@@ -81,51 +65,29 @@ def _token_types(values: dict[str, Any], tokens: list[str], known: Collection[in
             kind = TokenType.CONTROL if is_special[index] else TokenType.USER_DEFINED
         if model.get("byte_fallback") and token == model.get("unk_token"):
             kind = TokenType.UNKNOWN
-        elif model.get("byte_fallback") and _BYTE_TOKEN.fullmatch(token):
+        elif model.get("byte_fallback") and BYTE_TOKEN.fullmatch(token):
             kind = TokenType.BYTE
         types.append(int(kind))
     return types
 
 
-def _name_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> str:
-    """llama.cpp's name for a byte-level pre-tokenizer. Raises UserError when it has none."""
-    parts = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    kinds = [(part or {}).get("type") for part in parts]
-    if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
-        return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not parts[1]["use_regex"] and parts[0]["behavior"] == "Isolated":
-        name = SPLITS.get(parts[0]["pattern"].get("Regex", ""))
-        if name:
-            return name
-    raise UserError(f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}")
-
-
-def _prepends_space(values: dict[str, Any]) -> bool:
-    """Whether the tokenizer puts a space before every text.
-
-    With the scheme "first" it does so only before the first text of a prompt, which is BOS: no other text gets one.
-    """
-    normalizer, pre_tokenizer = json.dumps(values.get("normalizer")), values.get("pre_tokenizer") or {}
-    return '"Prepend"' in normalizer or pre_tokenizer.get("prepend_scheme") == "always"
-
-
-def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
-    """Writes the vocabulary, the special tokens and the chat template."""
-    writer.add_tokenizer_model(vocabulary.model)
-    writer.add_tokenizer_pre(vocabulary.pre)
+def add_tokenizer(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocabulary: Vocabulary, stops: Sequence[int]
+) -> None:
+    """Writes the vocabulary, the special tokens and the chat template. stops: ids of all tokens that end an answer."""
+    ends = ending_tokens(tokenizer, stops)
+    writer.add_tokenizer_model(vocabulary.rules.model)
+    writer.add_tokenizer_pre(vocabulary.rules.pre)
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
-        writer.add_add_space_prefix(vocabulary.space_prefix)
+        writer.add_add_space_prefix(vocabulary.rules.space_prefix)
     for add, index in (
         (writer.add_bos_token_id, tokenizer.bos_token_id),
-        (writer.add_eos_token_id, tokenizer.eos_token_id),
-        (writer.add_eot_token_id, ChatFormat(tokenizer).end_of_turn_id()),
+        *zip((writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id), ends, strict=False),
         (writer.add_pad_token_id, tokenizer.pad_token_id),
         (writer.add_unk_token_id, tokenizer.unk_token_id),
     ):
@@ -135,6 +97,15 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: PreTrainedTokenizerFast, vocabu
     writer.add_add_eos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(strip_generation_marks(tokenizer.chat_template))
+
+
+def ending_tokens(tokenizer: PreTrainedTokenizerFast, stops: Sequence[int]) -> list[int | None]:
+    """The tokens that end an answer, in the order of GGUF's keys, which are three: end of text, of turn, of message.
+
+    llama.cpp stops at each of them. Further ids of `stops` follow, for which there is no key.
+    """
+    named = [tokenizer.eos_token_id, ChatFormat(tokenizer).end_of_turn_id()]
+    return [*named, *(index for index in stops if index not in named)]
 
 
 def begins_with_bos(tokenizer: PreTrainedTokenizerFast) -> bool:

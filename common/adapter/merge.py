@@ -7,7 +7,6 @@ model by the quantisation error of the base, which is some hundred times larger.
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.adapter.find import TrainedAdapter
 from common.adapter.load import attach_adapter, trained_tokenizer
+from common.adapter.tokenizer_files import write_tokenizer
 from common.adapter.trained_base import find_trained_base
 from common.machine.device import this_machine
 from common.machine.disk import MADE_FROM, sha256_of
@@ -138,11 +137,6 @@ class MergedWeights:
     def describe_base(self) -> str:
         return "the 4-bit base, dequantised" if self.quantised else "the original weights"
 
-    def generation_config(self) -> GenerationConfig:
-        """Reads the run's generation config, which stops at the end of a turn; else the base's."""
-        folders = [f for f in (self.adapter.folder, self.folder) if (f / "generation_config.json").exists()]
-        return GenerationConfig.from_pretrained(folders[0]) if folders else GenerationConfig()
-
     def write_made_from(self, path: Path) -> None:
         """Writes down what the merged model was made from."""
         made_from = {
@@ -188,34 +182,5 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
     largest = max((entry for shard in weights.shards for entry in shard.entries), key=lambda entry: entry.size)
     config["dtype"] = str(largest.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    copy_tokenizer(weights, folder)
+    write_tokenizer(weights.adapter, weights.folder, trained_tokenizer(weights.adapter), folder)
     weights.write_made_from(folder / MADE_FROM)
-
-
-def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
-    """Copies the base's tokenizer files, which every tool can read, if they have the tokens that the run trained with;
-    else those that the run saved.
-
-    Chat template and generation config are the run's, where it has them; else the base's. The template is written once,
-    as chat_template.jinja: some programs read that file, and others tokenizer_config.json.
-    """
-    ours, tokenizer = weights.adapter.folder, trained_tokenizer(weights.adapter)
-    of_base = weights.folder / "tokenizer.json"
-    fits = of_base.exists() and Tokenizer.from_file(str(of_base)).get_vocab() == tokenizer.get_vocab()
-    source = weights.folder if fits else ours
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        if (source / name).exists():
-            shutil.copyfile(source / name, folder / name)
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # by name; "default" is the one of a chat without tools
-        template = template.get("default")
-    config = folder / "tokenizer_config.json"
-    if isinstance(template, str):
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        if config.exists():
-            values = json.loads(config.read_text(encoding="utf-8"))
-            values.pop("chat_template", None)
-            config.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    found = [place for place in (ours, weights.folder) if (place / "generation_config.json").exists()]
-    if found:
-        shutil.copyfile(found[0] / "generation_config.json", folder / "generation_config.json")

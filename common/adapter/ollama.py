@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from common.adapter.gguf_tokenizer import begins_with_bos
-from common.data.chat_format import ChatFormat
+from common.adapter.sampling import translate_sampling, untranslated
 from common.recipe import UserError
 
 Messages = list[dict[str, str]]
@@ -135,21 +135,25 @@ def _render_jinja(tokenizer: PreTrainedTokenizerFast, roles: str, *, answering: 
 
 
 def build_modelfile(
-    gguf_name: str, tokenizer: PreTrainedTokenizerFast, generation: GenerationConfig, context: int
+    gguf_name: str, tokenizer: PreTrainedTokenizerFast, generation: dict[str, Any], context: int
 ) -> str:
     """The text of the Modelfile beside a GGUF file. context: how many tokens ollama makes room for.
 
-    Raises UserError as parse_template.
+    generation: of read_generation_config; its eos_token_id has all that end an answer. Raises
+    UserError as parse_template, and for a template that no Modelfile can hold.
     """
-    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    ids = {ChatFormat(tokenizer).end_of_turn_id(), *ends} - {None}
-    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{parse_template(tokenizer).go_template()}"""']
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(index)}"' for index in sorted(ids)]
+    template = parse_template(tokenizer).go_template()
+    if '"""' in template:
+        raise UserError('the chat template holds """, which a Modelfile cannot; take FORMAT=gguf')
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""']
+    stops = [tokenizer.decode([index], skip_special_tokens=False) for index in generation["eos_token_id"]]
+    given = generation.get("stop_strings") or []
+    stops += [given] if isinstance(given, str) else given
+    lines += [f"PARAMETER stop {_quote(text)}" for text in stops]
     lines.append(f"PARAMETER num_ctx {context}")
-    sampling: dict[str, Any] = {name: getattr(generation, name, None) for name in ("temperature", "top_p", "top_k")}
-    if not generation.do_sample:
-        sampling = {"temperature": 0}
-    lines += [f"PARAMETER {name} {value}" for name, value in sampling.items() if value is not None]
+    if generation.get("max_new_tokens"):
+        lines.append(f"PARAMETER num_predict {generation['max_new_tokens']}")
+    lines += [f"PARAMETER {name} {value}" for name, value in translate_sampling(generation).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -160,3 +164,14 @@ def ollama_name(name: str) -> str:
     """
     kept = re.sub(r"[^a-zA-Z0-9_.-]+|\.{2,}", "-", name)[:80].strip("-_.")
     return kept or "model"
+
+
+def lost_in_modelfile(generation: dict[str, Any]) -> list[str]:
+    """A note of what ollama has no parameter for; none where there is nothing."""
+    lost = untranslated(generation, also=("stop_strings", "max_new_tokens"))
+    return [f"ollama has no parameter for this of the generation config: {', '.join(lost)}"] if lost else []
+
+
+def _quote(text: str) -> str:
+    """A parameter's text as a Modelfile has it."""
+    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'

@@ -53,7 +53,7 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
     from common.adapter.gguf import GgufModel
     from common.adapter.load import trained_tokenizer
     from common.adapter.merge import MergedWeights
-    from common.adapter.ollama import build_modelfile, ollama_name
+    from common.adapter.ollama import build_modelfile, lost_in_modelfile, ollama_name
 
     weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
@@ -61,7 +61,10 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
     file = _file_name(ollama_name(name), flags)
     if for_ollama:  # before the weights are merged: a template that ollama cannot express is refused here
         context = min(MAX_OLLAMA_CONTEXT, weights.config.max_position_embeddings)
-        modelfile = build_modelfile(file, tokenizer, weights.generation_config(), context)
+        modelfile = build_modelfile(file, tokenizer, model.generation, context)
+    notes = [*model.vocabulary.rules.notes, *lost_in_modelfile(model.generation)] if for_ollama else model.notes
+    for note in notes:
+        print(f"note: {note}", flush=True)
     with write_checked_aside(target, model.size, folder=for_ollama, overwrite=flags.overwrite) as path:
         print(f"merging into {weights.describe_base()}, {format_bytes(model.size)}", flush=True)
         model.write(path / file if for_ollama else path)

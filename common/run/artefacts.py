@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat_format import ChatFormat
+from common.data.stop_ids import stop_ids
 from common.machine.disk import remove, replace_atomically
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SAVING
 
@@ -18,9 +18,7 @@ def save_trained(
     save_adapter(model, folder, adapter)
     tokenizer.save_pretrained(folder)
     generation = model.generation_config
-    known = generation.eos_token_id
-    ids = {ChatFormat(tokenizer).end_of_turn_id(), *(known if isinstance(known, list) else [known])} - {None}
-    generation.eos_token_id = sorted(ids)
+    generation.eos_token_id = stop_ids(tokenizer, generation.eos_token_id)
     generation.pad_token_id = tokenizer.pad_token_id
     generation.save_pretrained(folder)
 

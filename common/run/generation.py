@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from common.data.stop_ids import stop_ids
 from common.machine.slow_work import report_slow_work
 from common.run.prompts import Prompt
 
@@ -28,6 +29,7 @@ def generate(
 
     The model's mode and attention are restored.
     """
+    ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.model.attention
@@ -45,6 +47,7 @@ def generate(
                     **GREEDY,
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
+                    eos_token_id=ends,
                 )
                 new = outputs[:, inputs["input_ids"].shape[1] :]
                 completions += tokenizer.batch_decode(new, skip_special_tokens=True)

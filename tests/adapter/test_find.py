@@ -43,7 +43,10 @@ def test_a_run_json_of_another_version_is_read(copy):
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter .adapter_model.safetensors"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "is not the configuration of an adapter"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "is not the configuration of an adapter"),
-        (lambda folder: change(folder / "adapter_config.json", peft_type="IA3"), "or something else: IA3"),
+        (
+            lambda folder: change(folder / "adapter_config.json", peft_type="IA3"),
+            "an adapter of the type IA3, which is not LoRA",
+        ),
         (lambda folder: change(folder / "adapter_config.json", modules_to_save=["lm_head"]), "more than LoRA"),
         (lambda folder: change(folder / "adapter_config.json", r="4"), "of an adapter: r is '4'"),
         (lambda folder: change(folder / "adapter_config.json", target_modules=5), "of an adapter: target_modules is 5"),

@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from common.adapter.find import find_adapter
 from common.adapter.gguf import GgufModel, gguf_names, permute_heads, write_adapter
-from common.adapter.gguf_tokenizer import SPLITS, read_vocabulary, strip_generation_marks
+from common.adapter.gguf_tokenizer import read_vocabulary, strip_generation_marks
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
+from common.adapter.tokenizer_json import SPLITS
 from common.cli import run_command
 from common.data.report import DataReport
 from common.data.rows import read_examples
@@ -223,6 +224,15 @@ def cut(rule: str, normalizer: Any = None) -> PreTrainedTokenizerFast:
     return byte_level(pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)]), normalizer)
 
 
+def whole_words() -> PreTrainedTokenizerFast:
+    """As Llama 3's: a word that is a token stays whole, whatever the merges make of it. "Hello" has no merges."""
+    tokenizer = cut("llama-bpe")
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    values["model"]["ignore_merges"] = True
+    assert values["model"]["vocab"].setdefault("Hello", 1000) == 1000
+    return finished(Tokenizer.from_str(json.dumps(values)))
+
+
 def sentencepiece(scheme: str) -> PreTrainedTokenizerFast:
     """As transformers makes one of Mistral's tokenizer.model: every pair of pieces that makes a piece is a merge."""
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -269,6 +279,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
     ),
     "llama-bpe": lambda: cut("llama-bpe"),
+    "llama-bpe, words whole": whole_words,
     "qwen2": lambda: cut("qwen2", normalizers.NFC()),
     "sentencepiece, as a normalizer": lambda: sentencepiece("normalizer"),
     "sentencepiece, first": lambda: sentencepiece("first"),
@@ -286,27 +297,13 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(adapted, small_model, tmp_path
     tokenizer.save_pretrained(base)
     recipe = adapted("llama", base=base)
     runtime = LlamaCpp(export(recipe, tmp_path / "x.gguf"))
-    assert read_vocabulary(Path(recipe.out), 1024).tokens[-1] == "[PAD1023]"
+    assert read_vocabulary(trained_tokenizer(find_adapter(recipe)), 1024).tokens[-1] == "[PAD1023]"
     for text in TEXTS:
         prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         of_text = runtime.go_on(prompt.removeprefix("<s>"), 6, ignore_eos=True)
         of_ids = runtime.go_on(ids, 6, ignore_eos=True)
         assert of_text == of_ids, text
-
-
-def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path):
-    byte_level(
-        pre_tokenizers.Sequence([pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(False)])
-    ).save_pretrained(tmp_path / "cut")
-    with pytest.raises(UserError, match='cuts text like this cannot be exported to GGUF: {"type": "Sequence"'):
-        read_vocabulary(tmp_path / "cut", 1024)
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
-    words.save_pretrained(tmp_path / "words")
-    with pytest.raises(UserError, match="of type WordLevel cannot be exported"):
-        read_vocabulary(tmp_path / "words", 1024)
-    with pytest.raises(UserError, match="the tokenizer has .* tokens, and the model only 100"):
-        read_vocabulary(ROOT / "models" / "tiny", 100)
 
 
 def test_marks_of_what_is_trained_leave_the_template(tokenizer):

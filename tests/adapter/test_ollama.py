@@ -145,13 +145,14 @@ def test_a_modelfile_names_what_ends_an_answer_and_how_it_is_drawn():
     tokenizer = llama3()
     eos = [tokenizer.convert_tokens_to_ids(token) for token in ("<|end_of_text|>", "<|eot_id|>")]
     drawn = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=eos)
-    lines = build_modelfile("x-q8_0.gguf", tokenizer, drawn, 8192).splitlines()
+    lines = build_modelfile("x-q8_0.gguf", tokenizer, drawn.to_dict(), 8192).splitlines()
     assert lines[0] == "FROM ./x-q8_0.gguf"
     assert lines[1].startswith('TEMPLATE """{{ if .System }}<|start_header_id|>system<|end_header_id|>')
     for line in ('PARAMETER stop "<|end_of_text|>"', 'PARAMETER stop "<|eot_id|>"', "PARAMETER num_ctx 8192"):
         assert line in lines
-    assert lines[-2:] == ["PARAMETER temperature 0.6", "PARAMETER top_p 0.9"] or "PARAMETER top_p 0.9" in lines
-    greedy = build_modelfile("x", tokenizer, GenerationConfig(), 10).splitlines()
+    drawn_lines = ["temperature 0.6", "top_k 50", "top_p 0.9", "min_p 0.0"]  # of transformers where nothing is said
+    assert lines[-5:] == ["PARAMETER repeat_penalty 1.0", *(f"PARAMETER {line}" for line in drawn_lines)]
+    greedy = build_modelfile("x", tokenizer, {"eos_token_id": eos}, 10).splitlines()
     assert greedy[-1] == "PARAMETER temperature 0"
 
 
