@@ -51,7 +51,8 @@ dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no d
 # The value of a variable in single quotes, for the shell: a prompt may hold any character.
 quoted = '$(subst ','\'',$(value $(1)))'
 RUN_FLAGS = "$(MODEL)" $(if $(OUT),--out "$(OUT)")
-MERGED_FOLDER = $(or $(TO),$(or $(OUT),outputs/$(subst _,-,$(MODEL)))-merged)
+# As the commands name it: without a slash at the end of OUT, and with the home folder in the place of ~.
+MERGED_FOLDER = $(patsubst ~/%,$(HOME)/%,$(or $(TO),$(patsubst %/,%,$(or $(OUT),outputs/$(subst _,-,$(MODEL))))-merged))
 TARGET_FLAGS = $(if $(BASE),--base "$(BASE)") $(if $(TO),--to "$(TO)")
 
 chat: _recipe $(VENV)/.installed ## talk to what MODEL became; PROMPT="one question" answers it and ends

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.files import is_file
 from common.machine.disk import write_aside
+from common.machine.paths import local_path
 from common.recipe import DataSpec
 
 CACHE = Path(".cache") / "rows"  # in the working directory
@@ -31,7 +32,7 @@ def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: in
 
     Returns None for small files and for data sets of the hub: they are not cached.
     """
-    sources = [Path(source) for source in (spec.source, spec.eval_source) if source is not None]
+    sources = [local_path(source) for source in (spec.source, spec.eval_source) if source is not None]
     if not all(is_file(str(path)) and path.is_file() for path in sources):
         return None
     if sum(path.stat().st_size for path in sources) < MIN_SOURCE_BYTES:

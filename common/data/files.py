@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.machine.hub import TransportError
+from common.machine.paths import local_path
 from common.recipe import UserError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
@@ -25,7 +26,7 @@ PlacedRow = tuple[str, Row | BadRow]  # the place is "my.jsonl:12", or "my.json,
 
 def is_file(source: str) -> bool:
     """Returns whether a source names a file, which may be missing, and not a hub data set."""
-    return Path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
+    return local_path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[PlacedRow]:
@@ -36,11 +37,11 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
     if not is_file(source):
         yield from _hub_rows(source, split, revision)
         return
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         raise UserError(f"{source} is a folder; name one {', '.join(SUFFIXES)} file")
     if not path.exists():
-        raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
+        raise UserError(f"there is no data file {path} (looked in {Path.cwd()})")
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -13,12 +13,20 @@ from common.data.rows import Rows
 from common.machine.collectives import barrier, run_on_main
 from common.machine.device import this_machine
 from common.machine.disk import remove_leftovers
+from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
 from common.plan.plan import Plan
 from common.recipe import Recipe, UserError
 from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
+# Fields of a recipe that name a place, and the part of run_identity that is a hash of what lies there
+CONTENT_OF = {
+    "DataSpec.source": "rows",
+    "DataSpec.eval_source": "held_out",
+    "ModelSpec.chat_template": "rows",
+}
+PLACES = {*CONTENT_OF, "ModelSpec.name"}  # compared as places, not as text; what moved and has no hash is refused
 # Fields of a recipe that may change between two parts of a run. Any other change is refused.
 RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.card_gib",
@@ -53,6 +61,7 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
     return {
         "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
         "rows": hash_rows(rows.train),
+        "held_out": None if rows.evaluation is None else hash_rows(rows.evaluation),
         "versions": {name: version(name) for name in LIBRARIES},
         "plan": f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes",
         "machine": str(this_machine()),
@@ -80,15 +89,22 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
     warned: list[str] = []
     for name in old["recipe"] | new["recipe"]:
         before, now = old["recipe"].get(name), new["recipe"].get(name)
-        if before != now:
-            (warned if name in RESUME_WARNS_OF else refused).append(f"{name} was {before!r} and is {now!r}")
+        if before == now or (name in PLACES and before and now and is_same_place(before, now)):
+            continue
+        change = f"{name} was {before!r} and is {now!r}"
+        if before and now and _has_same_content(name, old, new):
+            print(f"{change}: its content is the same")
+        else:
+            (warned if name in RESUME_WARNS_OF else refused).append(change)
     if old["rows"] != new["rows"] and not any(line.startswith("DataSpec.") for line in refused):
         refused.append("the data is not what it was: other rows, another tokenizer or chat template")
+    if old.get("held_out", new["held_out"]) != new["held_out"] and not refused:
+        print("warning: the held-out rows are not what they were: their losses before and after this do not compare")
     for name in old["versions"] | new["versions"]:
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
             warned.append(f"{name} was {before} and is {now}")
-    for name in sorted(old.keys() & new.keys() - {"recipe", "rows", "versions"}):
+    for name in sorted(old.keys() & new.keys() - {"recipe", "versions", *CONTENT_OF.values()}):
         if old[name] != new[name]:
             warned.append(f"the {name} was {old[name]} and is {new[name]}")
     if refused:
@@ -98,6 +114,12 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
         )
     for line in warned:
         print(f"warning: {line}; the run goes on, and ends a little differently")
+
+
+def _has_same_content(field: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two places that a field named hold the same: by their hash in run_identity, where it has one."""
+    content = CONTENT_OF.get(field, "")
+    return content in old and old[content] == new[content]
 
 
 def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
