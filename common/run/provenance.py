@@ -8,6 +8,7 @@ from pathlib import Path
 
 from common import REPOSITORY
 
+MAKE_TARGETS = ("finetune", "dryrun")  # those that run a recipe
 MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT"}  # the Makefile's variables for these flags
 
 
@@ -19,6 +20,7 @@ def command_line(arguments: list[str] | None = None) -> str:
     program, *flags = arguments or sys.argv
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
+    target = flags.pop(0) if flags[0] in MAKE_TARGETS and len(flags) > 1 else "finetune"
     name, *flags = flags
     processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun
     command, rest = [f"MODEL={name}", *([f"GPUS={processes}"] if processes != "1" else [])], []
@@ -28,7 +30,7 @@ def command_line(arguments: list[str] | None = None) -> str:
             command.append(f"{MAKE_VARIABLES[flag]}={flags.pop(0)}")
         elif flag not in ("--resume", "--overwrite"):  # whoever repeats the run begins anew
             rest.append(flag)
-    return shlex.join(["make", "finetune", *command, *([f"ARGS={shlex.join(rest)}"] if rest else [])])
+    return shlex.join(["make", target, *command, *([f"ARGS={shlex.join(rest)}"] if rest else [])])
 
 
 def code_version() -> dict[str, str]:

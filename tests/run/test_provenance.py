@@ -9,6 +9,8 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch):
     assert command_line([program, "tiny"]) == "make finetune MODEL=tiny"
     typed = [program, "my-bot", "--data", "my chats.jsonl", "--out", "o", "--max-steps", "5", "--resume"]
     assert command_line(typed) == "make finetune MODEL=my-bot 'DATA=my chats.jsonl' OUT=o 'ARGS=--max-steps 5'"
+    assert command_line([program, "finetune", "my-bot", "--out", "~/o/"]) == "make finetune MODEL=my-bot 'OUT=~/o/'"
+    assert command_line([program, "dryrun", "tiny", "--layers", "2"]) == "make dryrun MODEL=tiny 'ARGS=--layers 2'"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line([program, "tiny"]) == "make finetune MODEL=tiny GPUS=2"
     assert command_line(["recipes/tiny.py", "--max-steps", "5"]) == "python recipes/tiny.py --max-steps 5"
