@@ -23,6 +23,7 @@ from common.run.folder import refuse_run_under_way
 from common.run.progress import read_metrics
 from tests.conftest import ROOT
 from tests.machine.test_lock import held_by_another
+from tests.machine.test_processes import children_of
 from tests.run_make import run_make
 
 
@@ -196,10 +197,10 @@ def test_a_run_in_the_output_folder_is_refused_before_anything_is_loaded(tmp_pat
 
 @contextlib.contextmanager
 def run_under_way(out: Path, *flags: str) -> Iterator[subprocess.Popen]:
-    """A run that holds its folder, and is killed at the end with all that it has started."""
+    """A run that holds its folder, and is killed at the end with the processes that it has started."""
     command = [sys.executable, "-m", "recipes", "tiny", "--out", str(out), *flags]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT, env=env, start_new_session=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=env)
     try:
         deadline = time.monotonic() + 120
         while not (out / ".lock").exists() or not (out / ".lock").read_text():
@@ -207,8 +208,9 @@ def run_under_way(out: Path, *flags: str) -> Iterator[subprocess.Popen]:
             time.sleep(0.05)
         yield process
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        processes = [*children_of(process.pid), process.pid] if process.poll() is None else []
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
