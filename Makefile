@@ -77,7 +77,8 @@ report: _recipe $(VENV)/.installed ## the run on one page, report.html, written 
 	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
 
 lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
-	@model=$(if $(value TO),$(call quoted,TO),$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL)))-merged); \
+	@out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \
+	model=$(if $(value TO),$(call quoted,TO),"$${out%/}-merged"); model="$${model/#\~\//$$HOME/}"; \
 	if [ ! -f "$$model/config.json" ]; then echo "error: there is no merged model in $$model: make merge first" >&2; exit 2; fi; \
 	echo "lm-eval loads $$model and runs "$(call quoted,TASKS)"; its own progress follows"; \
 	$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$$model" --tasks $(call quoted,TASKS) $(ARGS)

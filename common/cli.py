@@ -3,13 +3,16 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from common.commands import COMMANDS
 from common.exit_status import exit_status
+from common.machine.paths import output_path
 from common.process_state import quiet_libraries
 from common.recipe import Recipe
+from common.run.folder import hold_for_reading
 
 Story = Callable[[Recipe], object]
 INSTEAD_OF_A_RUN = {"--plan": "plan", "--dry-run": "dryrun"}  # flags of finetune that stand for other commands
@@ -42,5 +45,10 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
         add_flags(parser)
     flags = parser.parse_args(arguments)
     quiet_libraries()
-    recipe = replace(recipe, out=flags.out or recipe.out or f"outputs/{name}")
-    return exit_status(lambda: COMMANDS[command].run(recipe, flags), recipe.out)
+    recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
+
+    def act() -> int | None:
+        with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
+            return COMMANDS[command].run(recipe, flags)
+
+    return exit_status(act, recipe.out)

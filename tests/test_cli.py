@@ -1,21 +1,29 @@
 """The commands as a user types them, in processes of their own."""
 
+import contextlib
 import importlib
 import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from common.cli import run_command
 from common.commands import COMMANDS
 from common.commands.dryrun import shrink_to_dry_run
+from common.run.folder import refuse_run_under_way
+from common.run.progress import read_metrics
 from tests.conftest import ROOT
+from tests.machine.test_lock import held_by_another
+from tests.machine.test_processes import children_of
 from tests.run_make import run_make
 
 
@@ -185,6 +193,68 @@ def test_a_run_in_the_output_folder_is_refused_before_anything_is_loaded(tmp_pat
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     assert "already holds a run" in refused(recipes("tiny", "--out", str(tmp_path / "run")))
+
+
+@contextlib.contextmanager
+def run_under_way(out: Path, *flags: str) -> Iterator[subprocess.Popen]:
+    """A run that holds its folder, and is killed at the end with the processes that it has started."""
+    command = [sys.executable, "-m", "recipes", "tiny", "--out", str(out), *flags]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env=env)
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / ".lock").exists() or not (out / ".lock").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        processes = [*children_of(process.pid), process.pid] if process.poll() is None else []
+        for pid in processes:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_run_under_way_keeps_others_out_of_its_folder_until_it_is_killed(tmp_path):
+    """Before anything is loaded: with a large model that takes minutes."""
+    out = tmp_path / "run"
+    with run_under_way(out) as process:
+        for typed in ("tiny --overwrite", "tiny --resume --gpus 2", "merge tiny"):
+            line = refused(recipes(*typed.split(), "--out", f"{out}/"))
+            assert line.startswith(f"error: a run is under way in {out} (process {process.pid} on "), line
+    assert (out / ".lock").exists()
+    refuse_run_under_way(str(out))
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"plan", "chat"}))
+def test_every_command_that_writes_or_takes_long_leaves_a_run_alone(tmp_path, capsys, command):
+    out = tmp_path / ("run-dry-run" if command == "dryrun" else "run")
+    out.mkdir()
+    tiny = importlib.import_module("recipes.tiny")
+    with held_by_another(out / ".lock"):
+        assert run_command(command, "tiny", tiny.RECIPE, ["--out", str(tmp_path / "run")], tiny.main) == 2
+        assert f"a run is under way in {out} (process " in capsys.readouterr().err
+        assert [path.name for path in out.iterdir()] == [".lock"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--gpus", "2"]], ids=["one process", "two"])
+def test_of_two_runs_in_a_folder_one_trains_and_a_killed_one_is_resumed(tmp_path, flags):
+    out = tmp_path / "run"
+    with run_under_way(out, *flags):
+        assert "a run is under way in" in refused(recipes("tiny", *flags, "--resume", "--out", str(out)))
+    done = recipes("tiny", *flags, "--resume", "--max-steps", "2", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert not (out / ".lock").exists() and (out / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_that_start_together_do_not_mix(tmp_path):
+    command = [sys.executable, "-m", "recipes", "tiny", "--out", str(tmp_path / "run"), "--max-steps", "3"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env) for _ in range(2)]
+    errors = [run.communicate(timeout=300)[1] for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 2], errors
+    assert [entry["step"] for entry in read_metrics(tmp_path / "run") if "loss" in entry] == [1, 2, 3]
 
 
 def test_own_data_trains_the_copied_recipe_with_few_flags(tmp_path):

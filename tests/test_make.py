@@ -1,6 +1,7 @@
 """The Makefile: what is typed arrives as it was typed, also in a make inside of make."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -94,6 +95,20 @@ def test_the_flags_and_variables_of_an_outer_make_stay_outside(monkeypatch):
     monkeypatch.setenv("MAKELEVEL", "1")
     assert run_make("-n", "chat", "VENV=/nowhere").stdout == shown
     assert {"ARGS", "MODEL", "PROMPT"} <= VARIABLES and "MAKEFLAGS" in OF_MAKE
+
+
+@pytest.mark.parametrize(
+    ("typed", "folder"),
+    [
+        (("OUT=outputs/x/",), "outputs/x-merged"),
+        (("OUT=~/my runs/x/",), "{home}/my runs/x-merged"),
+        (("MODEL=my_bot",), "outputs/my-bot-merged"),
+        (("OUT=outputs/x/", "TO=~/merged"), "{home}/merged"),
+    ],
+)
+def test_lm_eval_looks_where_a_merge_writes(typed, folder):
+    shown = run_make("-n", "lm-eval", "VENV=/nowhere", *typed).stdout
+    assert f'"pretrained={folder.format(home=os.environ["HOME"])}"' in shown
 
 
 def test_no_other_test_starts_make_by_itself():

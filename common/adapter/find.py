@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from common.adapter.config import read_adapter_config
 from common.machine.disk import sha256_of
+from common.machine.paths import is_same_place
 from common.model.integrity import check_complete
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
@@ -52,9 +53,10 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     run = _read_run(folder / RUN_JSON)
     ran = recipe_from_run(run["recipe"], recipe) if run else recipe
     for trained_on in (config.base_model_name_or_path, ran.model.name):
-        if trained_on and trained_on != recipe.model.name:
+        if trained_on and not is_same_place(trained_on, recipe.model.name):
             raise UserError(
-                f"the adapter in {folder} was trained on {trained_on}, and the recipe says {recipe.model.name}"
+                f"the adapter in {folder} was trained on {trained_on}, and the recipe says {recipe.model.name}: take "
+                "the recipe of that base, or name the folder of another run: OUT=..."
             )
     commit = (run.get("base") or {}).get("commit")
     if commit:  # the branch that the recipe names may have moved on since

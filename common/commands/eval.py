@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.commands.flags import whole_number
+from common.machine.paths import local_path
 from common.recipe import Recipe, UserError
-from common.run.folder import EVAL_JSON
+from common.run.folder import EVAL_JSON, refuse_inside
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,7 +22,9 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=whole_number(0), default=5, metavar="N", help="answers side by side (default: 5)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write it (default: eval.json of the run)")
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="where to write it (default: eval.json of the run)"
+    )
 
 
 def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
@@ -29,6 +32,8 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
 
     Raises UserError when the run kept no held-out rows and --data names none.
     """
+    if flags.json and flags.json != Path(recipe.out) / EVAL_JSON:
+        refuse_inside(flags.json, recipe.out, "JSON")
     print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from common.commands.flags import BASES, add_target_flags, require_choice
 from common.commands.merge import describe_peak
-from common.machine.disk import MADE_FROM, format_bytes, refuse_existing, write_checked_aside
+from common.machine.disk import MADE_FROM, format_bytes, refuse_target, write_checked_aside
 from common.recipe import Recipe
+from common.run.folder import refuse_inside
 
 if TYPE_CHECKING:  # torch takes seconds to import; the commands import it when they run
     from common.adapter.find import TrainedAdapter
@@ -36,7 +37,8 @@ def run_export(recipe: Recipe, flags: argparse.Namespace) -> None:
         "ollama": Path(f"{recipe.out}-ollama"),
     }
     target = flags.to or default[flags.format]
-    refuse_existing(target, folder=flags.format == "ollama", overwrite=flags.overwrite)
+    refuse_inside(target, recipe.out, "TO")
+    refuse_target(target, folder=flags.format == "ollama", overwrite=flags.overwrite)
     print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
 

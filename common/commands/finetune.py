@@ -11,7 +11,7 @@ from common.commands.flags import add_run_flags, apply_run_flags
 from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
-from common.run.folder import prepare_run_folder
+from common.run.folder import hold_run_folder, refuse_run_under_way
 from common.run.provenance import make_command
 
 
@@ -44,6 +44,8 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
     hint: printed behind the message when a signal stops the run. Returns the exit status; None when the run has ended.
     Raises UserError as launch and _run_here.
     """
+    if is_main_process():
+        refuse_run_under_way(recipe.out)  # at once: what follows imports torch, and may start processes
     is_launched = "WORLD_SIZE" in os.environ  # by launch or by torchrun: this is one of the run's processes
     if (flags.gpus is not None or flags.nnodes > 1) and not is_launched:
         return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
@@ -67,13 +69,10 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     )
     require_gpu_per_process()
     init_distributed()
-    run_on_main(lambda: prepare_run_folder(recipe.out, recipe.existing_run))
-    require(
-        Path(recipe.out).is_dir(),
-        f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
-    )
-    try:
+    with contextlib.ExitStack() as stack:
+        run_on_main(lambda: stack.enter_context(hold_run_folder(recipe.out, recipe.existing_run)))
+        require(
+            Path(recipe.out).is_dir(),
+            f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
+        )
         flags.story(recipe)
-    finally:
-        with contextlib.suppress(OSError):
-            Path(recipe.out).rmdir()  # removes the folder when nothing was written into it

@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from common.machine.paths import output_path
 from common.recipe import Recipe, UserError
 
 BASES = ("4bit", "original")
@@ -50,7 +50,7 @@ def add_target_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", default="4bit", help="merge into the base as it was trained (4bit) or the original one"
     )
-    parser.add_argument("--to", type=Path, help="where to write")
+    parser.add_argument("--to", type=output_path, help="where to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 

@@ -4,8 +4,9 @@ import argparse
 from pathlib import Path
 
 from common.commands.flags import BASES, add_target_flags, require_choice
-from common.machine.disk import format_bytes, refuse_existing, write_checked_aside
+from common.machine.disk import format_bytes, refuse_target, write_checked_aside
 from common.recipe import Recipe
+from common.run.folder import refuse_inside
 
 
 def add_merge_flags(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,8 @@ def add_merge_flags(parser: argparse.ArgumentParser) -> None:
 def run_merge(recipe: Recipe, flags: argparse.Namespace) -> None:
     require_choice(flags.base, BASES, "BASE")
     target = flags.to or Path(f"{recipe.out}-merged")
-    refuse_existing(target, folder=True, overwrite=flags.overwrite)
+    refuse_inside(target, recipe.out, "TO")
+    refuse_target(target, folder=True, overwrite=flags.overwrite)
     print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.merge import MergedWeights, write_merged

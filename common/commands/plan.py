@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.commands.flags import add_run_flags, apply_run_flags
+from common.machine.paths import local_path
 from common.recipe import Recipe
+from common.run.folder import refuse_inside
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
     parser.add_argument("--card-gib", type=float, metavar="GIB", help="plan for a card of this size")
     parser.add_argument("--seq-len", type=int, metavar="N", help="plan for rows of N tokens")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there, for machines")
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan there, for machines")
 
 
 def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
@@ -28,6 +30,8 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.plan.report import build_report
     from common.plan.report_json import write_json
 
+    if flags.json:
+        refuse_inside(flags.json, recipe.out, "JSON")
     recipe = apply_run_flags(recipe, flags)
     if flags.seq_len is not None:
         recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))

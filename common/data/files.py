@@ -8,6 +8,7 @@ from common.data.json_files import json_rows, jsonl_rows
 from common.data.parquet_files import parquet_rows
 from common.data.source_row import PlacedRow
 from common.machine.hub import TransportError
+from common.machine.paths import local_path
 from common.recipe import UserError
 
 READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
@@ -16,7 +17,7 @@ SUFFIXES = tuple(READERS)
 
 def is_file(source: str) -> bool:
     """Returns whether a source names a file, which may be missing, and not a hub data set."""
-    return Path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
+    return local_path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
 
 
 def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[PlacedRow]:
@@ -27,11 +28,11 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
     if not is_file(source):
         yield from _hub_rows(source, split, revision)
         return
-    path = Path(source)
+    path = local_path(source)
     if path.is_dir():
         raise UserError(f"{source} is a folder; name one {', '.join(SUFFIXES)} file")
     if not path.exists():
-        raise UserError(f"there is no data file {source} (looked in {Path.cwd()})")
+        raise UserError(f"there is no data file {path} (looked in {Path.cwd()})")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(f"{source} is not one of {', '.join(SUFFIXES)}")

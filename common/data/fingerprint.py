@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from common.data.files import is_file
 from common.machine.disk import sha256_of
+from common.machine.paths import local_path
 from common.recipe import DataSpec, UserError
 
 
@@ -20,13 +21,13 @@ FileStates = dict[str, FileState | None]  # by source
 def file_states(spec: DataSpec) -> FileStates:
     """The state of the source and the eval_source, where they are files. None for one that cannot be read."""
     sources = [source for source in (spec.source, spec.eval_source) if source is not None]
-    return {source: _file_state(Path(source)) for source in sources if is_file(source)}
+    return {source: _file_state(local_path(source)) for source in sources if is_file(source)}
 
 
 def refuse_if_changed(states: FileStates) -> None:
     """Raises UserError when one of the files is no longer in this state."""
     for source, state in states.items():
-        if _file_state(Path(source)) != state:
+        if _file_state(local_path(source)) != state:
             raise UserError(f"{source} changed while it was read; start again when nothing writes to it any more")
 
 

@@ -1,4 +1,4 @@
-"""What a run runs on: the GPU or CPU, the processes of the run and how they start, the disk, the hub's errors.
+"""What a run runs on: the GPU or CPU, its processes and how they start, the disk, locks, paths, the hub's errors.
 
 Not here: anything that knows a model, a row of data or a plan.
 """

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.machine.lock import LockHeld, hold_lock, refuse_held
 from common.recipe import UserError
 
 WRITING_SUFFIX = ".writing"
@@ -111,7 +112,17 @@ def format_bytes(size: int) -> str:
     return f"{size / (1 << 30):.2f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
-def refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
+def refuse_target(path: Path, *, folder: bool, overwrite: bool) -> None:
+    """Raises UserError when another command is writing to `path`, and as _refuse_existing.
+
+    For the start of a command that takes long before it writes.
+    """
+    with _target_lock_in_words(path):
+        refuse_held(_lock_file(path))
+    _refuse_existing(path, folder=folder, overwrite=overwrite)
+
+
+def _refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
     """Raises UserError when `path` exists, unless `overwrite` allows to replace it and a command of ours wrote it."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists. Replace it: ARGS=--overwrite; or choose another place: TO=...")
@@ -119,16 +130,34 @@ def refuse_existing(path: Path, *, folder: bool, overwrite: bool) -> None:
         raise UserError(f"{path} was not made by this command and is not replaced; choose another place: TO=...")
 
 
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextlib.contextmanager
+def _target_lock_in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except LockHeld as error:
+        raise UserError(
+            f"another command is writing to {path} ({error}): wait until it has ended, or choose another place: TO=..."
+        ) from error
+
+
 @contextlib.contextmanager
 def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite: bool) -> Iterator[Path]:
     """write_aside for a large result of a command, whose `data_bytes` must fit on the disk.
 
-    Raises UserError before any data is written: as refuse_existing, when the disk has too little free space, and when
-    `path` cannot be made.
+    No other process can write to `path` in this way meanwhile. Raises UserError before any data is written: as
+    refuse_target, when the disk has too little free space, and when `path` cannot be made.
     """
-    refuse_existing(path, folder=folder, overwrite=overwrite)
+    refuse_target(path, folder=folder, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _target_lock_in_words(path):
+                stack.enter_context(hold_lock(_lock_file(path)))
+            _refuse_existing(path, folder=folder, overwrite=overwrite)  # another command may have ended just before
             aside = stack.enter_context(write_aside(path, folder=folder))
             free = shutil.disk_usage(path.parent).free
         except OSError as error:

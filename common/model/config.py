@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from common import REPOSITORY
+from common.machine.paths import local_path
 from common.model.architectures import ARCHITECTURES
 from common.model.download import model_folder
 from common.recipe import ModelSpec, UserError
@@ -20,7 +21,7 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
     Raises UserError for an architecture that is not one of ARCHITECTURES, and for a config that cannot be read.
     """
     shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
-    if folder is None and shipped.exists() and not Path(spec.name).is_dir():
+    if folder is None and shipped.exists() and not local_path(spec.name).is_dir():
         path = shipped
     else:
         path = (folder or model_folder(spec, weights=False)) / "config.json"

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from common.machine.hub import TransportError
+from common.machine.paths import local_path
 from common.model.integrity import check_safetensors
 from common.model.weight_files import INDEX, SINGLE, weight_files
 from common.recipe import ModelSpec, UserError
@@ -27,10 +28,10 @@ def model_folder(spec: ModelSpec, *, weights: bool) -> Path:
 
     Raises UserError when the hub does not give the files, and as `check_safetensors` does for the weights.
     """
-    folder = Path(spec.name)
+    folder = local_path(spec.name)
     if not folder.is_dir():
         if spec.name.startswith((".", "/", "~")) or spec.name.count("/") != 1:
-            raise UserError(f"there is no folder {spec.name}, and it is no hub id (owner/name) either")
+            raise UserError(f"there is no folder {folder}, and it is no hub id (owner/name) either")
         folder = _download(spec, SMALL_FILES)
         if weights:
             folder = _download(spec, SMALL_FILES + _weights_on_hub(spec, folder))

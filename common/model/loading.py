@@ -20,6 +20,7 @@ from common import REPOSITORY
 from common.machine.device import Machine, this_machine
 from common.machine.disk import format_bytes
 from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.paths import local_path
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
@@ -48,7 +49,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     With random weights nothing is downloaded: unless the model is a local folder, the tokenizer of models/tiny stands
     in. Raises UserError when the files cannot be had or read, and when no token can serve for padding.
     """
-    if spec.weights == "random" and not Path(spec.name).is_dir():
+    if spec.weights == "random" and not local_path(spec.name).is_dir():
         folder = TINY
         print("random weights: the tokenizer of models/tiny stands in for the model's own")
     else:
@@ -60,7 +61,7 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
     if not tokenizer.is_fast:
         raise UserError(f"{spec.name} has no tokenizer.json; convert its tokenizer to the fast format first")
     if spec.chat_template is not None:
-        path = Path(spec.chat_template)
+        path = local_path(spec.chat_template)
         if not path.is_file():
             raise UserError(f"ModelSpec.chat_template: there is no file {path}")
         tokenizer.chat_template = path.read_text(encoding="utf-8")

@@ -1,8 +1,15 @@
-"""The folder of one run: the names of its files, and a check before a run writes into it."""
+"""The folder of one run: the names of its files, who may use it, and a check before a run writes into it.
 
+A run holds the lock of its folder alone, from before it writes until it ends; of its processes the main one does, and
+the others write only together with it. Commands that read the folder and take long share the lock.
+"""
+
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+from common.machine.lock import LockHeld, hold_lock, refuse_held
 from common.recipe import ExistingRun, UserError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -15,6 +22,7 @@ LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
+LOCK_FILE = ".lock"  # says which process runs here; a killed run leaves it, and it locks nothing then
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
 RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and nothing else
     ADAPTER_CONFIG,
@@ -33,17 +41,101 @@ RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and not
 )
 
 
+@contextlib.contextmanager
+def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
+    """Gives the folder to a run of this process, prepared as prepare_run_folder says, and keeps all others out of it.
+
+    A folder that the run has left empty is removed. Raises UserError as prepare_run_folder and refuse_run_under_way,
+    and when a command reads the folder.
+    """
+    refuse_run_under_way(out)
+    folder = Path(out)
+    check_run_folder(folder, existing_run)  # first: nothing is written into a folder that is refused
+    _make_folder(folder)
+    try:
+        with _run_lock_in_words(folder), hold_lock(folder / LOCK_FILE):
+            yield prepare_run_folder(out, existing_run)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def hold_for_reading(out: str) -> Iterator[None]:
+    """Keeps runs out of the folder while a command reads it. Raises UserError as refuse_run_under_way."""
+    with _run_lock_in_words(Path(out)), hold_lock(Path(out) / LOCK_FILE, shared=True):
+        yield
+
+
+def refuse_run_under_way(out: str) -> None:
+    """Raises UserError when a run of another process is under way in the folder. Takes no time and writes nothing."""
+    with _run_lock_in_words(Path(out)):
+        refuse_held(Path(out) / LOCK_FILE)
+
+
+def refuse_inside(target: Path, out: str, variable: str) -> None:
+    """Raises UserError when `target` lies in the run's folder, which would then hold something that is no run.
+
+    variable: the Makefile's, which names the target.
+    """
+    if target.resolve().is_relative_to(Path(out).resolve()):
+        raise UserError(
+            f"{target} lies in the folder of a run, which holds the run's own files alone; choose another place: "
+            f"{variable}=..."
+        )
+
+
+@contextlib.contextmanager
+def _run_lock_in_words(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except LockHeld as error:
+        if not str(error):
+            raise UserError(
+                f"a command (make eval, merge, export or report) reads {folder}: wait until it has ended, or choose "
+                "another folder: OUT=..."
+            ) from error
+        raise UserError(
+            f"a run is under way in {folder} ({error}): wait until it has ended, or name another folder: OUT=..."
+        ) from error
+
+
 def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     """Makes the folder ready for a run: new, emptied of an old run, or with the run to resume. Returns its path.
+
+    Raises UserError as check_run_folder, and when it cannot be made.
+    """
+    folder = Path(out)
+    names = check_run_folder(folder, existing_run)
+    shutil.rmtree(folder / SAVING, ignore_errors=True)
+    if existing_run == "overwrite":
+        for name in names & set(RUN_FILES):
+            (folder / name).unlink()
+        for name in (CHECKPOINTS, TENSORBOARD):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    _make_folder(folder)
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+
+
+def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
+    """Returns the names of what a run left in the folder. Writes nothing.
 
     Raises UserError when it holds a run and neither --resume nor --overwrite says what to do with it, and when it
     holds anything that no run wrote.
     """
-    folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
-    shutil.rmtree(folder / SAVING, ignore_errors=True)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names -= {SAVING}
+    if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
+        names -= {LOCK_FILE}
     foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS, TENSORBOARD})
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
@@ -52,13 +144,4 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
             f"{folder} already holds a run. Go on with it: ARGS=--resume; replace it: ARGS=--overwrite; "
             "or choose another folder: OUT=..."
         )
-    if existing_run == "overwrite":
-        for name in names & set(RUN_FILES):
-            (folder / name).unlink()
-        for name in (CHECKPOINTS, TENSORBOARD):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
-    return folder
+    return names

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from common import REPOSITORY
 
+MAKE_TARGETS = ("finetune", "dryrun")  # those that run a recipe
 MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT"}  # the Makefile's variables for these flags
 
 
@@ -20,8 +21,7 @@ def command_line(arguments: list[str] | None = None) -> str:
     program, *flags = arguments or sys.argv
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
-    if flags[0] == "finetune" and len(flags) > 1:
-        del flags[0]
+    target = flags.pop(0) if flags[0] in MAKE_TARGETS and len(flags) > 1 else "finetune"
     name, *flags = flags
     variables, rest = {"MODEL": name, "GPUS": os.environ.get("WORLD_SIZE", "1").removeprefix("1")}, []
     while flags:
@@ -30,7 +30,7 @@ def command_line(arguments: list[str] | None = None) -> str:
             variables[MAKE_VARIABLES[flag]] = value if is_word else flags.pop(0)
         elif flag not in ("--resume", "--overwrite"):  # whoever repeats the run begins anew
             rest.append(flag + is_word + value)
-    return make_command("finetune", variables, rest)
+    return make_command(target, variables, rest)
 
 
 def make_command(target: str, variables: Mapping[str, str | None], arguments: Sequence[str]) -> str:

@@ -13,12 +13,20 @@ from common.data.rows import Rows
 from common.machine.collectives import barrier, run_on_main
 from common.machine.device import this_machine
 from common.machine.disk import remove_leftovers
+from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
 from common.plan.plan import Plan
 from common.recipe import Recipe, UserError
 from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
+# Fields of a recipe that name a place, and the part of run_identity that is a hash of what lies there
+CONTENT_OF = {
+    "DataSpec.source": "rows",
+    "DataSpec.eval_source": "held_out",
+    "ModelSpec.chat_template": "rows",
+    "ModelSpec.name": "base",
+}
 # Fields of a recipe that may change between two parts of a run. Any other change is refused.
 RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.card_gib",
@@ -40,8 +48,11 @@ RESUME_WARNS_OF = {  # they change the result a little: where the schedule ends,
 }
 
 
-def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
-    """What a checkpoint of this run belongs to, as JSON can hold it: recipe, rows by their hash, versions, sizes."""
+def run_identity(recipe: Recipe, rows: Rows, plan: Plan, base: dict[str, str] | None = None) -> dict[str, Any]:
+    """What a checkpoint of this run belongs to, as JSON can hold it: recipe, rows by their hash, versions, sizes.
+
+    base: the sha256 of each of the base model's files (base_hash); None for random weights.
+    """
     specs = (recipe, recipe.model, recipe.data, recipe.lora, recipe.train)
     fields = {
         f"{type(spec).__name__}.{field.name}": getattr(spec, field.name)
@@ -53,7 +64,8 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan) -> dict[str, Any]:
     return {
         "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
         "rows": hash_rows(rows.train),
-        "held_out": hash_rows(rows.evaluation) if rows.evaluation else None,
+        "held_out": None if rows.evaluation is None else hash_rows(rows.evaluation),
+        "base": base,
         "versions": {name: version(name) for name in LIBRARIES},
         "plan": f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes",
         "machine": str(this_machine()),
@@ -81,15 +93,25 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
     warned: list[str] = []
     for name in old["recipe"] | new["recipe"]:
         before, now = old["recipe"].get(name), new["recipe"].get(name)
-        if before != now:
-            (warned if name in RESUME_WARNS_OF else refused).append(f"{name} was {before!r} and is {now!r}")
+        if before == now or (name in CONTENT_OF and before and now and is_same_place(before, now)):
+            continue
+        change = f"{name} was {before!r} and is {now!r}"
+        if before and now and _has_same_content(name, old, new):
+            print(f"{change}: its content is the same")
+        else:
+            (warned if name in RESUME_WARNS_OF else refused).append(change)
     if old["rows"] != new["rows"] and not any(line.startswith("DataSpec.") for line in refused):
         refused.append("the data is not what it was: other rows, another tokenizer or chat template")
+    changed = _changed_files(old.get("base"), new["base"])
+    if changed and not any(line.startswith("ModelSpec.") for line in refused):
+        refused.append(f"the base model is not what it was: {', '.join(changed)} changed")
+    if old.get("held_out", new["held_out"]) != new["held_out"] and not refused:
+        print("warning: the held-out rows are not what they were: their losses before and after this do not compare")
     for name in old["versions"] | new["versions"]:
         before, now = old["versions"].get(name), new["versions"].get(name)
         if before != now:
             warned.append(f"{name} was {before} and is {now}")
-    for name in sorted(old.keys() & new.keys() - {"recipe", "rows", "held_out", "versions"}):
+    for name in sorted(old.keys() & new.keys() - {"recipe", "versions", *CONTENT_OF.values()}):
         if old[name] != new[name]:
             warned.append(f"the {name} was {old[name]} and is {new[name]}")
     if refused:
@@ -99,10 +121,19 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
         )
     for line in warned:
         print(f"warning: {line}; the run goes on, and ends a little differently")
-    if old["held_out"] != new["held_out"]:
-        print(
-            "warning: other rows are held out than before: held-out losses from here on are not those of the same rows"
-        )
+
+
+def _has_same_content(field: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether two places that a field named hold the same: by their hash in run_identity, where it has one."""
+    content = CONTENT_OF.get(field, "")
+    return old.get(content) is not None and old[content] == new[content]
+
+
+def _changed_files(before: dict[str, str] | None, now: dict[str, str] | None) -> list[str]:
+    """Names of the base's files that have another sha256 now; none where one of the two is not known."""
+    if before is None or now is None:
+        return []
+    return sorted(name for name in before | now if before.get(name) != now.get(name))
 
 
 def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from common.data.rows import Rows
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of
+from common.machine.paths import hide_home
 from common.model.base_hash import base_record
 from common.model.lora import trainable_params
 from common.plan.plan import Plan
@@ -70,7 +71,7 @@ def write_run_json(
     """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
     base = base_record(model)
     run = {
-        "recipe": dataclasses.asdict(recipe),
+        "recipe": dataclasses.asdict(dataclasses.replace(recipe, out=hide_home(recipe.out))),
         "plan": dataclasses.asdict(plan),
         "data": [
             {"source": r.source, "read": r.read, "kept": r.kept, "dropped": r.dropped, "truncated": r.truncated}

@@ -14,6 +14,7 @@ from common.machine.device import this_machine
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import TRAINER_FLAG
 from common.model.attention import uses_packed_attention
+from common.model.base_hash import base_record
 from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.optimizer import build_optimizer
 from common.model.sharding import is_sharded
@@ -33,13 +34,13 @@ def build_trainer(
     Raises RuntimeError where the recipe's story left a step out, so that the model is not what was planned.
     """
     refuse_unplanned(model, recipe, plan)
-    padding_free = uses_packed_attention(model)
+    padding_free, base = uses_packed_attention(model), base_record(model)
     trainer = Trainer(
         model,
         plan.checkpointing,
         worst_batch(rows, plan.micro_batch_rows, padding_free=padding_free),
         plan.optimizer_bytes,
-        run_identity(recipe, rows, plan),
+        run_identity(recipe, rows, plan, base.sha256 if base else None),
         partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
         optimizers=(build_optimizer(model, recipe.train), None),
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),

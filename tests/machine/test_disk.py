@@ -8,6 +8,7 @@ import pytest
 
 from common.machine import disk
 from common.machine.disk import (
+    refuse_target,
     remove_atomically,
     remove_leftovers,
     replace_atomically,
@@ -16,6 +17,7 @@ from common.machine.disk import (
     write_text_atomically,
 )
 from common.recipe import UserError
+from tests.machine.test_lock import held_by_another
 
 
 def names(folder: Path) -> set[str]:
@@ -118,3 +120,19 @@ def test_a_place_that_cannot_be_made_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be made: "):
         with write_checked_aside(tmp_path / "file" / "merged", 0, folder=True, overwrite=False):
             pass
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_two_commands_do_not_write_to_one_place(tmp_path, folder):
+    target = tmp_path / "run-gguf" / "run.gguf"
+    target.parent.mkdir()
+    with held_by_another(target.with_name(".run.gguf.lock")) as other:
+        words = f"another command is writing to {target} .process {other.pid} on .*choose another place: TO="
+        with pytest.raises(UserError, match=words):
+            refuse_target(target, folder=folder, overwrite=True)
+        with pytest.raises(UserError, match=words), write_checked_aside(target, 0, folder=folder, overwrite=True):
+            pass
+    with write_checked_aside(target, 0, folder=folder, overwrite=False) as aside:
+        assert target.with_name(".run.gguf.lock").exists()
+        (aside / "file" if folder else aside).write_text("new")
+    assert names(target.parent) == {"run.gguf"}

@@ -90,4 +90,4 @@ def test_other_held_out_rows_are_said_when_a_run_goes_on(recipe, tmp_path, capsy
     train(*prepare(recipe))
     (tmp_path / "held_out.jsonl").write_text("".join(lines[:29]))
     train(*prepare(replace(recipe, existing_run="resume")))
-    assert "warning: other rows are held out than before" in capsys.readouterr().out
+    assert "warning: the held-out rows are not what they were" in capsys.readouterr().out

@@ -12,6 +12,8 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch):
     of_make = [program, "finetune", "my-bot", "--data=my chats.jsonl", "--out=o", "--max-steps", "5", "--resume"]
     assert command_line(of_make) == command_line(typed)
     assert command_line([program, "finetune", "tiny", "--out=v$HOME"]) == "make finetune MODEL=tiny 'OUT=v$HOME'"
+    assert command_line([program, "finetune", "my-bot", "--out", "~/o/"]) == "make finetune MODEL=my-bot 'OUT=~/o/'"
+    assert command_line([program, "dryrun", "tiny", "--layers", "2"]) == "make dryrun MODEL=tiny 'ARGS=--layers 2'"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line([program, "tiny"]) == "make finetune MODEL=tiny GPUS=2"
     assert command_line(["recipes/tiny.py", "--max-steps", "5"]) == "python recipes/tiny.py --max-steps 5"

@@ -175,3 +175,63 @@ def test_the_newest_intact_checkpoint_is_resumed_and_damaged_ones_are_removed(st
     assert checkpoint_to_resume(folder, run) == folder / "checkpoint-2"
     assert [path.name for path in folder.iterdir()] == ["checkpoint-2"]
     assert capsys.readouterr().out.endswith(f"going on from {folder}/checkpoint-2\n")
+
+
+def moved(recipe, folder: Path):
+    """The recipe with its data at another place."""
+    shutil.copy(recipe.data.source, folder / "moved.jsonl")
+    return replace(recipe, data=replace(recipe.data, source=str(folder / "moved.jsonl")))
+
+
+def test_a_run_goes_on_with_its_data_and_its_base_under_other_names(stopped, tmp_path, capsys):
+    """The data are at another place; the base is the same folder, typed in another way."""
+    recipe = moved(stopped, tmp_path)
+    train(*prepare(replace(recipe, model=replace(recipe.model, name=f"{recipe.model.name}/"))))
+    out = capsys.readouterr().out
+    line = f"DataSpec.source was {stopped.data.source!r} and is {recipe.data.source!r}: its content is the same"
+    assert out.count(line) == 1 and "ModelSpec.name" not in out
+    assert "going on from" in out
+
+
+@pytest.fixture(scope="module")
+def identity(finished):
+    model, tokenizer, rows, recipe, plan = prepare(finished)
+    return run_identity(replace(recipe, data=replace(recipe.data, eval_source="held_out.jsonl")), rows, plan)
+
+
+def renamed(identity, field: str, name: object, **hashes: str):
+    return identity | {"recipe": identity["recipe"] | {field: name}} | hashes
+
+
+@pytest.mark.parametrize(
+    ("field", "hashes", "is_refused"),
+    [
+        ("DataSpec.source", {}, False),
+        ("DataSpec.source", {"held_out": "other"}, False),
+        ("DataSpec.source", {"rows": "other"}, True),
+        ("DataSpec.eval_source", {}, False),
+        ("DataSpec.eval_source", {"held_out": "other"}, True),
+        ("ModelSpec.name", {}, True),  # nothing says what that folder holds
+    ],
+)
+def test_what_moved_is_refused_unless_it_is_known_to_be_the_same(identity, capsys, field, hashes, is_refused):
+    new = renamed(identity, field, "/elsewhere/it", **hashes)
+    if is_refused:
+        with pytest.raises(UserError, match=f"{field} was .* and is '/elsewhere/it'"):
+            refuse_another_run(identity, new, "checkpoint-3")
+    else:
+        refuse_another_run(identity, new, "checkpoint-3")
+        assert f"{field} was " in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_hash_of_the_held_out_rows_is_no_proof(identity, capsys):
+    old = {name: value for name, value in identity.items() if name != "held_out"}
+    refuse_another_run(old, identity, "checkpoint-3")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match="DataSpec.eval_source was "):
+        refuse_another_run(old, renamed(identity, "DataSpec.eval_source", "/elsewhere/it"), "checkpoint-3")
+
+
+def test_other_held_out_rows_at_the_same_place_are_said(identity, capsys):
+    refuse_another_run(identity, identity | {"held_out": "other"}, "checkpoint-3")
+    assert capsys.readouterr().out.startswith("warning: the held-out rows are not what they were")

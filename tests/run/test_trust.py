@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,21 @@ def test_the_paths_of_this_machine_are_not_in_what_is_shared(recipe):
     config = json.loads((Path(recipe.out) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == recipe.model.name
     assert not (Path(recipe.out) / "README.md").exists()
+
+
+def test_the_home_folder_is_found_where_it_is_typed_and_named_in_no_file(recipe, tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copytree(recipe.model.name, home / "base")
+    shutil.copy(recipe.data.source, home / "chats.jsonl")
+    shutil.copy(home / "base" / "chat_template.jinja", home / "template.jinja")
+    spec = replace(recipe.train, save_every=2)
+    typed = replace(recipe, model=ModelSpec("~/base/", chat_template="~/template.jinja"), train=spec)
+    assert run(main, replace(typed, data=DataSpec("~/chats.jsonl", eval_rows=20)), ["--out", "~/run/"]) == 0
+    files = [path for path in (home / "run").rglob("*") if path.is_file()]
+    assert {"adapter_config.json", "run.json", "manifest.json"} <= {path.name for path in files}
+    assert [path for path in files if str(home).encode() in path.read_bytes()] == []
+    assert json.loads((home / "run" / "run.json").read_text())["recipe"]["out"] == "~/run"
 
 
 def test_a_tokenizer_is_loaded_without_the_code_beside_it(small_model, tmp_path):
