@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 # Several test processes share the cores. A thread of OpenMP that waits for another one spins on its core by default.
@@ -19,7 +21,9 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # as quiet_libraries does
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -129,6 +133,33 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
 @pytest.fixture(scope="session")
 def small_llama(small_model: Callable[..., Path]) -> Path:
     return small_model("llama")
+
+
+# Settings of bitsandbytes' 4-bit checkpoints. MIXED: as the "dynamic" ones on the hub, with some layers in 16 bits.
+NESTED = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+MIXED = NESTED | {"llm_int8_skip_modules": ("lm_head", "model.layers.0.mlp", "model.layers.2.self_attn.q_proj")}
+
+
+@pytest.fixture(scope="session")
+def four_bit(tmp_path_factory) -> Callable[..., Path]:
+    """four_bit(dtype=..., **settings): the folder of models/tiny as transformers saves it in 4 bits; each made once.
+
+    dtype: of what is not 4-bit.
+    """
+
+    @cache
+    def make(dtype: torch.dtype = torch.float32, **settings: object) -> Path:
+        folder = tmp_path_factory.mktemp("four_bit")
+        shutil.copytree(TINY, folder, dirs_exist_ok=True)
+        if isinstance(skipped := settings.get("llm_int8_skip_modules"), tuple):
+            settings["llm_int8_skip_modules"] = list(skipped)
+        config = BitsAndBytesConfig(load_in_4bit=True, **settings)
+        AutoModelForCausalLM.from_pretrained(
+            TINY, dtype=dtype, quantization_config=config, device_map={"": "cpu"}
+        ).save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -100,15 +100,19 @@ def test_the_flags_and_variables_of_an_outer_make_stay_outside(monkeypatch):
 @pytest.mark.parametrize(
     ("typed", "folder"),
     [
+        (("MODEL=my_bot",), "outputs/my-bot-merged"),
         (("OUT=outputs/x/",), "outputs/x-merged"),
         (("OUT=~/my runs/x/",), "{home}/my runs/x-merged"),
-        (("MODEL=my_bot",), "outputs/my-bot-merged"),
         (("OUT=outputs/x/", "TO=~/merged"), "{home}/merged"),
     ],
 )
-def test_lm_eval_looks_where_a_merge_writes(typed, folder):
-    shown = run_make("-n", "lm-eval", "VENV=/nowhere", *typed).stdout
-    assert f'"pretrained={folder.format(home=os.environ["HOME"])}"' in shown
+def test_lm_eval_looks_where_a_merge_writes(tmp_path, typed, folder):
+    for name in ("python", ".installed", ".installed-eval"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / ("bin/python" if name == "python" else name)).touch()
+    done = run_make("lm-eval", f"VENV={tmp_path}", "PYTHON=true", "TASKS=gsm8k", *typed)
+    assert done.returncode == 2
+    assert f"error: there is no merged model in {folder.format(home=os.environ['HOME'])}: make merge" in done.stderr
 
 
 def test_no_other_test_starts_make_by_itself():

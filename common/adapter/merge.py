@@ -27,6 +27,7 @@ from common.machine.slow_work import report_slow_work, show_status
 from common.model.config import load_config
 from common.model.integrity import refuse_other_names
 from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
+from common.model.quantization import config_as_stored
 from common.model.safetensors_files import (
     Entry,
     SafetensorsFile,
@@ -65,6 +66,7 @@ class MergedWeights:
         self.config = load_config(spec, self.folder)
         self.config.dtype = torch.float32
         self.stored = SafetensorsFolder(self.folder)
+        config_as_stored(spec, self.config, self.stored)
         base = self._base_skeleton()
         refuse_other_names(spec, self.folder, (name for name, _ in base.named_parameters()))
         linears = {f"{name}.weight" for name in names_of_4bit_linears(base)}
@@ -96,7 +98,7 @@ class MergedWeights:
         entries = []
         for entry in _report_reading(list(self.stored.entries.values())):
             if entry.name in self.packed:
-                shape = read_4bit(self.stored, entry.name, self.device)[1].shape
+                shape = read_4bit(self.stored, entry.name, self.device, self.dtype)[1].shape
                 entries.append(Entry(entry.name, dtype, tuple(shape)))
             elif not any(entry.name.startswith(f"{name}.") for name in self.packed):  # no part of an NF4 state
                 entries.append(entry)
@@ -105,8 +107,7 @@ class MergedWeights:
     def base(self, name: str) -> Tensor:
         """Reads a tensor of the base, as the run computed with it: fp32, on the machine's device."""
         if name in self.packed:
-            weight, state = read_4bit(self.stored, name, self.device)
-            return dequantize(weight, state).to(self.dtype).float()
+            return dequantize(*read_4bit(self.stored, name, self.device, self.dtype)).float()
         tensor = self.stored.read(name).to(self.device, self.dtype)
         if name in self.quantised:
             tensor = dequantize(*quantize(tensor))

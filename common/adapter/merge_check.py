@@ -21,7 +21,6 @@ from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
 from common.machine.device import this_machine
 from common.machine.slow_work import WorkDone, report_slow_work
-from common.model.config import load_config
 from common.model.layer_loader import LayerLoader
 from common.model.safetensors_files import SafetensorsFolder
 from common.recipe import UserError
@@ -116,9 +115,7 @@ def compare(
 
     prompts = [prompt[:MAX_CHECKED_TOKENS] for prompt in prompts]
     machine = replace(this_machine(), device=weights.device, dtype=weights.dtype)
-    base = LayerLoader(
-        weights.adapter.recipe.model, load_config(weights.adapter.recipe.model, weights.folder), weights.folder, machine
-    )
+    base = LayerLoader(weights.adapter.recipe.model, weights.config, weights.folder, machine)
     trained = _plain_model(weights) if rounded else weights.skeleton.get_base_model()
     read_trained = partial(_round, weights, base) if rounded else base.read
     with report_slow_work("self-check", 2 * weights.config.num_hidden_layers, "layers") as work:

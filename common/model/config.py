@@ -1,4 +1,4 @@
-"""Reads a model's config.json, and refuses architectures that the recipes do not fine-tune."""
+"""Reads a model's config.json, and refuses architectures and quantizations that the recipes do not fine-tune."""
 
 import json
 from pathlib import Path
@@ -10,6 +10,7 @@ from common import REPOSITORY
 from common.machine.paths import local_path
 from common.model.architectures import ARCHITECTURES
 from common.model.download import model_folder
+from common.model.quantization import refuse_other_quantization
 from common.recipe import ModelSpec, UserError
 
 SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, so that a plan needs no network
@@ -18,7 +19,8 @@ SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, s
 def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig:
     """The model's config: from `folder` where given, else from its own folder, models/configs (no network), or the hub.
 
-    Raises UserError for an architecture that is not one of ARCHITECTURES, and for a config that cannot be read.
+    Raises UserError for an architecture that is not one of ARCHITECTURES, for a config that cannot be read, and as
+    refuse_other_quantization.
     """
     shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
     if folder is None and shipped.exists() and not local_path(spec.name).is_dir():
@@ -37,22 +39,11 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
             f"{spec.name} is of type {model_type!r}; the recipes fine-tune {', '.join(ARCHITECTURES)} models"
         )
     config = AutoConfig.for_model(**values)
+    refuse_other_quantization(spec, config)
     if spec.layers is not None:
         config.num_hidden_layers = min(spec.layers, config.num_hidden_layers)
         config.layer_types = config.layer_types[: spec.layers] if getattr(config, "layer_types", None) else None
     return config
-
-
-def is_4bit_checkpoint(config: PretrainedConfig, spec: ModelSpec) -> bool:
-    """Whether the weights are stored in bitsandbytes' 4-bit form. Raises UserError for any other quantization."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is None:
-        return False
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    if stored.get("quant_method") != "bitsandbytes" or not stored.get("load_in_4bit"):
-        kind = stored.get("quant_method", "an unknown method")
-        raise UserError(f"{spec.name} is quantised with {kind}; take the original, or a bitsandbytes 4-bit checkpoint")
-    return True
 
 
 def refuse_other_shape(spec: ModelSpec, name: str, stored: torch.Size, config_shape: torch.Size) -> None:

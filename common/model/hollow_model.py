@@ -21,7 +21,14 @@ from common.machine.device import Machine
 from common.machine.shared_memory import read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.attention import attention_implementation
-from common.model.nf4 import QUANT_TYPE, keep_packed_form, make_linears_4bit, state_from_tensors
+from common.model.nf4 import (
+    keep_packed_form,
+    make_linears_4bit,
+    names_of_4bit_linears,
+    quantization_config,
+    state_from_tensors,
+)
+from common.model.quantization import QUANT_TYPE
 from common.model.tensor_source import TensorSource, WeightsOrigin
 from common.recipe import ModelSpec
 
@@ -39,9 +46,11 @@ def build_hollow_model(
             config, dtype=machine.dtype, attn_implementation=attention_implementation(machine)
         )
         if spec.bits == 4:
-            make_linears_4bit(model, machine.dtype)
+            make_linears_4bit(model, names_of_4bit_linears(model), machine.dtype)
     model.is_loaded_in_4bit = spec.bits == 4
-    model.layer_weights = source = TensorSource(spec, weights, machine)
+    model.layer_weights = source = TensorSource(
+        spec, weights, machine, double_quant=quantization_config(config, machine.dtype).bnb_4bit_use_double_quant
+    )
     in_layers = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
     for name, parameter in list(model.named_parameters()):
         owner, _, key = name.rpartition(".")

@@ -50,17 +50,6 @@ def refuse_other_names(spec: ModelSpec, folder: Path, names: Iterable[str]) -> N
         )
 
 
-def refuse_other_quantization(spec: ModelSpec, folder: Path, *, is_4bit: bool) -> None:
-    """Raises UserError unless the files hold 4-bit weights just if config.json says so. is_4bit: what it says."""
-    stored = any(".quant_state.bitsandbytes__" in name for name in tensor_names(folder))
-    if stored != is_4bit:
-        in_files, in_config = ("4 bits", "no quantization") if stored else ("16 or 32 bits", "4 bits")
-        raise UserError(
-            f"the files of {spec.name} hold weights of {in_files}, and its config.json says {in_config} "
-            "(quantization_config): they do not belong together, download the model again"
-        )
-
-
 def check_complete(path: Path) -> None:
     """Raises UserError unless the file is as long as its safetensors header says."""
     size = path.stat().st_size

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from common.machine.device import Machine
-from common.model.config import is_4bit_checkpoint
 from common.model.loading import load_whole_model
+from common.model.quantization import stored_quantization
 from common.model.weight_files import weight_files
 from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
@@ -90,7 +90,7 @@ class LayerLoader:
         with self._open([*names, "model.norm.weight"]) as stored:
             weights = {name.replace(prefix, "model.layers.0."): part for name, part in stored.items()}
             weights["model.embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
-            quantizes = self.spec.bits == 4 and not is_4bit_checkpoint(config, self.spec)
+            quantizes = self.spec.bits == 4 and stored_quantization(config) is None
             model = load_whole_model(self.spec, config, weights, self.machine, quantizes=quantizes)
         return model.get_submodule("model.layers.0")
 

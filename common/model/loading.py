@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
@@ -25,12 +25,14 @@ from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
 from common.model.base_hash import read_base_record
-from common.model.config import is_4bit_checkpoint, load_config, refuse_other_shape
+from common.model.config import load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.hollow_model import build_hollow_model
-from common.model.integrity import refuse_other_names, refuse_other_quantization
+from common.model.integrity import refuse_other_names
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
+from common.model.quantization import config_as_stored, stored_quantization
+from common.model.safetensors_files import SafetensorsFolder
 from common.model.tensor_source import WeightsOrigin, random_state
 from common.model.weight_files import first_file, weight_files
 from common.process_state import quiet_transformers
@@ -115,10 +117,8 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     config, weights = _find_weights(spec, machine)
     if machine.dtype == torch.float16 and ARCHITECTURES[config.model_type].overflows_in_fp16:
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
-    stored_in_4bit = is_4bit_checkpoint(config, spec)
+    stored_in_4bit = isinstance(weights, Path) and stored_quantization(config) is not None
     quantizes = spec.bits == 4 and not stored_in_4bit
-    if isinstance(weights, Path):
-        refuse_other_quantization(spec, weights, is_4bit=stored_in_4bit)
     record = read_base_record(weights) if isinstance(weights, Path) else None
     announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
     if layout.sharded:
@@ -138,9 +138,11 @@ def _find_weights(spec: ModelSpec, machine: Machine) -> tuple[PretrainedConfig, 
     if spec.weights == "random":
         config = load_config(spec)
         return config, random_state(config, machine)
-    load_config(spec)  # refuses another architecture before gigabytes are downloaded
+    load_config(spec)  # refuses another architecture or quantization before gigabytes are downloaded
     folder = model_folder(spec, weights=True)
-    return load_config(spec, folder), folder  # the config that came with the weights may differ from the shipped copy
+    config = load_config(spec, folder)  # the config that came with the weights may differ from the shipped copy
+    config_as_stored(spec, config, SafetensorsFolder(folder))
+    return config, folder
 
 
 def _count_files_and_bytes(weights: WeightsOrigin) -> tuple[int, int]:
@@ -165,7 +167,8 @@ def load_whole_model(
         "output_loading_info": True,
     }
     if quantizes:
-        arguments["quantization_config"] = quantization_config(machine.dtype)
+        arguments["quantization_config"] = quantization_config(config, machine.dtype)
+        config.quantization_config = None  # of a 4-bit checkpoint whose weights are random, and not quantized yet
     if isinstance(weights, dict):
         model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(None, state_dict=weights, **arguments)
     else:
@@ -183,7 +186,7 @@ def load_whole_model(
         raise UserError(f"{spec.name} is incomplete: {len(info['missing_keys'])} tensors are missing, first {first}")
     if isinstance(weights, Path):
         refuse_other_names(spec, weights, (name for name, _ in model.named_parameters()))
-    _prepare_4bit_modules(model, spec, machine)
+    _prepare_4bit_model(model, spec, machine)
     return model
 
 
@@ -201,17 +204,21 @@ def _show_loading(spec: ModelSpec) -> AbstractContextManager[object]:
     return nullcontext() if sys.stderr.isatty() else report_slow_work(f"loading {spec.name}")
 
 
-def _prepare_4bit_modules(model: PreTrainedModel, spec: ModelSpec, machine: Machine) -> None:
-    """Sets what stored 4-bit weights may have otherwise, and refuses weights of another shape than the config says.
+def _prepare_4bit_model(model: PreTrainedModel, spec: ModelSpec, machine: Machine) -> None:
+    """Sets what a 4-bit checkpoint may have otherwise: the dtype of the compute, and of all that is not 4-bit.
 
-    transformers checks the shapes of 16-bit weights only. Raises UserError.
+    transformers leaves both as they are stored, and checks the shapes of 16-bit weights only. Raises UserError when a
+    4-bit weight has another shape than the config says.
     """
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
             shape = torch.Size((module.out_features, module.in_features))
             refuse_other_shape(spec, name, module.weight.quant_state.shape, shape)
-            module.compute_dtype = machine.dtype
+            module.compute_dtype = module.weight.quant_state.dtype = machine.dtype
             keep_packed_form(module)
+    for parameter in model.parameters():
+        if not isinstance(parameter, Params4bit):
+            parameter.data = parameter.data.to(machine.dtype)
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "U8": torch.uint8,
+    "I8": torch.int8,
 }
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPES.items()}
 MAX_FILE_BYTES = 5 * 10**9  # as transformers writes them

@@ -49,8 +49,8 @@ WeightsOrigin = Path | dict[str, RandomTensor]
 class TensorSource:
     """Reads the tensors of a base model by name, for a model that is not loaded by from_pretrained."""
 
-    def __init__(self, spec: ModelSpec, weights: WeightsOrigin, machine: Machine) -> None:
-        self.spec, self.machine = spec, machine
+    def __init__(self, spec: ModelSpec, weights: WeightsOrigin, machine: Machine, *, double_quant: bool = True) -> None:
+        self.spec, self.machine, self.double_quant = spec, machine, double_quant
         self.stored = SafetensorsFolder(weights) if isinstance(weights, Path) else None
         self.random = {} if isinstance(weights, Path) else weights
         self.names = self.stored.entries.keys() if self.stored else self.random.keys()
@@ -73,9 +73,9 @@ class TensorSource:
         Raises UserError as read_16bit.
         """
         if self.stored and name + STORED_SETTINGS in self.names:
-            packed, state = read_4bit(self.stored, name, self.machine.device)
+            packed, state = read_4bit(self.stored, name, self.machine.device, self.machine.dtype)
             refuse_other_shape(self.spec, name, state.shape, shape)
         else:
             (tensor,) = self.read_16bit(name, shape)
-            packed, state = quantize(tensor)
+            packed, state = quantize(tensor, double_quant=self.double_quant)
         return [packed, *state_tensors(state)]

@@ -5,6 +5,7 @@ device "cpu", because a torch without CUDA refuses to index fake CUDA tensors. W
 instead of by device: the attention, and the dtype of the compute.
 """
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
@@ -15,11 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from common.model.activation_checkpointing import decoder_layers
 from common.model.config import load_config
 from common.model.lean_layers import swap_in_lean_classes, unsupported_reason
 from common.model.lora import attach_lora
 from common.model.loss import fuse_head_and_loss
-from common.model.nf4 import QUANT_TYPE, SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE, make_linears_4bit
+from common.model.nf4 import SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE, make_linears_4bit, quantization_config
+from common.model.quantization import QUANT_TYPE
 from common.recipe import Kernels, LoraSpec, ModelSpec
 
 
@@ -29,27 +32,31 @@ def fake_lora_model(
     layers: int,
     mode: FakeTensorMode,
     *,
+    in_4bit: Collection[str],
     dtype: torch.dtype,
     attention: str,
     kernels: Kernels,
 ) -> PeftModel:
     """The first `layers` layers of the recipe's model with adapters, in training mode.
 
-    It is what load_4bit, attach_lora and use_lean_layers make. dtype: of the compute and of the weights that are not
-    4-bit. attention: its name in transformers. Downloads nothing but the config of a model that ships no config here.
-    Raises UserError as load_config and attach_lora do.
+    It is what load_4bit, attach_lora and use_lean_layers make. in_4bit: names of the linear layers in a decoder layer
+    that are 4-bit. dtype: of the compute and of the weights that are not. attention: its name in transformers.
+    Downloads nothing but the config of a model that ships no config here. Raises UserError as load_config and
+    attach_lora do.
     """
     config = load_config(replace(spec, weights="random", layers=layers))
+    double_quant = quantization_config(config, dtype).bnb_4bit_use_double_quant
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-        if spec.bits == 4:
-            make_linears_4bit(model, dtype, _FakeLinear4bit)
+        name_of = {module: name for name, module in model.named_modules()}
+        names = [f"{name_of[layer]}.{name}" for layer in decoder_layers(model) for name in in_4bit]
+        make_linears_4bit(model, names, dtype, _FakeLinear4bit)
     model.requires_grad_(False)
     model.is_loaded_in_4bit = spec.bits == 4
     fuse_head_and_loss(model)
     adapted = attach_lora(model, lora)
     with mode:
-        _materialize(adapted, dtype)
+        _materialize(adapted, dtype, double_quant=double_quant)
     keep_dropout_masks_as_on_gpu(adapted)
     if kernels == "lean" and not unsupported_reason(adapted):
         swap_in_lean_classes(adapted)
@@ -92,7 +99,7 @@ class _FakeLinear4bit(Linear4bit):
         return self.weight.data if state is None else bnb.dequantize_4bit(self.weight, state)
 
 
-def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
+def _materialize(model: nn.Module, dtype: torch.dtype, *, double_quant: bool) -> None:
     """Replaces every meta tensor by a fake one. A 4-bit weight gets its packed form and its scales."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -102,18 +109,18 @@ def _materialize(model: nn.Module, dtype: torch.dtype) -> None:
             if parameter is None:
                 continue
             if isinstance(module, Linear4bit) and name == "weight":
-                module._parameters[name] = _fake_4bit_weight(module, dtype)
+                module._parameters[name] = fake_4bit_weight(module, dtype, double_quant=double_quant)
                 module.compute_type_is_set = True
             else:
                 empty = torch.empty(parameter.shape, dtype=parameter.dtype)
                 module._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
 
 
-def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
+def fake_4bit_weight(module: nn.Linear, dtype: torch.dtype, *, double_quant: bool) -> nn.Parameter:
     """An ordinary parameter with the quant_state of a Params4bit. A Params4bit cannot hold a fake tensor."""
     values = module.in_features * module.out_features
     blocks = -(-values // VALUES_PER_SCALE)
-    scales = bnb.QuantState(
+    outer = bnb.QuantState(
         absmax=torch.empty(-(-blocks // SCALES_PER_OUTER_SCALE)),
         code=torch.empty(256),
         blocksize=SCALES_PER_OUTER_SCALE,
@@ -121,14 +128,14 @@ def _fake_4bit_weight(module: Linear4bit, dtype: torch.dtype) -> nn.Parameter:
     )
     weight = nn.Parameter(torch.empty((-(-values // 2), 1), dtype=torch.uint8), requires_grad=False)
     weight.quant_state = bnb.QuantState(  # type: ignore[attr-defined]
-        absmax=torch.empty(blocks, dtype=torch.uint8),
+        absmax=torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32),
         shape=torch.Size((module.out_features, module.in_features)),
         code=torch.empty(16),
         blocksize=VALUES_PER_SCALE,
         quant_type=QUANT_TYPE,
         dtype=dtype,
-        offset=torch.empty(()),
-        state2=scales,
+        offset=torch.empty(()) if double_quant else None,
+        state2=outer if double_quant else None,
     )
     module.quant_state = weight.quant_state  # type: ignore[attr-defined]
     return weight

@@ -19,6 +19,7 @@ from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
+from common.plan.mixed_layers import find_mixed_layers
 from common.plan.speed import SPEEDS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import Step
@@ -43,6 +44,7 @@ class Forecast:
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers
+        self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step = cache(self.count), cache(self._splice)
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
@@ -66,7 +68,7 @@ class Forecast:
             parts.append(self._layers_that_recompute(tokens, policy, accumulates))
         if policy.kept:
             parts.append(self._layers_that_keep(tokens, policy, accumulates))
-        return splice_layers(parts)
+        return self.mixed.add_to(splice_layers(parts))
 
     def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool) -> Part:
         # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
@@ -99,6 +101,7 @@ class Forecast:
             recipe.lora,
             policy.layers,
             mode,
+            in_4bit=self.mixed.in_4bit,
             dtype=self.setting.dtype,
             attention=self.setting.attention,
             kernels=recipe.train.kernels,

@@ -63,13 +63,13 @@ def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
                     if isinstance(state, Tensor):
                         yield state, OPTIMIZER
             elif isinstance(child, nn.Linear) and child is not head and parameter is child.weight:
-                for tensor in _weight_tensors(child):
+                for tensor in weight_tensors(child):
                     yield tensor, WEIGHTS
             else:
                 yield parameter, EMBEDDINGS
 
 
-def _weight_tensors(linear: nn.Linear) -> Iterator[Tensor]:
+def weight_tensors(linear: nn.Linear) -> Iterator[Tensor]:
     """Yields the tensors that make up a weight: of a 4-bit one its packed values, its scales and its code books."""
     yield linear.weight
     state = getattr(linear, "quant_state", None) or getattr(linear.weight, "quant_state", None)

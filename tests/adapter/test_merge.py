@@ -4,14 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
+from gguf.quants import dequantize as dequantize_gguf
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.adapter import merge_check
 from common.adapter.find import find_adapter
+from common.adapter.gguf import GgufModel
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.adapter.merge_check import KL_BOUND, check_merged, compare, encode_check_prompts
@@ -19,7 +23,7 @@ from common.cli import run_command
 from common.machine.disk import MADE_FROM
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, Recipe, UserError
-from tests.conftest import FP32
+from tests.conftest import FP32, MIXED, NESTED
 
 IDS = torch.arange(5, 45)[None]
 LORAS = {
@@ -152,6 +156,51 @@ def test_a_base_that_is_stored_in_4_bit_becomes_a_whole_model(adapted, small_mod
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     with pytest.raises(UserError, match="is a 4-bit checkpoint: it has no original weights"):
         MergedWeights(find_adapter(recipe), original=True)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        MIXED,
+        NESTED | {"bnb_4bit_use_double_quant": False},
+        NESTED | {"bnb_4bit_quant_storage": "int8"},
+        NESTED | {"bnb_4bit_quant_storage": "bfloat16"},
+    ],
+    ids=["mixed", "plain scales", "packed in int8", "packed in bf16"],
+)
+def test_a_4_bit_checkpoint_of_any_form_becomes_what_plain_libraries_trained(adapted, four_bit, tmp_path, form):
+    base = four_bit(**form)
+    recipe = adapted(base=base)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for module in plain.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False  # else bitsandbytes rounds: common.model.nf4.keep_packed_form
+    with torch.no_grad():
+        trained = PeftModel.from_pretrained(plain, recipe.out).eval()(IDS).logits
+    folder = merged(recipe, tmp_path / "merged")
+    assert divergence(trained, logits(folder)) <= 3e-5  # rounding to bf16: 1.1e-5, which the check explains
+    assert check_merged(find_adapter(recipe), folder).startswith("KL ")
+    export_path = tmp_path / "model.gguf"
+    weights = MergedWeights(find_adapter(recipe))
+    GgufModel(weights, trained_tokenizer(weights.adapter), "x", "bf16").write(export_path)
+    exported = {tensor.name: tensor for tensor in gguf.GGUFReader(export_path).tensors}
+    ours = load_file(folder / "model.safetensors")
+    for name, stored in (("ffn_up", "mlp.up_proj"), ("attn_v", "self_attn.v_proj")):
+        for layer in (0, 1):  # of MIXED the one has its MLP in 16 bits, the other in 4
+            tensor = exported[f"blk.{layer}.{name}.weight"]
+            values = torch.from_numpy(dequantize_gguf(tensor.data, tensor.tensor_type))
+            assert torch.equal(values, ours[f"model.layers.{layer}.{stored}.weight"].float())
+
+
+@pytest.mark.parametrize("command", ["plan", "merge", "export", "chat"])
+def test_a_base_in_fp4_is_refused_by_every_command(adapted, four_bit, tmp_path, capsys, command):
+    """Also after a run: the base that it trained on is there no longer."""
+    base = tmp_path / "base"
+    shutil.copytree(four_bit(**NESTED), base)
+    recipe = adapted(base=base)
+    shutil.copytree(four_bit(), base, dirs_exist_ok=True)  # fp4 is bitsandbytes' own default
+    assert run_command(command, "x", recipe, []) == 2
+    assert f"{base} is quantised in fp4; take an nf4 checkpoint, or the original" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

@@ -38,7 +38,7 @@ def test_the_4_bit_layers_are_those_that_from_pretrained_quantizes(small_model, 
     expected = linears_of(load_4bit(ModelSpec(str(folder)), FP32))
     model = meta_model(folder)
     assert names_of_4bit_linears(model) == list(expected)
-    make_linears_4bit(model, torch.float32)
+    make_linears_4bit(model, names_of_4bit_linears(model), torch.float32)
     assert list(linears_of(model)) == list(expected)
 
 
@@ -63,5 +63,5 @@ def test_a_weight_that_is_stored_in_4_bits_is_read_as_it_was_saved(small_llama, 
     model.save_pretrained(tmp_path)
     stored = SafetensorsFolder(tmp_path)
     for name, module in linears_of(model).items():
-        packed, state = read_4bit(stored, f"{name}.weight", torch.device("cpu"))
+        packed, state = read_4bit(stored, f"{name}.weight", torch.device("cpu"), torch.float32)
         assert torch.equal(dequantize(packed, state), dequantize(module.weight.data, module.weight.quant_state))

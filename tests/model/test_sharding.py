@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from common.machine.collectives import local_tensor
 from common.machine.layout import Layout
@@ -40,7 +41,7 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 
     @cache
     def run(
-        processes: int, kernels: Kernels = "lean", policies: int = 6, dtype: str = "float32"
+        processes: int, kernels: Kernels = "lean", policies: int = 6, dtype: str = "float32", folder: str = folder
     ) -> list[dict[str, Any]]:
         command = [
             sys.executable,
@@ -113,6 +114,19 @@ def test_16_bit_weights_and_fp32_adapters_are_gathered_together(steps):
     """As on a GPU, where FSDP2 gathers them as bytes."""
     (alone,), (together,) = (steps(processes, "lean", 1, "bfloat16") for processes in (1, 2))
     assert together["losses"] == pytest.approx(alone["losses"], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_some_layers_in_16_bits_gives_the_losses_of_one_process(steps, tmp_path):
+    skipped = ["lm_head", "model.layers.0.mlp", "model.layers.2.self_attn.q_proj"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    AutoModelForCausalLM.from_pretrained(
+        steps.folder, dtype=torch.float32, quantization_config=config, device_map={"": "cpu"}
+    ).save_pretrained(tmp_path)
+    (alone,), (together,) = (steps(processes, policies=1, folder=str(tmp_path)) for processes in (1, 2))
+    assert together["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    (original,) = steps(1, "lean", 1)
+    assert alone["losses"] != pytest.approx(original["losses"], rel=1e-4)  # another model than with all in 4 bits
 
 
 def test_an_undivided_layout_leaves_a_model_as_it_is(steps):

@@ -227,21 +227,6 @@ def test_a_folder_that_readers_differ_about_is_refused_before_anything_is_loaded
         check_safetensors(folder.path)
 
 
-def test_a_config_that_says_otherwise_than_the_files_whether_they_are_4_bit_is_refused(small_llama, tmp_path):
-    """One reader goes by config.json, and another by the tensors."""
-    load_4bit(ModelSpec(str(small_llama)), FP32).save_pretrained(tmp_path / "4 bits")
-    shutil.copytree(small_llama, tmp_path / "16 bits")
-    texts = {name: (tmp_path / name / "config.json").read_text() for name in ("4 bits", "16 bits")}
-    for name, other, message in (
-        ("4 bits", "16 bits", "hold weights of 4 bits, and its config.json says no quantization"),
-        ("16 bits", "4 bits", "hold weights of 16 or 32 bits, and its config.json says 4 bits"),
-    ):
-        (tmp_path / name / "config.json").write_text(texts[other])
-        for layout in (ONE_PROCESS, TWO):
-            with pytest.raises(UserError, match=message):
-                load_4bit(ModelSpec(str(tmp_path / name)), FP32, layout=layout)
-
-
 def test_names_that_only_transformers_understands_are_refused(folder):
     names_without_the_prefix(folder)
     with pytest.raises(UserError, match=r"has no tensor model\..*: load it with transformers and save it again"):
