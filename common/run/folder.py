@@ -13,9 +13,10 @@ METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
-TENSORBOARD = "tensorboard"
+TENSORBOARD, TRACKIO, WANDB = "tensorboard", "trackio", "wandb"  # folders of trackers
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, TRACKIO, WANDB)
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
-RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and nothing else
+RUN_FILES = (  # --overwrite removes these and RUN_FOLDERS, and nothing else
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     "chat_template.jinja",
@@ -42,7 +43,7 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS, TENSORBOARD})
+    foreign = sorted(names - set(RUN_FILES) - set(RUN_FOLDERS))
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":
@@ -53,7 +54,7 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     if existing_run == "overwrite":
         for name in names & set(RUN_FILES):
             (folder / name).unlink()
-        for name in (CHECKPOINTS, TENSORBOARD):
+        for name in RUN_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
