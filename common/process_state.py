@@ -1,7 +1,8 @@
 """All that is set for the whole process: environment variables, warnings, loggers, torch's flags, standard output.
 
 Each function says where it is called. Other modules set for the whole process only
-- what they undo: signal handlers (run/stopping.py), patches of torch and sys.excepthook while counting (plan/);
+- what they undo: signal handlers (run/stopping.py, machine/launch.py), patches of torch and sys.excepthook while
+  counting (plan/);
 - what they add to a library: operators (kernels/), attention (model/attention.py), a table of bitsandbytes (plan/);
 - the seed of the random numbers that they draw next, and the GPU of this process (machine/collectives.py).
 
@@ -9,13 +10,16 @@ Standard library only at import: common/__init__.py imports this module before a
 """
 
 import csv
+import errno
 import gc
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
 
@@ -108,11 +112,78 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         transformers_logging.disable_progress_bar()
 
 
+READER_GONE = (errno.EPIPE, errno.EIO)  # a pipe that nobody reads, a terminal that was closed
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # under a log file
+
+
+class _Output(io.FileIO):
+    """Standard output or error, which a run can lose without ending."""
+
+    def __init__(self, descriptor: int, name: str, *, outlives_reader: bool) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.what, self.outlives_reader = name, outlives_reader
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in READER_GONE + DISK_FULL:
+                raise
+            self._lose(error)
+        return memoryview(data).nbytes
+
+    def _lose(self, error: OSError) -> None:
+        is_gone = error.errno in READER_GONE
+        if is_gone or not self.outlives_reader:  # a full disk may have room for later lines
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
+        if not self.outlives_reader:
+            if not is_gone:
+                _write_to_stderr(f"error: {self.what} cannot be written: {error.strerror}\n")
+            raise SystemExit(128 + signal.SIGPIPE if is_gone else 2)
+        if is_gone and self.fileno() != 2:
+            _write_to_stderr(f"warning: {self.what} is lost ({error.strerror}); the work goes on without it\n")
+
+
+def _write_to_stderr(text: str) -> None:
+    try:
+        os.write(2, text.encode())
+    except OSError:  # it is lost as well
+        pass
+
+
+def protect_output(*, outlives_reader: bool) -> None:
+    """Lets standard output and error get lost without a traceback. Called by recipes/__main__.py.
+
+    When a reader leaves (`| head`) or the terminal is closed, outlives_reader says what happens: the process goes on
+    and /dev/null takes the stream's place, or it exits with 141 as other programs do. On a full disk the one loses
+    the lines that did not fit, the other exits with 2.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before this process began
+            setattr(sys, name, open(os.devnull, "w"))
+            continue
+        stream.flush()
+        raw = _Output(number, {1: "standard output", 2: "standard error"}[number], outlives_reader=outlives_reader)
+        lines = number == 2 or raw.isatty()
+        buffer = raw if stream.write_through else io.BufferedWriter(raw)  # write_through: python -u
+        setattr(
+            sys,
+            name,
+            io.TextIOWrapper(
+                buffer, stream.encoding, stream.errors, line_buffering=lines, write_through=stream.write_through
+            ),
+        )
+
+
 def prepare_launcher(processes: int) -> None:
     """Shares the CPUs among the processes that a launcher starts here. Called by machine/launch.py.
 
-    Also silences torch's own report of how they ended: the launcher prints one line instead.
+    Also silences torch's own report of how they ended: the launcher prints one line instead. And it leaves the
+    signals that the launcher hands on to the launcher.
     """
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     if _threads_are_ours or "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // processes))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -144,6 +215,6 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def set_tensorboard_folder(folder: Path) -> None:
-    """Tells transformers' TensorBoard callback where to write. Called by run/training.py."""
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder))
+def set_tracker_folder(variable: str, folder: Path) -> None:
+    """Tells a tracker by its own environment variable where to write. Called by run/trackers.py."""
+    os.environ.setdefault(variable, str(folder))

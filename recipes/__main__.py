@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from common.process_state import prepare_for_plan
+from common.process_state import prepare_for_plan, protect_output
 
 if IS_PLAN := sys.argv[1:2] == ["plan"] or "--plan" in sys.argv:  # a plan takes seconds, most of them imports
     prepare_for_plan()
@@ -25,6 +25,9 @@ from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
 FOLDER = Path(__file__).parent
+MAKES_FILES = (
+    not IS_PLAN and "--dry-run" not in sys.argv and sys.argv[1:2] not in (["dryrun"], ["chat"], ["eval"], ["report"])
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -63,9 +66,10 @@ def describe_mistake(error: Exception, path: Path) -> str:
 
 
 if __name__ == "__main__":
+    protect_output(outlives_reader=MAKES_FILES)
     status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
     if IS_PLAN:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(status)  # an ordinary exit frees what was imported, which takes another second
     sys.exit(status)

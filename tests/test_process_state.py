@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +68,93 @@ def test_the_processes_of_a_run_share_the_cpus_unless_told(told, each):
         text=True,
     )
     assert done.stdout.strip() == each, done.stderr
+
+
+PRINT = """
+import os, sys, time
+from common.process_state import protect_output
+protect_output(outlives_reader=sys.argv[1] == "goes on")
+for number in range(3):
+    print("line", number, flush=True)
+    sys.stderr.write("")
+    os.write(done := os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND), b".")
+    os.close(done)
+"""
+
+
+def print_into(stdout: int, stderr: int, kind: str, folder: Path) -> tuple[int, str]:
+    """The exit status of a process that prints three lines into these, and a dot for each that it went on after."""
+    done = subprocess.run([sys.executable, "-c", PRINT, kind, folder / "done"], stdout=stdout, stderr=stderr, cwd=ROOT)
+    return done.returncode, (folder / "done").read_text() if (folder / "done").exists() else ""
+
+
+def without_reader() -> int:
+    reads, writes = os.pipe()
+    os.close(reads)
+    return writes
+
+
+def closed_terminal() -> int:
+    terminal, window = pty.openpty()
+    os.close(terminal)
+    return window
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+GONE = (without_reader, closed_terminal)
+
+
+@pytest.mark.parametrize("lost", [*GONE, full_disk])
+def test_work_that_makes_files_goes_on_without_its_output(tmp_path, lost):
+    with (tmp_path / "errors").open("w") as errors:
+        assert print_into(lost(), errors.fileno(), "goes on", tmp_path) == (0, "...")
+    said = (tmp_path / "errors").read_text()
+    assert said.count("warning: standard output is lost (") == (lost in GONE) == len(said.splitlines()), said
+
+
+@pytest.mark.parametrize("lost", [*GONE, full_disk])
+def test_it_goes_on_when_both_streams_are_lost(tmp_path, lost):
+    assert print_into(lost(), lost(), "goes on", tmp_path) == (0, "...")
+
+
+@pytest.mark.parametrize("lost", GONE)
+def test_work_that_makes_words_ends_quietly_with_its_reader(tmp_path, lost):
+    with (tmp_path / "errors").open("w") as errors:
+        assert print_into(lost(), errors.fileno(), "ends", tmp_path) == (128 + signal.SIGPIPE, "")
+    assert (tmp_path / "errors").read_text() == ""
+
+
+def test_words_that_do_not_fit_on_the_disk_are_an_error(tmp_path):
+    with (tmp_path / "errors").open("w") as errors:
+        assert print_into(full_disk(), errors.fileno(), "ends", tmp_path) == (2, "")
+    assert (tmp_path / "errors").read_text() == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_log_goes_on_when_the_disk_has_room_again(tmp_path):
+    """A quota on the file's size, lifted after the second line."""
+    program = PRINT.replace(
+        "for number", "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (8, -1))\nfor number"
+    )
+    program = program.replace(
+        "    sys.stderr", "    if number: resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))\n    sys.stderr"
+    )
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", program, "goes on", tmp_path / "done"], stdout=log, cwd=ROOT)
+    assert done.returncode == 0
+    assert (tmp_path / "log").read_text() == "line 0\nlline 2\n"
+
+
+def test_a_process_whose_output_was_closed_at_its_start_prints_nowhere(tmp_path):
+    command = f"exec {sys.executable} -c '{PRINT}' 'goes on' {tmp_path}/done >&- 2>&-"
+    assert subprocess.run(["bash", "-c", command], cwd=ROOT).returncode == 0
+    assert (tmp_path / "done").read_text() == "..."
+
+
+def test_a_plan_ends_quietly_when_its_reader_leaves():
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", "plan", "tiny"], stdout=without_reader(), stderr=subprocess.PIPE, cwd=ROOT
+    )
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")

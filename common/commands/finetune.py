@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
 from common.run.folder import hold_run_folder, refuse_run_under_way
 from common.run.provenance import make_command
+from common.run.tracker_check import refuse_unready_tracker
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
@@ -62,11 +62,8 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.machine.collectives import init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
 
-    tracker = recipe.train.report_to
-    require(
-        tracker == "none" or importlib.util.find_spec(tracker) is not None,
-        f"TrainSpec.report_to is {tracker!r}, which is not installed: .venv/bin/pip install {tracker}",
-    )
+    if is_main_process():
+        refuse_unready_tracker(recipe.train.report_to)
     require_gpu_per_process()
     init_distributed()
     with contextlib.ExitStack() as stack:

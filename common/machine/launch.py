@@ -1,11 +1,13 @@
 """Starts the processes of a run, one a GPU, with torchrun's own engine, and says in one line how they ended."""
 
+import contextlib
 import errno
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from common.process_state import prepare_launcher
@@ -18,6 +20,7 @@ ERROR_STATUS = 2  # exit status of a process that has printed a UserError
 PEER_LOST_STATUS = 75  # exit status of a process that ends because another one did
 JOIN_TIMEOUT_SECONDS = 600  # until all machines have come to the endpoint
 CONNECT_TIMEOUT_SECONDS = 60  # until the endpoint answers
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PROBE_TIMEOUT_SECONDS = 20  # for what answers there to prove that it is the store of a run
 
 
@@ -50,6 +53,7 @@ def _run_processes(gpus: int, nnodes: int, rdzv_endpoint: str | None) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     prepare_launcher(gpus)
+    signals = _ForwardedSignals()
     config = LaunchConfig(
         min_nodes=nnodes,
         max_nodes=nnodes,
@@ -61,9 +65,12 @@ def _run_processes(gpus: int, nnodes: int, rdzv_endpoint: str | None) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)(*_without_launch_flags(sys.orig_argv[1:]))
+        with signals:
+            elastic_launch(config, sys.executable)(*_without_launch_flags(sys.orig_argv[1:]))
     except ChildFailedError as error:
         status, line = explain_failures(error.failures)
+        if line and signals.received:  # it came before the processes were ready to stop with a checkpoint
+            return 128 + signals.received
         if line:
             print(f"\nerror: {line}", file=sys.stderr)
         return status
@@ -75,6 +82,44 @@ def _run_processes(gpus: int, nnodes: int, rdzv_endpoint: str | None) -> int:
             f"({type(error).__name__}); start the same command on each"
         ) from error
     return 0
+
+
+class _ForwardedSignals:
+    """Inside its `with` block a signal goes to the processes of the run, which stop when they have a checkpoint.
+
+    torch's own handlers would kill them after 30 s, and leave them alone at a second signal. That one ends them here,
+    by torch: with the same signal, and 30 s later with SIGKILL. SIGHUP insists on nothing (run/stopping.py says why),
+    and stays ignored where it is.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.insisted = False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        heard = [number for number in FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._receive) for number in heard}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        from psutil import NoSuchProcess, Process
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        is_first, processes = not self.received, Process().children()
+        insists = number != signal.SIGHUP and self.received not in (0, signal.SIGHUP)
+        self.received = number if number != signal.SIGHUP else self.received or number
+        if self.insisted:
+            return
+        if insists or (is_first and not processes):
+            self.insisted = insists
+            raise SignalException(f"signal {number}", signal.Signals(number))
+        for process in processes:
+            with contextlib.suppress(NoSuchProcess):
+                process.send_signal(number)
 
 
 def check_rendezvous(endpoint: str) -> None:

@@ -21,10 +21,11 @@ METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
-TENSORBOARD = "tensorboard"
 LOCK_FILE = ".lock"  # says which process runs here; a killed run leaves it, and it locks nothing then
+TENSORBOARD, TRACKIO, WANDB = "tensorboard", "trackio", "wandb"  # folders of trackers
+RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, TRACKIO, WANDB)
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
-RUN_FILES = (  # --overwrite removes these, checkpoints and tensorboard, and nothing else
+RUN_FILES = (  # --overwrite removes these and RUN_FOLDERS, and nothing else
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     "chat_template.jinja",
@@ -111,7 +112,7 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     if existing_run == "overwrite":
         for name in names & set(RUN_FILES):
             (folder / name).unlink()
-        for name in (CHECKPOINTS, TENSORBOARD):
+        for name in RUN_FOLDERS:
             shutil.rmtree(folder / name, ignore_errors=True)
     _make_folder(folder)
     return folder
@@ -136,7 +137,7 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     names -= {SAVING}
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
-    foreign = sorted(names - set(RUN_FILES) - {CHECKPOINTS, TENSORBOARD})
+    foreign = sorted(names - set(RUN_FILES) - set(RUN_FOLDERS))
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":

@@ -81,3 +81,16 @@ def fill_up(batches: Sequence[Batch], filler: Batch | None) -> Iterator[Batch]:
 def perplexity(loss: float) -> float:
     """loss: nats per token, taken as 700 at most: beyond it a float overflows."""
     return math.exp(min(loss, 700.0))
+
+
+def lowest_held_out_loss(entries: list[dict[str, Any]]) -> str | None:
+    """A line that says so when the held-out loss was clearly lower before the end of the run; None when it was not.
+
+    entries: of metrics.jsonl. Clearly: by a hundredth of it.
+    """
+    measured = [(entry["eval_loss"], entry["step"]) for entry in entries if "eval_loss" in entry]
+    if not measured or measured[-1][0] < 1.01 * min(measured)[0]:
+        return None
+    lowest, step = min(measured)
+    found = f"held-out loss was lowest at step {step} ({lowest:.4f}); it is {measured[-1][0]:.4f} now"
+    return f"{found}: " + ("fewer epochs would do" if step else "try a lower learning rate, and look at the data")

@@ -11,7 +11,7 @@ from common.machine.slow_work import format_duration
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
-from common.run.held_out_loss import perplexity
+from common.run.held_out_loss import lowest_held_out_loss, perplexity
 from common.run.progress import read_metrics
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
@@ -77,6 +77,7 @@ def page_values(
         "perplexities": None if after is None else [f"{perplexity(loss):,.2f}" for loss in (before, after)],
         "samples": evaluation.get("samples") or run.get("samples", []),
         "evaluation": evaluation,
+        "lowest": lowest_held_out_loss(entries),
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
         "losses": line_chart(
             "Loss over the optimizer steps",

@@ -1,28 +1,40 @@
-"""Ctrl-C and SIGTERM stop a run after the optimizer step under way, with a checkpoint; a second one at once."""
+"""Ctrl-C, SIGTERM and a closed terminal stop a run after the optimizer step under way, with a checkpoint.
+
+Who insists, with a second Ctrl-C or SIGTERM, stops it at once. SIGHUP is never taken for that: a terminal that is
+closed sends it twice (the kernel and the shell), and a session that ends sends it along with SIGTERM.
+"""
 
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common.machine.collectives import all_reduce_max
+from common.recipe import Stopped
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AFTER_THIS_STEP = "stopping after this step, with a checkpoint"
 
 
 class StopSignals(TrainerCallback):
     """Inside its `with` block a signal waits for the end of the step, where a checkpoint can hold the exact state,
-    random numbers included. received: the signal that came; None without one."""
+    random numbers included. received: the signal that came; None without one.
 
-    def __init__(self) -> None:
+    SIGHUP stays ignored where it is (nohup). promise: printed when the first signal comes.
+    """
+
+    def __init__(self, promise: str = AFTER_THIS_STEP) -> None:
+        self.promise = promise
         self.received: signal.Signals | None = None
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python sets no handlers
-            self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            heard = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
@@ -30,15 +42,28 @@ class StopSignals(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received is not None:
+        if number != signal.SIGHUP and self.received not in (None, signal.SIGHUP):
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
-        print("\nstopping after this step, with a checkpoint; once more stops at once", flush=True)
+        if self.received is None:
+            with suppress(RuntimeError):  # the signal came in the middle of another print
+                print(f"\n{self.promise}; once more stops at once", flush=True)
+        if self.received is None or number != signal.SIGHUP:
+            self.received = signal.Signals(number)
 
     def on_step_end(self, _: Any, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Stops all processes after the same step, whichever of them got the signal."""
-        number = all_reduce_max(self.received or 0)
-        self.received = signal.Signals(number) if number else None
+        self.agree()
         if self.received is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def agree(self) -> None:
+        """Makes `received` the same in all processes."""
+        number = all_reduce_max(self.received or 0)
+        self.received = signal.Signals(number) if number else None
+
+    def raise_if_received(self, message: str) -> None:
+        """Raises Stopped, in all processes, when one of them got a signal."""
+        self.agree()
+        if self.received is not None:
+            raise Stopped(message, self.received)

@@ -90,7 +90,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         logging_nan_inf_filter=False,  # it would print 0.0 for NaN
         include_num_input_tokens_seen="non_padding",
         disable_tqdm=True,
-        report_to=train.report_to,
+        report_to="none",  # trackers.py attaches the one of the recipe
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,

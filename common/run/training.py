@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerFast
 from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
 from common.machine.collectives import run_on_main
+from common.machine.processes import is_main_process
 from common.model.lora import unmoved_adapters
 from common.model.sharding import gather_adapter, is_sharded
 from common.plan.plan import Plan
-from common.process_state import make_deterministic, set_tensorboard_folder
+from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.artefacts import save_trained
 from common.run.evaluation import compare_completions
-from common.run.folder import CHECKPOINTS, TENSORBOARD
+from common.run.folder import CHECKPOINTS
+from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
 from common.run.loss_picture import draw_loss
 from common.run.progress import ProgressReport
@@ -30,6 +32,7 @@ from common.run.report import write_report
 from common.run.resume import checkpoint_to_resume
 from common.run.run_json import memory_line, run_metrics, write_run_json
 from common.run.stopping import StopSignals
+from common.run.trackers import GuardedTracker, keep_tracker_files
 from common.run.trainer import Trainer
 from common.run.trainer_config import build_trainer
 
@@ -47,6 +50,8 @@ def train(
     prepare_process(recipe.train, folder)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
+    if recipe.train.report_to != "none" and is_main_process():
+        trainer.add_callback(GuardedTracker(recipe.train.report_to))
     _warn_of_few_rows(rows, recipe.train)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -59,6 +64,8 @@ def train(
         raise UserError(f"none of the {trainer.state.global_step} steps gave finite numbers; mend the rows named above")
     metrics = run_metrics(trainer.state.global_step, report.history, plan, trainer.step_down.taken)
     print(memory_line(metrics))
+    if line := lowest_held_out_loss(report.history):
+        print(line)
     adapter = gather_adapter(model)
     refuse_unmoved(adapter, trainer.state.global_step)
 
@@ -70,16 +77,17 @@ def train(
         print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
         print(f"the run on a page: {write_report(folder)}")
 
-    run_on_main(leave_files)
+    with StopSignals("stopping when the files of the run are written") as stop:
+        run_on_main(leave_files)
+        stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
 
 
 def prepare_process(train: TrainSpec, folder: Path) -> None:
-    """Sets what a run needs for the whole process: determinism, and the folder of tensorboard's files."""
+    """Sets what a run needs for the whole process: determinism, and the folder of a tracker's files."""
     if train.deterministic:
         make_deterministic()
-    if train.report_to == "tensorboard":
-        set_tensorboard_folder(folder / TENSORBOARD)
+    keep_tracker_files(train.report_to, folder)
 
 
 def _warn_of_few_rows(rows: Rows, train: TrainSpec) -> None:

@@ -1,0 +1,148 @@
+"""A tracker that is not ready is refused before anything is loaded; one that fails later does not end the run."""
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from common.cli import run
+from common.recipe import UserError
+from common.run.folder import prepare_run_folder
+from common.run.progress import read_metrics
+from common.run.tracker_check import refuse_unready_tracker
+from common.run.training import train
+from tests.run.test_training import prepare
+
+# What transformers' callback calls of wandb. It fails as the real one does, in the function that FAILS names.
+WANDB = """
+import os, pathlib, sys
+from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+
+class UsageError(Exception):
+    pass
+
+UsageError.__module__ = "wandb.errors.errors"
+run, calls = None, []
+
+def _call(name):
+    calls.append(name)
+    if os.environ.get("FAILS") == name:
+        raise UsageError(f"the network is down in {name}\\nand more lines")
+
+def login(verify=True):
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"):
+        raise UsageError("No API key configured. Use `wandb login` to log in.")
+
+def init(**_):
+    global run
+    _call("init")
+    folder = pathlib.Path(os.environ.get("WANDB_DIR", ".")) / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "debug.log").write_text("")
+    run = SimpleNamespace(summary={}, _label=lambda **_: None)
+
+class _Config(dict):
+    def update(self, *_, **__):
+        _call("config")
+
+def define_metric(*_, **__):
+    pass
+
+def log(_):
+    _call("log")
+    if os.environ.get("FAILS") == "second log" and calls.count("log") == 2:
+        raise ConnectionError("no route to host")
+
+config = _Config()
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder with a small package of that name, at the head of the path of this process and of its children."""
+    site = tmp_path / "site"
+    for name, text in {"__init__": WANDB, "sdk/__init__": "", "sdk/lib/__init__": ""}.items():
+        (site / "wandb" / f"{name}.py").parent.mkdir(parents=True, exist_ok=True)
+        (site / "wandb" / f"{name}.py").write_text(text)
+    (site / "wandb" / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception): pass\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("WANDB_DIR", "")  # so that what the run sets is taken back
+    for name in ("WANDB_DIR", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    yield site
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+
+
+def reporting(recipe, tracker="wandb"):
+    return replace(recipe, train=replace(recipe.train, report_to=tracker))
+
+
+def test_wandb_without_a_key_is_one_line_before_anything_is_loaded(recipe, wandb, capsys):
+    loaded = []
+    assert run(lambda recipe: loaded.append(1), reporting(recipe), []) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.splitlines() == [error] and not loaded
+    assert "No API key configured" in error and "wandb login" in error and "WANDB_MODE=offline" in error
+
+
+@pytest.mark.parametrize("variable", [("WANDB_API_KEY", "x" * 40), ("WANDB_MODE", "offline")])
+def test_wandb_with_a_key_or_offline_is_ready(wandb, monkeypatch, variable):
+    monkeypatch.setenv(*variable)
+    refuse_unready_tracker("wandb")
+
+
+def test_a_wandb_that_cannot_be_imported_is_one_line(wandb):
+    (wandb / "wandb" / "__init__.py").write_text("import a_part_that_is_missing\n")
+    with pytest.raises(UserError, match="wandb says: No module named 'a_part_that_is_missing'"):
+        refuse_unready_tracker("wandb")
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_a_folder_of_files_that_has_the_name_of_a_tracker_is_no_package(tmp_path, monkeypatch, tracker):
+    """As wandb leaves it in the working directory."""
+    (tmp_path / tracker).mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not (Path(p) / tracker).exists())])
+    importlib.invalidate_caches()
+    with pytest.raises(UserError, match=f"not installed: .venv/bin/pip install {tracker}"):
+        refuse_unready_tracker(tracker)
+
+
+@pytest.mark.parametrize("where", ["init", "config", "second log", None])
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(recipe, wandb, monkeypatch, capsys, where):
+    monkeypatch.setenv("FAILS", where or "")
+    train(*prepare(reporting(recipe)))
+    out, folder = capsys.readouterr().out, Path(recipe.out)
+    assert out.count("warning: wandb failed (") == (where is not None)
+    if where is not None:
+        reason = "no route to host" if where == "second log" else f"the network is down in {where}"
+        assert f"warning: wandb failed ({reason}); training goes on without it" in out
+    assert (folder / "adapter_model.safetensors").exists()
+    assert sum("loss" in entry for entry in read_metrics(folder)) == 3
+    assert (folder / "wandb" / "debug.log").exists() == (where != "init")
+
+
+def test_a_folder_with_the_files_of_trackers_is_a_run_that_overwrite_empties(tmp_path):
+    for name in ("wandb", "trackio", "tensorboard"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="already holds a run"):
+        prepare_run_folder(str(tmp_path), "refuse")
+    prepare_run_folder(str(tmp_path), "resume")
+    prepare_run_folder(str(tmp_path), "overwrite")
+    assert not {"wandb", "trackio", "tensorboard"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_the_real_wandb_without_a_key_is_one_line(tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="No API key"):
+        refuse_unready_tracker("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    refuse_unready_tracker("wandb")
