@@ -10,18 +10,16 @@ Standard library only at import: common/__init__.py imports this module before a
 """
 
 import csv
-import errno
 import gc
 import io
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
+from common.output_stream import protected_stream
 
 _ENVIRONMENT = {
     # TRL reports each trainer that is built, and huggingface_hub each download, unless told not to.
@@ -112,46 +110,6 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         transformers_logging.disable_progress_bar()
 
 
-READER_GONE = (errno.EPIPE, errno.EIO)  # a pipe that nobody reads, a terminal that was closed
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # under a log file
-
-
-class _Output(io.FileIO):
-    """Standard output or error, which a run can lose without ending."""
-
-    def __init__(self, descriptor: int, name: str, *, outlives_reader: bool) -> None:
-        super().__init__(descriptor, "w", closefd=False)
-        self.what, self.outlives_reader = name, outlives_reader
-
-    def write(self, data: Any, /) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in READER_GONE + DISK_FULL:
-                raise
-            self._lose(error)
-        return memoryview(data).nbytes
-
-    def _lose(self, error: OSError) -> None:
-        is_gone = error.errno in READER_GONE
-        if is_gone or not self.outlives_reader:  # a full disk may have room for later lines
-            with open(os.devnull, "w") as nowhere:
-                os.dup2(nowhere.fileno(), self.fileno())
-        if not self.outlives_reader:
-            if not is_gone:
-                _write_to_stderr(f"error: {self.what} cannot be written: {error.strerror}\n")
-            raise SystemExit(128 + signal.SIGPIPE if is_gone else 2)
-        if is_gone and self.fileno() != 2:
-            _write_to_stderr(f"warning: {self.what} is lost ({error.strerror}); the work goes on without it\n")
-
-
-def _write_to_stderr(text: str) -> None:
-    try:
-        os.write(2, text.encode())
-    except OSError:  # it is lost as well
-        pass
-
-
 def protect_output(*, outlives_reader: bool) -> None:
     """Lets standard output and error get lost without a traceback. Called by recipes/__main__.py.
 
@@ -159,22 +117,8 @@ def protect_output(*, outlives_reader: bool) -> None:
     and /dev/null takes the stream's place, or it exits with 141 as other programs do. On a full disk the one loses
     the lines that did not fit, the other exits with 2.
     """
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        stream = getattr(sys, name)
-        if stream is None:  # it was closed before this process began
-            setattr(sys, name, open(os.devnull, "w"))
-            continue
-        stream.flush()
-        raw = _Output(number, {1: "standard output", 2: "standard error"}[number], outlives_reader=outlives_reader)
-        lines = number == 2 or raw.isatty()
-        buffer = raw if stream.write_through else io.BufferedWriter(raw)  # write_through: python -u
-        setattr(
-            sys,
-            name,
-            io.TextIOWrapper(
-                buffer, stream.encoding, stream.errors, line_buffering=lines, write_through=stream.write_through
-            ),
-        )
+    sys.stdout = protected_stream(sys.stdout, 1, "standard output", outlives_reader=outlives_reader)
+    sys.stderr = protected_stream(sys.stderr, 2, "standard error", outlives_reader=outlives_reader)
 
 
 def prepare_launcher(processes: int) -> None:

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 # From the ground up. A module imports from its own package and from floors below; in a package nothing goes in circles.
 FLOORS = (
     "common.cpu_quota",
+    "common.output_stream",
     "common.process_state",
     "common",
     "common.lazy",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.data.batches import collate
-from common.run.held_out_loss import batch_nll, fill_up, mean_nll, perplexity
+from common.run.held_out_loss import batch_nll, fill_up, lowest_held_out_loss, mean_nll, perplexity
 from common.run.trainer_config import build_trainer
 from tests.run.test_training import prepare
 
@@ -56,3 +56,21 @@ def test_a_process_alone_fills_nothing_up():
 def test_a_perplexity_beyond_all_floats_is_a_float():
     assert perplexity(0.0) == 1.0
     assert perplexity(1000.0) == perplexity(700.0) < float("inf")
+
+
+@pytest.mark.parametrize(
+    ("losses", "line"),
+    [
+        ([2.0, 1.0, 0.8445, 1.0778], "was lowest at step 20 (0.8445); it is 1.0778 now: fewer epochs would do"),
+        ([2.0, 2.5], "was lowest at step 0 (2.0000); it is 2.5000 now: try a lower learning rate"),
+        ([2.0, 1.0, 1.009], None),  # within a hundredth
+        ([2.0], None),
+        ([], None),
+    ],
+)
+def test_a_held_out_loss_that_was_lower_before_the_end_is_said(losses, line):
+    entries = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate(losses)] + [
+        {"step": 1, "loss": 3.0}
+    ]
+    said = lowest_held_out_loss(entries)
+    assert said is None if line is None else line in said
