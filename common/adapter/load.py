@@ -3,9 +3,10 @@
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
+from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
@@ -26,9 +27,8 @@ def load_trained(adapter: TrainedAdapter) -> PeftModel:
     """
     model = load_4bit(adapter.recipe.model)
     peft_model = attach_adapter(model, adapter, model.device)
-    saved = adapter.folder / "generation_config.json"
-    if saved.exists():
-        model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    if (adapter.folder / GENERATION_CONFIG).exists():
+        model.generation_config = read_generation_config(adapter.folder, str(adapter.folder))
     use_lean_layers(peft_model, adapter.recipe.train.kernels)
     return peft_model.eval()
 

@@ -25,6 +25,7 @@ from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
 from common.model.config import load_config
 from common.model.download import model_folder
+from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
 from common.model.safetensors_files import (
     Entry,
@@ -160,8 +161,8 @@ class MergedWeights:
 
     def generation_config(self) -> GenerationConfig:
         """Reads the run's generation config, which stops at the end of a turn; else the base's."""
-        folders = [f for f in (self.adapter.folder, self.folder) if (f / "generation_config.json").exists()]
-        return GenerationConfig.from_pretrained(folders[0]) if folders else GenerationConfig()
+        folders = [f for f in (self.adapter.folder, self.folder) if (f / GENERATION_CONFIG).exists()]
+        return read_generation_config(folders[0], str(folders[0])) if folders else GenerationConfig()
 
     def write_made_from(self, path: Path) -> None:
         """Writes down what the merged model was made from."""
@@ -211,7 +212,8 @@ def copy_tokenizer(weights: MergedWeights, folder: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).exists():
             shutil.copyfile(source / name, folder / name)
-    for name in ("chat_template.jinja", "generation_config.json"):
-        found = next((place / name for place in (ours, weights.folder) if (place / name).exists()), None)
-        if found:
-            shutil.copyfile(found, folder / name)
+    templates = [place / "chat_template.jinja" for place in (ours, weights.folder)]
+    if found := next((path for path in templates if path.exists()), None):
+        shutil.copyfile(found, folder / found.name)
+    if any((place / GENERATION_CONFIG).exists() for place in (ours, weights.folder)):
+        weights.generation_config().save_pretrained(folder)

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
 WRITING_SUFFIX = ".writing"
@@ -124,7 +125,7 @@ def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite:
     """write_aside for a large result of a command, whose `data_bytes` must fit on the disk.
 
     Raises UserError before any data is written: as refuse_existing, when the disk has too little free space, and when
-    `path` cannot be made.
+    `path` cannot be made; later when a write in the block fails.
     """
     refuse_existing(path, folder=folder, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
@@ -138,7 +139,14 @@ def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite:
                 f"{path} would take {format_bytes(data_bytes)}, and {format_bytes(free)} are free there; make room, "
                 "or choose another place: TO=..."
             )
-        yield aside
+        try:
+            yield aside
+        except Exception as error:
+            if (reason := write_failure(error)) is None:
+                raise
+            raise UserError(
+                f"{path} cannot be written: {reason}; make room, or choose another place: TO=..."
+            ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -25,6 +26,7 @@ from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
 from common.model.config import is_4bit_checkpoint, load_config, refuse_other_shape
 from common.model.download import model_folder
+from common.model.generation_config import read_generation_config
 from common.model.hollow_model import build_hollow_model
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
@@ -95,12 +97,14 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
     stored_in_4bit = is_4bit_checkpoint(config, spec)
     quantizes = spec.bits == 4 and not stored_in_4bit
+    generation = read_generation_config(weights if isinstance(weights, Path) else None, spec.name, config)
     announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine)
     else:
-        model = _load_whole_model(spec, config, weights, machine, quantizes=quantizes)
+        model = _load_whole_model(spec, config, weights, machine, generation, quantizes=quantizes)
         _prepare_4bit_modules(model, spec, machine)
+    model.generation_config = generation
     fuse_head_and_loss(model)
     # The model's name on the hub, not its folder in the cache: PEFT writes it into the adapter's config.
     model.config._name_or_path = model.name_or_path = spec.name
@@ -125,7 +129,13 @@ def _count_files_and_bytes(weights: WeightsOrigin) -> tuple[int, int]:
 
 
 def _load_whole_model(
-    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine, *, quantizes: bool
+    spec: ModelSpec,
+    config: PretrainedConfig,
+    weights: WeightsOrigin,
+    machine: Machine,
+    generation: GenerationConfig,
+    *,
+    quantizes: bool,
 ) -> PreTrainedModel:
     """The model as transformers' from_pretrained loads it.
 
@@ -137,6 +147,7 @@ def _load_whole_model(
         "device_map": {"": machine.device},
         "attn_implementation": attention_implementation(machine),
         "output_loading_info": True,
+        "generation_config": generation,  # transformers would read the file itself, whatever it holds
     }
     if quantizes:
         arguments["quantization_config"] = quantization_config(machine.dtype)

@@ -23,6 +23,7 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets",
 RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.card_gib",
     "Recipe.out",
+    "Recipe.fallback_out",
     "Recipe.existing_run",
     "DataSpec.max_bad_share",
     "TrainSpec.checkpointing",

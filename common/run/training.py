@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
@@ -17,9 +18,11 @@ from common.model.sharding import gather_adapter, is_sharded
 from common.plan.plan import Plan
 from common.process_state import make_deterministic, set_tensorboard_folder
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
-from common.run.artefacts import save_trained
+from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
 from common.run.evaluation import compare_completions
-from common.run.folder import CHECKPOINTS, TENSORBOARD
+from common.run.final_save import save_without_loss, write_optional
+from common.run.folder import CHECKPOINTS, REPORT, TENSORBOARD
+from common.run.preflight import SMALL_FILES_BYTES, adapter_bytes, rehearse_save
 from common.run.progress import ProgressReport, draw_loss
 from common.run.prompts import sample_prompts
 from common.run.report import write_report
@@ -40,6 +43,7 @@ def train(
     """
     folder = Path(recipe.out)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
+    run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
@@ -54,17 +58,45 @@ def train(
     metrics = run_metrics(trainer.state.global_step, report.history, plan, trainer.step_down.taken)
     print(memory_line(metrics))
     adapter = gather_adapter(model)
-
-    def leave_files() -> None:
-        save_trained(model, tokenizer, folder, adapter)
-        draw_loss(folder)
-        samples = sample_completions(model, tokenizer, rows, recipe.train)
-        write_run_json(folder, recipe, plan, rows, model, metrics, samples)
-        print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
-        print(f"the run on a page: {write_report(folder)}")
-
-    run_on_main(leave_files)
+    run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report, adapter))
     return metrics
+
+
+def leave_files(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Rows,
+    recipe: Recipe,
+    plan: Plan,
+    metrics: dict[str, Any],
+    report: ProgressReport,
+    adapter: dict[str, Tensor] | None,
+) -> None:
+    """Writes what must not be lost, then each optional file by itself: a failure of one is a warning.
+
+    Raises UserError as save_without_loss.
+    """
+
+    def write_essential(folder: Path) -> None:
+        save_adapter(model, folder, adapter)
+        write_run_json(folder, recipe, plan, rows, model, metrics, samples=[])
+        save_tokenizer(tokenizer, folder)
+
+    def add_samples() -> None:
+        if samples := sample_completions(model, tokenizer, rows, recipe.train):
+            write_run_json(folder, recipe, plan, rows, model, metrics, samples)
+
+    fallback = Path(recipe.fallback_out) if recipe.fallback_out is not None else None
+    folder = save_without_loss(write_essential, Path(recipe.out), fallback, adapter_bytes(model) + SMALL_FILES_BYTES)
+    saved = ["adapter", "tokenizer", "run.json"]
+    write_optional("generation_config.json", lambda: save_generation_config(model, tokenizer, folder))
+    saved += write_optional("metrics.jsonl", lambda: report.metrics.write_whole(folder))
+    saved += write_optional("loss.png", lambda: draw_loss(folder))
+    write_optional("sample answers", add_samples)
+    is_on_a_page = write_optional("report.html", lambda: write_report(folder))
+    print(f"{', '.join(saved[:-1])} and {saved[-1]} are in {folder}")
+    if is_on_a_page:
+        print(f"the run on a page: {folder / REPORT}")
 
 
 def prepare_process(train: TrainSpec, folder: Path) -> None:
