@@ -140,7 +140,13 @@ def test_what_was_trained_goes_to_the_other_folder_that_the_recipe_names(start_r
     assert [e["step"] for e in read_metrics(other) if "loss" in e] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("save_every, remedy", [(1, "go on from checkpoint-1: ARGS=--resume"), (100, "no checkpoint")])
+@pytest.mark.parametrize(
+    "save_every, remedy",
+    [
+        (1, "go on from checkpoint-1: ARGS=--resume"),
+        pytest.param(100, "there is no checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_without_room_the_run_ends_with_a_line_that_names_what_is_left(start_run, recipe, save_every, remedy):
     child, log = start_run({2: fill}, 0.2, train=replace(recipe.train, save_every=save_every))
     assert end_of(child) == ERROR_STATUS, log.read_text()
