@@ -15,7 +15,7 @@ def file_limit():
     signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_line_that_fits_only_in_part_waits_whole_and_no_half_of_it_stays(tmp_path, file_limit, capfd):
+def test_a_line_that_fits_only_in_part_waits_whole_and_no_half_of_it_stays(tmp_path, file_limit, capsys):
     metrics = MetricsFile(tmp_path)
     file_limit(100)
     for step in range(1, 9):  # lines of 26 bytes
@@ -23,7 +23,7 @@ def test_a_line_that_fits_only_in_part_waits_whole_and_no_half_of_it_stays(tmp_p
         metrics.write()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.endswith("}\n") and 50 < len(text) <= 100
-    assert capfd.readouterr().out.count("the lines wait in memory") == 1
+    assert capsys.readouterr().out.count("the lines wait in memory") == 1
     file_limit(1 << 20)
     metrics.write()
     assert [entry["step"] for entry in read_metrics(tmp_path)] == list(range(1, 9))
