@@ -79,9 +79,10 @@ def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metada
             (aside / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     except Exception as error:
-        if (reason := write_failure(error)) is None:
+        reason = write_failure(error)
+        if reason is None and not isinstance(error, OSError):
             raise
-        print(f"warning: the rows are not kept for the next start: {reason}")
+        print(f"warning: the rows are not kept for the next start: {reason or error}")
         return
     for old in entries[:-MAX_ENTRIES]:
         shutil.rmtree(old, ignore_errors=True)
