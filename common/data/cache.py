@@ -79,10 +79,10 @@ def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metada
             (aside / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     except Exception as error:
-        reason = write_failure(error)
-        if reason is None and not isinstance(error, OSError):
+        reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None)
+        if reason is None:
             raise
-        print(f"warning: the rows are not kept for the next start: {reason or error}")
+        print(f"warning: the rows are not kept for the next start: {reason}")
         return
     for old in entries[:-MAX_ENTRIES]:
         shutil.rmtree(old, ignore_errors=True)
