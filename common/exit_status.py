@@ -1,6 +1,5 @@
 """How a command ends: its exit status, and one line on stderr for what the user can mend."""
 
-import errno
 import os
 import sys
 import time
@@ -8,11 +7,10 @@ from collections.abc import Callable
 
 from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS
 from common.machine.processes import is_main_process, rank
+from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
 MAIN_SPEAKS_SECONDS = 3  # head start of the first process, which mostly has the same error to print
-# The disk or the quota is full, or this user may not write there.
-CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def exit_status(action: Callable[[], int | None], folder: str) -> int:
@@ -32,15 +30,13 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
-    except OSError as error:
-        if error.errno not in CANNOT_WRITE:
-            raise
-        print(f"\nerror: {error.filename or folder} cannot be written: {error.strerror}", file=sys.stderr)
-        return ERROR_STATUS
-    except RuntimeError as error:
-        if "WORLD_SIZE" not in os.environ or not _lost_another_process(error):
-            raise
-        return PEER_LOST_STATUS
+    except Exception as error:
+        if reason := write_failure(error):
+            print(f"\nerror: {getattr(error, 'filename', None) or folder} cannot be written: {reason}", file=sys.stderr)
+            return ERROR_STATUS
+        if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and _lost_another_process(error):
+            return PEER_LOST_STATUS
+        raise
 
 
 def _lost_another_process(error: RuntimeError) -> bool:

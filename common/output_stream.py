@@ -1,4 +1,4 @@
-"""Standard output and error of a process that may lose them: a pipe's reader leaves, a terminal is closed, a disk fills.
+"""Standard output and error of a process that may lose them: a reader leaves, a terminal is closed, a disk fills.
 
 Standard library only: common/process_state.py puts the streams in place.
 """
@@ -25,7 +25,7 @@ def protected_stream(stream: TextIO | None, descriptor: int, name: str, *, outli
     raw = _Output(descriptor, name, outlives_reader=outlives_reader)
     is_unbuffered = stream.write_through  # python -u
     return io.TextIOWrapper(
-        raw if is_unbuffered else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        raw if is_unbuffered else io.BufferedWriter(raw),
         stream.encoding,
         stream.errors,
         line_buffering=descriptor == 2 or raw.isatty(),

@@ -9,6 +9,7 @@ Each function says where it is called. Other modules set for the whole process o
 Standard library only at import: common/__init__.py imports this module before anything else.
 """
 
+import contextlib
 import csv
 import gc
 import io
@@ -16,6 +17,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
@@ -108,6 +110,17 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def without_generation_warnings() -> Iterator[None]:
+    """Hides what transformers logs of a generation config that is only tried."""
+    logger = logging.getLogger("transformers.generation.configuration_utils")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def protect_output(*, outlives_reader: bool) -> None:

@@ -186,6 +186,8 @@ class Recipe:
     train: TrainSpec
     card_gib: float | None = 24.0  # memory of the GPU that it is meant for; None runs anywhere, also on a CPU
     out: str = field(default="", kw_only=True)  # output folder; "" becomes outputs/<recipe>
+    # Another folder, on another disk, for what was trained when `out` cannot be written at the end; None has none.
+    fallback_out: str | None = field(default=None, kw_only=True)
     existing_run: ExistingRun = field(default="refuse", kw_only=True)  # what to do when `out` already holds a run
 
     def __post_init__(self) -> None:

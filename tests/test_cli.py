@@ -20,7 +20,7 @@ from common.cli import run_command
 from common.commands import COMMANDS
 from common.commands.dryrun import shrink_to_dry_run
 from common.run.folder import refuse_run_under_way
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from tests.conftest import ROOT
 from tests.machine.test_lock import held_by_another
 from tests.machine.test_processes import children_of

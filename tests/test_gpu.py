@@ -28,7 +28,7 @@ from common.plan.forecast import Forecast
 from common.plan.machine_plan import plan_for_card, setting_of
 from common.plan.plan import Plan
 from common.recipe import DataSpec
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT

@@ -24,7 +24,7 @@ from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, endi
 from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.adapter.sampling import add_sampling, untranslated
-from common.adapter.tokenizer_files import read_generation_config
+from common.adapter.tokenizer_files import trained_generation_config
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.recipe import UserError
@@ -83,7 +83,7 @@ class GgufModel:
     def __init__(self, weights: MergedWeights, tokenizer: PreTrainedTokenizerFast, name: str, quant: Quant) -> None:
         self.weights, self.tokenizer, self.name, self.quant = weights, tokenizer, name, quant
         config = weights.config
-        self.generation = read_generation_config(weights.adapter, weights.folder, tokenizer)
+        self.generation = trained_generation_config(weights.adapter, weights.folder, tokenizer)
         self.vocabulary = read_vocabulary(tokenizer, config.vocab_size)
         self.notes = [*self.vocabulary.rules.notes, *self._untold()]
         _refuse_other_rope(config)

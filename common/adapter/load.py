@@ -6,12 +6,13 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from common.adapter.config import MERGE_WITH_PEFT
 from common.adapter.find import TrainedAdapter
 from common.adapter.trained_base import find_trained_base
 from common.data.stop_ids import stop_ids
+from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
@@ -42,9 +43,8 @@ def load_trained(adapter: TrainedAdapter) -> PeftModel:
         find_trained_base(adapter)
     model = load_4bit(adapter.recipe.model)
     peft_model = attach_adapter(model, adapter, model.device)
-    saved = adapter.folder / "generation_config.json"
-    if saved.exists():
-        model.generation_config = GenerationConfig.from_pretrained(adapter.folder)
+    if (adapter.folder / GENERATION_CONFIG).exists():
+        model.generation_config = read_generation_config(adapter.folder, str(adapter.folder))
     model.generation_config.eos_token_id = stop_ids(trained_tokenizer(adapter), model.generation_config.eos_token_id)
     use_lean_layers(peft_model, adapter.recipe.train.kernels)
     return peft_model.eval()

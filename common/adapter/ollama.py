@@ -139,7 +139,7 @@ def build_modelfile(
 ) -> str:
     """The text of the Modelfile beside a GGUF file. context: how many tokens ollama makes room for.
 
-    generation: of read_generation_config; its eos_token_id has all that end an answer. Raises
+    generation: of trained_generation_config; its eos_token_id has all that end an answer. Raises
     UserError as parse_template, and for a template that no Modelfile can hold.
     """
     template = parse_template(tokenizer).go_template()

@@ -13,20 +13,24 @@ from transformers import PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
 from common.data.stop_ids import stop_ids
+from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.recipe import UserError
 
-GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def read_generation_config(adapter: TrainedAdapter, base: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def trained_generation_config(
+    adapter: TrainedAdapter, base: Path, tokenizer: PreTrainedTokenizerFast
+) -> dict[str, Any]:
     """The values of the adapter's generation_config.json, of the base's, or of its config.json; stop ids are complete.
 
-    base: its folder. Raises UserError for a file that cannot be read, and as stop_ids.
+    base: its folder. What is not valid is left out, as read_generation_config says. Raises UserError as stop_ids.
     """
     known = _read_object(base / "config.json").get("eos_token_id")
-    path = next((f / GENERATION_CONFIG for f in (adapter.folder, base) if (f / GENERATION_CONFIG).exists()), None)
-    values = _read_object(path) if path else {"bos_token_id": tokenizer.bos_token_id}
+    folder = next((f for f in (adapter.folder, base) if (f / GENERATION_CONFIG).exists()), None)
+    values = {"bos_token_id": tokenizer.bos_token_id}
+    if folder is not None:
+        values = read_generation_config(folder, str(folder)).to_diff_dict()
     values["eos_token_id"] = stop_ids(tokenizer, values.get("eos_token_id", known))
     if values.get("pad_token_id") is None:
         values["pad_token_id"] = tokenizer.pad_token_id
@@ -37,10 +41,10 @@ def write_tokenizer(adapter: TrainedAdapter, base: Path, tokenizer: PreTrainedTo
     """Writes the tokenizer, its template and the generation config into `folder`.
 
     The files are the base's, which every tool can read; those beside the adapter where the base has none, or where the
-    adapter's has other tokens. Raises UserError as read_generation_config.
+    adapter's has other tokens. Raises UserError as trained_generation_config.
     """
     ours = adapter.folder
-    _write(folder / GENERATION_CONFIG, read_generation_config(adapter, base, tokenizer))
+    _write(folder / GENERATION_CONFIG, trained_generation_config(adapter, base, tokenizer))
     source = base if not (ours / "tokenizer.json").exists() or _same_tokens(base, ours) else ours
     if not (source / "tokenizer.json").exists():  # the base has older files alone
         tokenizer.save_pretrained(folder)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.fingerprint import FileStates
 from common.machine.disk import write_aside
+from common.machine.write_errors import write_failure
 from common.recipe import DataSpec
 
 CACHE = Path(".cache") / "rows"  # in the working directory
@@ -79,8 +80,11 @@ def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metada
                 evaluation.save_to_disk(str(aside / "evaluation"))
             (aside / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
-    except OSError as error:
-        print(f"warning: the rows are not kept for the next start: {error.strerror or error}")
+    except Exception as error:
+        reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None)
+        if reason is None:
+            raise
+        print(f"warning: the rows are not kept for the next start: {reason}")
         return
     for old in entries[:-MAX_ENTRIES]:
         shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.machine.lock import LockHeld, hold_lock, refuse_held
+from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
 WRITING_SUFFIX = ".writing"
@@ -149,7 +150,8 @@ def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite:
     """write_aside for a large result of a command, whose `data_bytes` must fit on the disk.
 
     No other process can write to `path` in this way meanwhile. Raises UserError before any data is written: as
-    refuse_target, when the disk has too little free space, and when `path` cannot be made.
+    refuse_target, when the disk has too little free space, and when `path` cannot be made; later when a write in the
+    block fails.
     """
     refuse_target(path, folder=folder, overwrite=overwrite)
     with contextlib.ExitStack() as stack:
@@ -167,7 +169,14 @@ def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite:
                 f"{path} would take {format_bytes(data_bytes)}, and {format_bytes(free)} are free there; make room, "
                 "or choose another place: TO=..."
             )
-        yield aside
+        try:
+            yield aside
+        except Exception as error:
+            if (reason := write_failure(error)) is None:
+                raise
+            raise UserError(
+                f"{path} cannot be written: {reason}; make room, or choose another place: TO=..."
+            ) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -10,12 +10,10 @@ No card of a sharded run has room for the whole model. So the work is split over
    one layer with `fill_layer`, shards it, and goes on with the next, so that at most one layer is whole at a time.
 """
 
-from pathlib import Path
-
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.machine.device import Machine
 from common.machine.shared_memory import read_once_per_machine
@@ -65,8 +63,6 @@ def build_hollow_model(
     for module in model.modules():
         if isinstance(module, Linear4bit):
             keep_packed_form(module)
-    if isinstance(weights, Path) and (weights / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(weights)
     return model.eval()
 
 

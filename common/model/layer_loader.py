@@ -16,7 +16,7 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from common.machine.device import Machine
 from common.model.loading import load_whole_model
@@ -91,7 +91,7 @@ class LayerLoader:
             weights = {name.replace(prefix, "model.layers.0."): part for name, part in stored.items()}
             weights["model.embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
             quantizes = self.spec.bits == 4 and stored_quantization(config) is None
-            model = load_whole_model(self.spec, config, weights, self.machine, quantizes=quantizes)
+            model = load_whole_model(self.spec, config, weights, self.machine, GenerationConfig(), quantizes=quantizes)
         return model.get_submodule("model.layers.0")
 
     @contextmanager

@@ -11,6 +11,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -27,6 +28,7 @@ from common.model.attention import attention_implementation
 from common.model.base_hash import read_base_record
 from common.model.config import load_config, refuse_other_shape
 from common.model.download import model_folder
+from common.model.generation_config import read_generation_config
 from common.model.hollow_model import build_hollow_model
 from common.model.integrity import refuse_other_names
 from common.model.loss import fuse_head_and_loss
@@ -120,12 +122,14 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     stored_in_4bit = isinstance(weights, Path) and stored_quantization(config) is not None
     quantizes = spec.bits == 4 and not stored_in_4bit
     record = read_base_record(weights) if isinstance(weights, Path) else None
+    generation = read_generation_config(weights if isinstance(weights, Path) else None, spec.name, config)
     announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine)
     else:
         with _show_loading(spec):
-            model = load_whole_model(spec, config, weights, machine, quantizes=quantizes)
+            model = load_whole_model(spec, config, weights, machine, generation, quantizes=quantizes)
+    model.generation_config = generation
     fuse_head_and_loss(model)
     model.base_record = record
     # The model's name on the hub, not its folder in the cache: PEFT writes it into the adapter's config.
@@ -153,7 +157,13 @@ def _count_files_and_bytes(weights: WeightsOrigin) -> tuple[int, int]:
 
 
 def load_whole_model(
-    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine, *, quantizes: bool
+    spec: ModelSpec,
+    config: PretrainedConfig,
+    weights: WeightsOrigin,
+    machine: Machine,
+    generation: GenerationConfig,
+    *,
+    quantizes: bool,
 ) -> PreTrainedModel:
     """The model as transformers' from_pretrained loads it. quantizes: to NF4, from 16 or 32 bits.
 
@@ -165,6 +175,7 @@ def load_whole_model(
         "device_map": {"": machine.device},
         "attn_implementation": attention_implementation(machine),
         "output_loading_info": True,
+        "generation_config": generation,  # transformers would read the file itself, whatever it holds
     }
     if quantizes:
         arguments["quantization_config"] = quantization_config(config, machine.dtype)

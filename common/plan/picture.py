@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.machine.device import GIB
+from common.machine.write_errors import writing
 from common.plan.report import (
     CHOICE,
     EVERY_LAYER,
@@ -14,7 +15,6 @@ from common.plan.report import (
     PolicyRow,
     label_of,
     room_on,
-    writing,
 )
 from common.plan.speed import Speed
 from common.plan.step import KINDS, Step

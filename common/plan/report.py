@@ -2,9 +2,7 @@
 
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
@@ -14,7 +12,7 @@ from common.plan.plan import Plan, make_plan
 from common.plan.planner import Option, Planner
 from common.plan.speed import Speed
 from common.plan.step import GATHERED, KINDS, WEIGHTS, Step
-from common.recipe import Recipe, UserError
+from common.recipe import Recipe
 
 OVERHEAD = "context and reserve"  # Card.overhead: what no step can use
 # Names of the rows of the report.
@@ -145,15 +143,6 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     return PlanReport(
         planner.recipe, planner.card, planner.forecast.speed, make_plan(planner, option), rows, longest, positions
     )
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError of the block into a UserError that names the path."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def label_of(kind: str, recipe: Recipe) -> str:

@@ -7,8 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from common.machine.write_errors import writing
 from common.model.activation_checkpointing import Policy
-from common.plan.report import CHOICE, PlanReport, writing
+from common.plan.report import CHOICE, PlanReport
 
 PLANNING_LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")  # whose versions a plan depends on
 

@@ -9,17 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from common.machine.collectives import all_reduce_max, run_on_main
 from common.machine.disk import WRITING_SUFFIX, remove_atomically, remove_leftovers, replace_atomically, sha256_of
 from common.machine.processes import is_main_process
 from common.machine.slow_work import report_slow_work
+from common.machine.write_errors import write_failure
 
 MANIFEST = "manifest.json"
 CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINTS_KEPT = 2  # newest ones
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors raise their own for a failed write
 
 
 def staging_folder(folder: Path) -> Path:
@@ -39,13 +37,13 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: 
     with report_slow_work(f"writing {name}"):
         try:
             write()
-        except WRITE_ERRORS as error:
+        except Exception as error:
             failure = _reason_of(error)
         if not all_reduce_max(bool(failure)) and is_main_process():
             try:
                 commit_checkpoint(staging_folder(folder) / name, folder / name, run)
                 keep_newest(folder)
-            except WRITE_ERRORS as error:
+            except Exception as error:
                 failure = _reason_of(error)
     if all_reduce_max(bool(failure)):
         kept = next((path.name for path in list_checkpoints(folder)), "none yet")
@@ -54,8 +52,11 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: 
     run_on_main(lambda: remove_leftovers(folder))
 
 
-def _reason_of(error: BaseException) -> str:
-    return str(error).splitlines()[0]
+def _reason_of(error: Exception) -> str:
+    """Why the checkpoint could not be written. Raises the error again when it is no failed write."""
+    if (reason := write_failure(error)) is None:
+        raise error
+    return reason
 
 
 def commit_checkpoint(written: Path, target: Path, run: dict[str, Any]) -> None:

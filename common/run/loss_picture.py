@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from common.machine.disk import write_aside
 from common.run.folder import LOSS_PICTURE
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 
 
 def draw_loss(folder: Path) -> None:
@@ -25,4 +26,5 @@ def draw_loss(folder: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / LOSS_PICTURE, dpi=120)
+    with write_aside(folder / LOSS_PICTURE) as aside:
+        figure.savefig(aside, format="png", dpi=120)

@@ -1,6 +1,5 @@
 """What a run shows while it goes on, and keeps of it: the progress line, metrics.jsonl."""
 
-import json
 import math
 import sys
 import time
@@ -15,19 +14,7 @@ from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
 from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
-from common.run.folder import METRICS
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The entries of metrics.jsonl, oldest first; none when there is no such file yet."""
-    path = folder / METRICS
-    entries = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # a killed run may leave half a line
-            break
-    return entries
+from common.run.metrics_file import MetricsFile
 
 
 class ProgressReport(TrainerCallback):
@@ -40,13 +27,18 @@ class ProgressReport(TrainerCallback):
     def __init__(self, folder: Path, every: float = LINE_SECONDS) -> None:
         self.folder = folder
         self.every, self.check_every = every, every / 10
-        self.history = read_metrics(folder)
+        self.metrics = MetricsFile(folder)
         self.shown_at = -math.inf
         self.started_at = 0.0
         self.first_step = self.tokens_before = 0
         self.waiting_line: str | None = None  # of the last step, while it was not shown
         self.step_under_way: tuple[int, int] | None = None  # its number, and the micro-batches that are done
         self.micro_batches, self.steps = 1, 0
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The entries of metrics.jsonl, and those that wait for room on the disk."""
+        return self.metrics.entries
 
     @contextmanager
     def without_silence(self) -> Iterator[None]:
@@ -57,12 +49,10 @@ class ProgressReport(TrainerCallback):
         self.started_at = time.perf_counter()
         self.first_step, self.tokens_before = state.global_step, state.num_input_tokens_seen
         self.micro_batches, self.steps = args.gradient_accumulation_steps, state.max_steps
-        # A resumed run computes the steps after its checkpoint again.
-        self.history = [entry for entry in read_metrics(self.folder) if entry["step"] <= state.global_step]
-        lines = [json.dumps(entry) + "\n" for entry in self.history]
+        self.metrics.keep_until(state.global_step)  # a resumed run computes the steps after its checkpoint again
         barrier()  # every process has read the file before it is written
         if is_main_process():
-            (self.folder / METRICS).write_text("".join(lines), encoding="utf-8")
+            self.metrics.write()
 
     def on_step_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         self.step_under_way = (state.global_step + 1, 0)
@@ -128,7 +118,5 @@ class ProgressReport(TrainerCallback):
 
     def _write(self, entry: dict[str, Any]) -> None:
         self.history.append(entry)
-        if not is_main_process():
-            return
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if is_main_process():
+            self.metrics.write()

@@ -7,12 +7,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.machine.device import GIB
+from common.machine.disk import write_text_atomically
 from common.machine.slow_work import format_duration
+from common.machine.write_errors import writing
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.held_out_loss import lowest_held_out_loss, perplexity
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 
 TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
@@ -20,7 +22,8 @@ TEMPLATE = Path(__file__).parent / "report.html.jinja"
 def write_report(folder: Path) -> Path:
     """Writes report.html from run.json, metrics.jsonl and, where there is one, eval.json. Returns its path.
 
-    Raises UserError when the folder holds no run that has ended, or files of another version.
+    Raises UserError when the folder holds no run that has ended, or files of another version, and when report.html
+    cannot be written.
     """
     if not (folder / RUN_JSON).exists():
         raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
@@ -41,7 +44,8 @@ def write_report(folder: Path) -> Path:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / 'run.json'} is of another version, or damaged: {error!r}") from error
-    (folder / REPORT).write_text(page, encoding="utf-8")
+    with writing(folder / REPORT):
+        write_text_atomically(folder / REPORT, page)
     return folder / REPORT
 
 

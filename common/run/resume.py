@@ -31,6 +31,7 @@ CONTENT_OF = {
 RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.card_gib",
     "Recipe.out",
+    "Recipe.fallback_out",
     "Recipe.existing_run",
     "DataSpec.max_bad_share",
     "TrainSpec.checkpointing",

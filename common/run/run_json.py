@@ -12,7 +12,7 @@ from peft import PeftModel
 
 from common.data.rows import Rows
 from common.machine.device import GIB, this_machine
-from common.machine.disk import sha256_of
+from common.machine.disk import sha256_of, write_text_atomically
 from common.machine.paths import hide_home
 from common.model.base_hash import base_record
 from common.model.lora import trainable_params
@@ -91,4 +91,4 @@ def write_run_json(
         "metrics": metrics,
         "samples": samples,
     }
-    (folder / RUN_JSON).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(folder / RUN_JSON, json.dumps(run, indent=2) + "\n")

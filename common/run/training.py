@@ -8,29 +8,24 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
 from common.machine.collectives import run_on_main
 from common.machine.processes import is_main_process
-from common.model.lora import unmoved_adapters
-from common.model.sharding import gather_adapter, is_sharded
+from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
-from common.run.artefacts import save_trained
-from common.run.evaluation import compare_completions
+from common.run.ending import leave_files, refuse_unmoved
 from common.run.folder import CHECKPOINTS
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
-from common.run.loss_picture import draw_loss
+from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
-from common.run.prompts import sample_prompts
-from common.run.report import write_report
 from common.run.resume import checkpoint_to_resume
-from common.run.run_json import memory_line, run_metrics, write_run_json
+from common.run.run_json import memory_line, run_metrics
 from common.run.stopping import StopSignals
 from common.run.trackers import GuardedTracker, keep_tracker_files
 from common.run.trainer import Trainer
@@ -47,6 +42,7 @@ def train(
     """
     folder = Path(recipe.out)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
+    run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
@@ -68,17 +64,8 @@ def train(
         print(line)
     adapter = gather_adapter(model)
     refuse_unmoved(adapter, trainer.state.global_step)
-
-    def leave_files() -> None:
-        save_trained(model, tokenizer, folder, adapter)
-        draw_loss(folder)
-        samples = sample_completions(model, tokenizer, rows, recipe.train)
-        write_run_json(folder, recipe, plan, rows, model, metrics, samples)
-        print(f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {folder}")
-        print(f"the run on a page: {write_report(folder)}")
-
     with StopSignals("stopping when the files of the run are written") as stop:
-        run_on_main(leave_files)
+        run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
 
@@ -115,21 +102,6 @@ def run_steps(trainer: Trainer, report: ProgressReport, checkpoint: Path | None,
         trainer.evaluate()
 
 
-def refuse_unmoved(adapter: dict[str, Tensor], steps: int) -> None:
-    """Raises UserError when no step has moved the adapter, and warns of parts of it that none has moved.
-
-    adapter: its tensors by name.
-    """
-    unmoved, count = unmoved_adapters(adapter), sum("lora_B" in name for name in adapter)
-    if len(unmoved) == count:
-        raise UserError(
-            f"{steps} {'step' if steps == 1 else 'steps'} taught nothing: the adapter is what it was before the first. "
-            "Its updates are too small for fp32, or were skipped. Raise TrainSpec.learning_rate, or train more steps"
-        )
-    if unmoved:
-        print(f"warning: {len(unmoved)} of {count} linear layers learnt nothing, first {unmoved[0]}")
-
-
 @contextmanager
 def _failures_in_words(trainer: Trainer, plan: Plan, checkpoint: Path | None) -> Iterator[None]:
     """Raises UserError for what the user can mend: out of memory, and a checkpoint that holds code."""
@@ -151,20 +123,3 @@ def _failures_in_words(trainer: Trainer, plan: Plan, checkpoint: Path | None) ->
             f"{checkpoint} holds a state that is more than tensors and numbers: no run of ours wrote it, and nothing "
             "of it was executed. Remove that folder, then resume again"
         ) from error
-
-
-def sample_completions(
-    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, train: TrainSpec
-) -> list[dict[str, str]]:
-    """Completions of held-out prompts without the adapter and with it; none where that runs out of memory."""
-    if rows.evaluation is None:
-        return []
-    if is_sharded(model) and train.sample_answers:
-        print("no sample answers: each of their tokens would gather the layers from all cards; make eval shows some")
-        return []
-    prompts = sample_prompts(rows.evaluation, tokenizer, train.sample_answers, train.seed)
-    try:
-        return compare_completions(model, tokenizer, prompts)
-    except torch.OutOfMemoryError:
-        print("no sample answers: they did not fit the card beside the optimizer; make eval shows some")
-        return []

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from tests.conftest import ROOT, TINY
 
 STEPS = 20

@@ -4,7 +4,6 @@ Each run is a process forked from this one, which has everything imported. The s
 checkpoint on disk 6 could not go on and 1 ended elsewhere.
 """
 
-import errno
 import os
 import random
 import resource
@@ -23,7 +22,6 @@ from common.machine import disk
 from common.machine.launch import ERROR_STATUS
 from common.recipe import LoraSpec, Recipe
 from common.run import checkpoints
-from common.run.progress import ProgressReport
 from common.run.training import train
 from tests.run.test_training import adapter, prepare
 
@@ -203,19 +201,6 @@ def test_where_nothing_can_be_written_the_run_ends_with_one_line(long_run, tmp_p
     assert ended(forked(long_run, log, before=small_files(4000))) == ERROR_STATUS
     last = log.read_text().splitlines()[-1]
     assert last.startswith("error: ") and "Traceback" not in log.read_text(), log.read_text()
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])
-def test_an_output_folder_that_cannot_be_written_in_mid_run_is_one_line(long_run, monkeypatch, capsys, number):
-    """As root, whom no permission stops, made by hand."""
-
-    def refuse(report, _):
-        raise OSError(number, os.strerror(number), str(report.folder / "metrics.jsonl"))
-
-    monkeypatch.setattr(ProgressReport, "_write", refuse)
-    assert run(main, long_run, []) == ERROR_STATUS
-    error = capsys.readouterr().err.strip()
-    assert error == f"error: {long_run.out}/metrics.jsonl cannot be written: {os.strerror(number)}"
 
 
 @pytest.mark.slow  # test_resume.py has one in the default tier

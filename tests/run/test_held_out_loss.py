@@ -69,8 +69,7 @@ def test_a_perplexity_beyond_all_floats_is_a_float():
     ],
 )
 def test_a_held_out_loss_that_was_lower_before_the_end_is_said(losses, line):
-    entries = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate(losses)] + [
-        {"step": 1, "loss": 3.0}
-    ]
+    entries = [{"step": 10 * number, "eval_loss": loss} for number, loss in enumerate(losses)]
+    entries.append({"step": 11, "loss": 3.0})
     said = lowest_held_out_loss(entries)
     assert said is None if line is None else line in said

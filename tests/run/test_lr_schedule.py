@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from common.recipe import UserError
 from common.run.lr_schedule import build_lr_schedule, lr_factor, warmup_steps
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.training import train
 from tests.run.test_training import prepare
 

@@ -2,7 +2,8 @@ import time
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from common.run.progress import ProgressReport, read_metrics
+from common.run.metrics_file import read_metrics
+from common.run.progress import ProgressReport
 from common.run.training import train
 from tests.run.test_training import prepare
 

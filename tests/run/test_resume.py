@@ -11,7 +11,7 @@ from transformers import TrainerState
 
 from common.recipe import LoraSpec, UserError
 from common.run.checkpoints import read_run_identity
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.resume import checkpoint_to_resume, finished_state, refuse_another_run, run_identity
 from common.run.training import train
 from tests.conftest import small_recipe

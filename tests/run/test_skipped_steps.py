@@ -9,7 +9,7 @@ import torch
 from common.data.batches import collate, split_into_examples
 from common.model.activation_checkpointing import Policy, decoder_layers
 from common.recipe import UserError
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.skipped_steps import MAX_SKIPPED_STEPS_FP16, OptimizerStep, SkippedSteps
 from common.run.training import train
 from tests.run.test_training import adapter, prepare, split

@@ -14,7 +14,7 @@ import pytest
 from common.cli import run
 from common.process_state import protect_output
 from common.recipe import Recipe
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from tests.conftest import ROOT, TRAIN
 from tests.run.test_faults import ended, forked, main
 from tests.run_make import OF_MAKE, VARIABLES

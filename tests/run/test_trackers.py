@@ -11,7 +11,7 @@ import pytest
 from common.cli import run
 from common.recipe import UserError
 from common.run.folder import prepare_run_folder
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.tracker_check import refuse_unready_tracker
 from common.run.training import train
 from tests.run.test_training import prepare

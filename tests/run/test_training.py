@@ -23,7 +23,7 @@ from common.model.lora import attach_lora
 from common.plan.machine_plan import plan_for_card
 from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, UserError
-from common.run.progress import read_metrics
+from common.run.metrics_file import read_metrics
 from common.run.trainer import Trainer
 from common.run.trainer_config import build_trainer
 from common.run.training import train

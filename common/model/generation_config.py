@@ -1,0 +1,87 @@
+"""The base's generation config, in a form that transformers can save again.
+
+Published files hold values that transformers reads with a warning and refuses to save, such as a temperature without
+do_sample, and nothing keeps a file of somebody else from holding anything at all.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PretrainedConfig
+
+from common.process_state import without_generation_warnings
+
+GENERATION_CONFIG = "generation_config.json"
+# Whether another field is valid depends on these, so they are looked at first.
+_DECISIVE = ("do_sample", "num_beams", "return_dict_in_generate", "cache_implementation", "max_new_tokens")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DEFAULTS = {  # of the fields that are numbers or switches
+    name: value
+    for name, value in GenerationConfig._get_default_generation_params().items()
+    if isinstance(value, int | float) and name != "early_stopping"  # which may be a text too
+}
+
+
+def read_generation_config(folder: Path | None, name: str, config: PretrainedConfig | None = None) -> GenerationConfig:
+    """The generation config in the folder, without what transformers would not save. A line says what was left out.
+
+    Without such a file: what `config` says of generation, or the default. name: of the model, for the line.
+    """
+    values: Any = {}
+    path = None if folder is None else folder / GENERATION_CONFIG
+    if path is None or not path.exists():
+        if config is not None:
+            values = GenerationConfig.from_model_config(config).to_dict()
+            values.pop("_from_model_config", None)  # with it, unknown fields are left out
+    else:
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            values = None
+        if not isinstance(values, dict):
+            print(f"warning: {path} holds no JSON object: the defaults of transformers stand in for it")
+            values = {}
+    generation, left_out = keep_valid(values)
+    if left_out:
+        print(f"{name}: its generation config is used without {', '.join(left_out)}, which is not valid there")
+    return generation
+
+
+def keep_valid(values: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
+    """A config of the fields that are valid together, and the names of the others. Fields that are null stay out."""
+    order = sorted(values, key=lambda name: _DECISIVE.index(name) if name in _DECISIVE else len(_DECISIVE))
+    kept: dict[str, Any] = {}
+    left_out = []
+    with without_generation_warnings():  # of each field that is left out
+        for name in order:
+            if values[name] is None:
+                continue
+            if _is_valid(kept | {name: values[name]}):
+                kept[name] = values[name]
+            else:
+                left_out.append(name)
+        return GenerationConfig(**kept), sorted(left_out)
+
+
+def _is_valid(values: dict[str, Any]) -> bool:
+    """Whether transformers would save and read these fields."""
+    for name in _TOKEN_IDS:
+        ids = values.get(name, 0)
+        if not all(type(index) is int and index >= 0 for index in (ids if isinstance(ids, list) and ids else [ids])):
+            return False
+    for name in _DEFAULTS.keys() & values.keys():
+        switch = isinstance(_DEFAULTS[name], bool)
+        if isinstance(values[name], bool) != switch or not isinstance(values[name], int | float):
+            return False
+    try:
+        generation = GenerationConfig(**values)
+        generation.validate(strict=True)
+        json.loads(generation.to_json_string(), parse_constant=_refuse)  # NaN is no JSON
+    except Exception:  # values of any type: transformers compares and calls them unchecked
+        return False
+    return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
