@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from common.adapter.merge import MergedWeights, copy_tokenizer
+from common.adapter.find import find_adapter
+from common.adapter.load import trained_tokenizer
+from common.adapter.tokenizer_files import write_tokenizer
 from common.model.generation_config import keep_valid, read_generation_config
 
 STRANGE = {
@@ -56,9 +58,7 @@ def test_a_base_with_it_is_loaded_and_merged_in_its_mended_form(content, adapted
     saved = json.loads((Path(recipe.out) / "generation_config.json").read_text())
     assert "temperature" not in saved and 2 in saved["eos_token_id"] or content == "[1]"
     (Path(recipe.out) / "generation_config.json").unlink()  # an adapter of elsewhere
-    from common.adapter.find import find_adapter
-
-    merged = tmp_path / "merged"
+    merged, adapter = tmp_path / "merged", find_adapter(recipe)
     merged.mkdir()
-    copy_tokenizer(MergedWeights(find_adapter(recipe)), merged)
+    write_tokenizer(adapter, base, trained_tokenizer(adapter), merged)
     assert "temperature" not in json.loads((merged / "generation_config.json").read_text())
