@@ -77,11 +77,11 @@ def _is_valid(values: dict[str, Any]) -> bool:
     try:
         generation = GenerationConfig(**values)
         generation.validate(strict=True)
-        json.loads(generation.to_json_string(), parse_constant=_refuse)  # NaN is no JSON
+        json.loads(generation.to_json_string(), parse_constant=_refuse_nan)  # NaN is no JSON
     except Exception:  # values of any type: transformers compares and calls them unchecked
         return False
     return True
 
 
-def _refuse(constant: str) -> None:
+def _refuse_nan(constant: str) -> None:
     raise ValueError(constant)

@@ -15,7 +15,7 @@ from common.adapter.find import find_adapter
 from common.adapter.load import load_trained, trained_tokenizer
 from common.adapter.merge import MergedWeights, write_merged
 from common.cli import run_command
-from common.recipe import Recipe, UserError
+from common.recipe import Recipe
 
 
 def change(path: Path, **values: Any) -> None:
@@ -121,10 +121,11 @@ def test_a_tokenizer_beside_the_adapter_is_kept_where_it_has_other_tokens(
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").convert_ids_to_tokens(2) == kept
 
 
-def test_a_generation_config_that_cannot_be_read_is_one_line(elsewhere, tmp_path):
+def test_a_generation_config_that_cannot_be_read_is_said_and_an_answer_still_stops(elsewhere, tmp_path, capsys):
     (Path(elsewhere.out) / "generation_config.json").write_text("[1")
-    with pytest.raises(UserError, match="generation_config.json cannot be read as a JSON object"):
-        merged(elsewhere, tmp_path / "merged")
+    merged(elsewhere, tmp_path / "merged")
+    assert "generation_config.json holds no JSON object" in capsys.readouterr().out
+    assert 2 in json.loads((tmp_path / "merged" / "generation_config.json").read_text())["eos_token_id"]
 
 
 def test_what_a_base_asks_for_is_in_the_modelfile_or_named(elsewhere, tmp_path, capsys):

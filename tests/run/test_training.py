@@ -114,6 +114,7 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
         "chat_template.jinja",
         "checkpoints",
         "generation_config.json",
+        "held_out.parquet",
         "loss.png",
         "report.html",
         "metrics.jsonl",
