@@ -15,7 +15,7 @@ from common.run.folder import ADAPTER_WEIGHTS
 def trained_tokenizer(adapter: TrainedAdapter) -> PreTrainedTokenizerFast:
     """Loads the tokenizer that the run saved, with its chat template; the base's where there is none in the folder."""
     if (adapter.folder / "tokenizer.json").exists():
-        return load_tokenizer(ModelSpec(str(adapter.folder)))
+        return load_tokenizer(ModelSpec(str(adapter.folder)), adapter.recipe.model)
     return load_tokenizer(adapter.recipe.model)
 
 

@@ -16,6 +16,7 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
 from common.data.files import is_file
+from common.data.vocabulary import vocabulary_limit
 from common.machine.disk import write_aside
 from common.recipe import DataSpec
 
@@ -23,7 +24,7 @@ CACHE = Path(".cache") / "rows"  # in the working directory
 MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
-CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "report", "rows")
+CODE_MODULES = ("cache", "chat_format", "conversations", "files", "labels", "packing", "report", "rows", "vocabulary")
 
 
 def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Path | None:
@@ -39,6 +40,7 @@ def cache_folder(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: in
     digest = hashlib.sha256()
     settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
     settings |= {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
+    settings |= {"vocabulary": vocabulary_limit(tokenizer)}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in CODE_MODULES:
