@@ -3,15 +3,8 @@
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
-from common.machine.hub import TransportError
+from common.machine.hub import HubRepository, first_line, hub_errors_in_words
 from common.model.integrity import check_safetensors
 from common.recipe import ModelSpec, UserError
 
@@ -37,23 +30,9 @@ def model_folder(spec: ModelSpec, *, weights: bool) -> Path:
 
 
 def _download(spec: ModelSpec, patterns: list[str]) -> Path:
-    page = f"https://huggingface.co/{spec.name}"
+    instead = f"download it elsewhere (hf download {spec.name} --local-dir my_model) and use ModelSpec('my_model')"
     try:
-        return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{spec.name} is gated. Ask for access on {page}, then log in with: .venv/bin/hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{spec.name} has no revision {spec.revision!r}; see {page}/tree/main") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {spec.name} that you may read. Check the name on {page}; if it is private, "
-            "log in with: .venv/bin/hf auth login"
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, TransportError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{spec.name} is not in the local cache and the hub cannot be reached ({cause}). Connect and try again, "
-            f"or download it elsewhere (hf download {spec.name} --local-dir my_model) and use ModelSpec('my_model')"
-        ) from error
+        with hub_errors_in_words(HubRepository("model", spec.name, spec.revision, instead)):
+            return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{spec.name} cannot be downloaded: {first_line(error)}. Try again, or {instead}") from error
