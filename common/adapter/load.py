@@ -26,9 +26,9 @@ def trained_tokenizer(adapter: TrainedAdapter) -> PreTrainedTokenizerFast:
     spec = adapter.recipe.model
     if not (adapter.folder / "tokenizer.json").exists():
         return load_tokenizer(spec)
-    tokenizer = load_tokenizer(ModelSpec(str(adapter.folder)))
+    tokenizer = load_tokenizer(ModelSpec(str(adapter.folder)), spec)
     if not tokenizer.chat_template and spec.chat_template is not None:  # one from elsewhere, and the recipe's template
-        tokenizer = load_tokenizer(ModelSpec(str(adapter.folder), chat_template=spec.chat_template))
+        tokenizer = load_tokenizer(ModelSpec(str(adapter.folder), chat_template=spec.chat_template), spec)
     return tokenizer
 
 

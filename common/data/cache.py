@@ -16,6 +16,7 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
 from common.data.fingerprint import FileStates
+from common.data.vocabulary import vocabulary_limit
 from common.machine.disk import write_aside
 from common.machine.write_errors import write_failure
 from common.recipe import DataSpec
@@ -26,7 +27,7 @@ MAX_ENTRIES = 4
 METADATA = "metadata.json"
 CODE_MODULES = (
     *("cache", "chat_format", "conversations", "csv_files", "files", "fingerprint", "formats", "json_files", "labels"),
-    *("packing", "parquet_files", "report", "rows", "source_row", "text_files"),
+    *("packing", "parquet_files", "report", "rows", "source_row", "text_files", "vocabulary"),
 )
 
 
@@ -44,6 +45,7 @@ def cache_folder(
     digest = hashlib.sha256()
     settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
     settings |= {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
+    settings |= {"vocabulary": vocabulary_limit(tokenizer)}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for name in CODE_MODULES:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.conversations import Conversation, Example, Message
 from common.data.labels import IGNORED
 from common.data.source_row import BadRow
+from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index
@@ -59,13 +60,15 @@ class ChatFormat:
         self.control_ids = {index for index, token in added.items() if token.special}
         texts = sorted((added[index].content for index in self.control_ids), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")  # (?!) matches nothing
+        self.beyond = tokens_beyond(tokenizer)
         self._template_texts: dict[tuple[tuple[str, ...], bool], TemplateText] = {}
 
     def encode(self, example: Example, train_on: TrainOn = "assistant") -> Tokens:
         """Tokenises one example: one BOS where the model has one, no padding, no truncation.
 
-        Raises BadRow when the template refuses the conversation or changes a message's text. Raises UserError when
-        the model has no template, or one that cannot be trained with.
+        Raises BadRow when the template refuses the conversation or changes a message's text, and when a message holds
+        a token that the model has no embedding for. Raises UserError when the model has no template, or one that cannot
+        be trained with.
         """
         if isinstance(example, str):
             return self._encode_text(example)
@@ -139,6 +142,7 @@ class ChatFormat:
         if self.control.search(text):
             raise BadRow("the text holds control tokens: it was rendered already; give messages instead")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        self._refuse_beyond(ids)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
@@ -206,7 +210,22 @@ class ChatFormat:
             )
             ids += piece["input_ids"]
             ends += [start + token_end for _, token_end in piece["offset_mapping"]]
+        if not self.beyond.keys().isdisjoint(ids):
+            in_messages = [any(start < token_end <= stop for start, stop in messages) for token_end in ends]
+            for index, in_message in zip(ids, in_messages, strict=True):
+                if index in self.beyond and not in_message:
+                    raise UserError(
+                        f"the chat template needs the token {describe_beyond(self.tokenizer, index)}: take the "
+                        "tokenizer and the template that belong to the model"
+                    )
+            self._refuse_beyond(ids)
         return ids, ends
+
+    def _refuse_beyond(self, ids: list[int]) -> None:
+        """Raises BadRow when the model has no embedding for one of the tokens."""
+        for index in ids:
+            if index in self.beyond:
+                raise BadRow(f"it holds the token {describe_beyond(self.tokenizer, index)}")
 
 
 def common_ending(a: str, b: str) -> str:

@@ -1,13 +1,13 @@
-"""Reads rows from JSONL, JSON, CSV and Parquet files and from hub data sets, each with the place it comes from."""
+"""Reads rows from JSONL, JSON, CSV and Parquet files, or of hub data sets, each with the place it comes from."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.data.csv_files import csv_rows
+from common.data.hub_rows import hub_rows
 from common.data.json_files import json_rows, jsonl_rows
 from common.data.parquet_files import parquet_rows
 from common.data.source_row import PlacedRow
-from common.machine.hub import TransportError
 from common.machine.paths import local_path
 from common.recipe import UserError
 
@@ -26,7 +26,7 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
     Raises UserError when the source as a whole cannot be read.
     """
     if not is_file(source):
-        yield from _hub_rows(source, split, revision)
+        yield from hub_rows(source, split, revision)
         return
     path = local_path(source)
     if path.is_dir():
@@ -40,24 +40,3 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
         yield from reader(path)
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
-
-
-def _hub_rows(name: str, split: str, revision: str | None) -> Iterator[PlacedRow]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split=split, revision=revision)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(
-            f"the hub has no data set {name} that you may read (or there is no file of that name); "
-            "if it is gated or private, log in with: .venv/bin/hf auth login"
-        ) from error
-    except ValueError as error:  # an unknown split or configuration; the message lists the known ones
-        raise UserError(f"data set {name}: {str(error).splitlines()[0]}") from error
-    except (TransportError, OSError, RuntimeError) as error:
-        raise UserError(
-            f"data set {name} is not in the local cache and the hub cannot be reached; connect and try again, "
-            "or give a file: DATA=my_chats.jsonl"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{name} [{split}], row {number}", row

@@ -4,16 +4,9 @@ import contextlib
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from common.machine.hub import TransportError
+from common.machine.hub import HubRepository, TransportError, first_line, hub_errors_in_words
 from common.machine.paths import local_path
 from common.model.integrity import check_safetensors
 from common.model.weight_files import INDEX, SINGLE, weight_files
@@ -58,23 +51,9 @@ def _weights_on_hub(spec: ModelSpec, folder: Path) -> list[str]:
 
 
 def _download(spec: ModelSpec, patterns: list[str]) -> Path:
-    page = f"https://huggingface.co/{spec.name}"
+    instead = f"download it elsewhere (hf download {spec.name} --local-dir my_model) and use ModelSpec('my_model')"
     try:
-        return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=patterns))
-    except GatedRepoError as error:
-        raise UserError(
-            f"{spec.name} is gated. Ask for access on {page}, then log in with: .venv/bin/hf auth login"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"{spec.name} has no revision {spec.revision!r}; see {page}/tree/main") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"the hub has no model {spec.name} that you may read. Check the name on {page}; if it is private, "
-            "log in with: .venv/bin/hf auth login"
-        ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, TransportError, OSError) as error:
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{spec.name} is not in the local cache and the hub cannot be reached ({cause}). Connect and try again, "
-            f"or download it elsewhere (hf download {spec.name} --local-dir my_model) and use ModelSpec('my_model')"
-        ) from error
+        with hub_errors_in_words(HubRepository("model", spec.name, spec.revision, instead)):
+            return Path(snapshot_download(spec.name, revision=spec.revision, allow_patterns=patterns))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{spec.name} cannot be downloaded: {first_line(error)}. Try again, or {instead}") from error

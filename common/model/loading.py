@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from common import REPOSITORY
+from common.data.vocabulary import describe_beyond, limit_vocabulary, tokens_beyond
 from common.machine.device import Machine, this_machine
 from common.machine.disk import format_bytes
 from common.machine.layout import ONE_PROCESS, Layout
@@ -47,11 +48,13 @@ MIN_ANNOUNCED_BYTES = 1 << 30  # a smaller model loads within a few seconds
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "[PAD]", "<pad>", "<unk>")
 
 
-def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
+def load_tokenizer(spec: ModelSpec, base: ModelSpec | None = None) -> PreTrainedTokenizerFast:
     """The model's tokenizer, with its chat template and with a pad token that is no end of turn.
 
     With random weights nothing is downloaded: unless the model is a local folder, the tokenizer of models/tiny stands
-    in. Raises UserError when the files cannot be had or read, and when no token can serve for padding.
+    in. `base` is the model where `spec` names a folder that has a tokenizer alone. Raises UserError when the files
+    cannot be had or read, when no token can serve for padding, and when the model has no embedding for BOS or EOS.
+    Other tokens without an embedding are known to what tokenises with it (common.data.vocabulary).
     """
     if spec.weights == "random" and not local_path(spec.name).is_dir():
         folder = TINY
@@ -71,6 +74,9 @@ def load_tokenizer(spec: ModelSpec) -> PreTrainedTokenizerFast:
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = _choose_template(tokenizer.chat_template, spec.name)
+    stands_alone = base is None and spec.weights == "pretrained"
+    limit_vocabulary(tokenizer, load_config(base or spec, folder if stands_alone else None).vocab_size)
+    _refuse_ends_beyond(tokenizer, spec.name)
     _set_pad_token(tokenizer, spec.name)
     return tokenizer
 
@@ -91,18 +97,34 @@ def _choose_template(templates: dict[str, str], name: str) -> str:
     return templates[DEFAULT_TEMPLATE]
 
 
+def _refuse_ends_beyond(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Raises UserError when the model has no embedding for BOS or EOS, which begin and end texts."""
+    beyond = tokens_beyond(tokenizer)
+    for kind, index in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        if index in beyond:
+            raise UserError(
+                f"the {kind} token of {name} is {describe_beyond(tokenizer, index)}: take the tokenizer that belongs "
+                "to the model"
+            )
+
+
 def _set_pad_token(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Keeps a pad token that is no end of turn, else takes one of PAD_TOKENS.
+    """Keeps a pad token that is no end of turn and that the model has an embedding for, else takes one of PAD_TOKENS.
 
     Padding is masked. If it were the end of a turn, the model would never learn to stop.
     """
-    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+    beyond, vocabulary = tokens_beyond(tokenizer), tokenizer.get_vocab()
+    passed_over = tokenizer.pad_token_id if tokenizer.pad_token_id in beyond else None
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token and passed_over is None:
         return
     template = tokenizer.chat_template or ""
     for token in PAD_TOKENS:
-        if token in tokenizer.get_vocab() and token != tokenizer.eos_token and token not in template:
-            tokenizer.pad_token = token
-            return
+        if token == tokenizer.eos_token or token in template or vocabulary.get(token, -1) in {-1, *beyond}:
+            continue
+        if passed_over is not None:
+            print(f"the pad token is {describe_beyond(tokenizer, passed_over)}: {token} pads instead")
+        tokenizer.pad_token = token
+        return
     raise UserError(f"{name} has no token to pad with; tried {', '.join(PAD_TOKENS)}")
 
 

@@ -1,5 +1,6 @@
 """Held-out prompts: conversations or texts that a model is asked to go on with, and what the data answers."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -11,6 +12,7 @@ from common.data.chat_format import ChatFormat
 from common.data.labels import IGNORED
 from common.data.report import DataReport
 from common.data.rows import read_examples
+from common.data.source_row import BadRow
 from common.recipe import UserError
 
 MAX_PROMPT_TOKENS = 1024  # a longer prompt is not sampled
@@ -32,12 +34,17 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
     """
     if source is None:
         return []
-    chat_format = ChatFormat(tokenizer)
-    examples = [example for _, example in read_examples(source, DataReport(source))]
-    conversations = [example for example in examples if not isinstance(example, str)][:limit]
-    if not conversations:
+    chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    for _, turns in read_examples(source, DataReport(source)):
+        if len(prompts) == limit:
+            break
+        if isinstance(turns, str):
+            continue
+        with suppress(BadRow):  # load_rows has counted and named it
+            prompts.append(Prompt(chat_format.prompt_ids(turns[:-1]), turns[-2].content, turns[-1].content))
+    if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
-    return [Prompt(chat_format.prompt_ids(turns[:-1]), turns[-2].content, turns[-1].content) for turns in conversations]
+    return prompts
 
 
 def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> list[Prompt]:

@@ -223,7 +223,14 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     assert "folder.jsonl is a folder; name one .jsonl" in capsys.readouterr().err
     # Root may read everything, so the test raises the error that another user would get.
     (tmp_path / "secret.jsonl").write_text(GOOD)
-    monkeypatch.setattr(Path, "open", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    ordinary_open = Path.open
+
+    def open_unless_secret(path, *arguments, **named):
+        if path.name == "secret.jsonl":
+            raise PermissionError(13, "Permission denied")
+        return ordinary_open(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", open_unless_secret)
     assert run(main, recipe, ["--data", str(tmp_path / "secret.jsonl")]) == ERROR_STATUS
     assert "secret.jsonl cannot be read: Permission denied" in capsys.readouterr().err
 

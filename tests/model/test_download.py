@@ -1,9 +1,13 @@
 """Downloads from a small server here that plays the hub: trouble gives one clear line, and nothing half loaded."""
 
+import errno
 import hashlib
 import http.server
 import json
+import os
 import re
+import resource
+import sys
 import threading
 import time
 from pathlib import Path
@@ -294,6 +298,11 @@ def refusing_hub(monkeypatch):
     [
         (401, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
         (403, "GatedRepo", "owner/none is gated. Ask for access on https://huggingface.co/owner/none, then log in"),
+        (403, "", "the hub does not let you read owner/none (403): a token that is out of date or lacks the right to"),
+        (429, "", "the hub has had too many requests from here (429) and does not send owner/none: wait some minutes"),
+        (451, "", "the hub does not send owner/none: it answers 451. See https://huggingface.co/owner/none"),
+        (503, "", "owner/none is not in the local cache and the hub cannot be reached (it answers with its error 503)"),
+        (200, "", "is not the hub, perhaps the login page of a network or a proxy. Log in there, correct HF_ENDPOINT"),
         (404, "RepoNotFound", "the hub has no model owner/none that you may read"),
         (404, "RevisionNotFound", "owner/none has no revision 'v9'"),
     ],
@@ -312,3 +321,76 @@ def test_without_network_and_cache_the_error_says_what_to_do(monkeypatch, tmp_pa
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="is not in the local cache and the hub cannot be reached"):
         model_folder(ModelSpec("owner/none"), weights=False)
+
+
+def test_a_cache_that_cannot_be_written_is_no_lost_connection(hub, tmp_path, monkeypatch):
+    """The system refuses to make folders there, as on a disk that is full or read-only."""
+    make_folder = os.mkdir
+
+    def mkdir(path, *arguments, **named):
+        if Path(path).is_relative_to(tmp_path / "cache"):
+            raise OSError(number, os.strerror(number), str(path))
+        return make_folder(path, *arguments, **named)
+
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG):
+        said = refusal()
+        assert said.startswith(f"{NAME} cannot be kept in the cache: {os.strerror(number)} ({tmp_path / 'cache'}")
+        assert said.endswith("). Mend that, or name another folder: HF_HOME")
+
+
+def test_a_disk_that_takes_no_more_in_the_middle_of_a_file_is_named(hub, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # bytes of a file; a shard has more
+    try:
+        said = refusal()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said.startswith(f"{NAME} cannot be kept in the cache: File too large ({tmp_path / 'cache'}")
+
+
+def test_without_a_home_folder_it_asks_for_one(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~no-such-user/hub")
+    assert refusal() == f"there is no home folder to keep {NAME} in; name a folder for it: HF_HOME=/folder"
+
+
+def test_a_name_that_the_hub_does_not_allow_is_said(hub):
+    assert refusal("owner/my--model").startswith("owner/my--model is no id of the hub: Cannot have -- or ..")
+
+
+@pytest.fixture
+def proxy(hub, monkeypatch):
+    """proxy(address): all requests to the hub go through it."""
+
+    def set_proxy(address: str) -> None:
+        monkeypatch.setenv("ALL_PROXY", address)
+        for name in ("NO_PROXY", "no_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        huggingface_hub.close_session()  # it reads the variables when it is made
+
+    yield set_proxy
+    monkeypatch.undo()
+    huggingface_hub.close_session()
+
+
+def test_a_proxy_with_socks_names_the_package(proxy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "socksio", None)  # it is not installed
+    proxy("socks5://user:secret@127.0.0.1:1")
+    said = refusal()
+    assert ".venv/bin/pip install socksio" in said and "secret" not in said
+
+
+def test_a_proxy_with_socks_is_asked(proxy, hub):
+    pytest.importorskip("socksio")
+    proxy("socks5://127.0.0.1:1")
+    assert refusal().startswith(f"{NAME} is not in the local cache and the hub cannot be reached (")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("address", ["socks://user:secret@127.0.0.1:1080", "http://user:secret@127.0.0.1:abc"])
+def test_a_proxy_that_is_no_address_is_named(proxy, address):
+    proxy(address)
+    said = refusal()
+    assert said.startswith("an address in the environment is none (") and "correct or unset ALL_PROXY" in said
+    assert "secret" not in said
