@@ -12,8 +12,8 @@ from common.adapter.find import find_adapter
 from common.adapter.load import trained_tokenizer
 from common.data.chat_format import ChatFormat
 from common.data.conversations import Message
-from common.data.files import BadRow
 from common.data.rows import load_rows
+from common.data.source_row import BadRow
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec, UserError
 from common.run.prompts import load_prompts
