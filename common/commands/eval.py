@@ -64,15 +64,16 @@ def rows_to_evaluate(
     Of an adapter that was trained elsewhere, whose held-out rows nobody knows: those of the recipe's eval_source.
     """
     from common.data.rows import load_rows
-    from common.run.held_out_rows import load_held_out_rows
+    from common.run.held_out_rows import has_changed, load_held_out_rows
 
     spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
     if data:
-        return load_rows(
-            replace(spec, source=data, eval_source=None, eval_rows=0, revision=None), tokenizer, seq_len
-        ).train, data
+        given = replace(spec, source=data, eval_source=None, eval_rows=0, revision=None)
+        return load_rows(given, tokenizer, seq_len).train, data
     held_out = load_held_out_rows(adapter.folder)
     if held_out is not None:
+        if any(has_changed(source) for source in adapter.run.get("data", [])[-1:]):  # the last one has held-out rows
+            print(f"{spec.eval_source or spec.source} has changed since the run: the rows are those that it held out")
         return held_out, spec.eval_source or f"held out of {spec.source}"
     if spec.eval_source and not adapter.run:
         whole = replace(spec, source=spec.eval_source, split=spec.eval_split, eval_source=None, eval_rows=0)

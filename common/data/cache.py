@@ -26,8 +26,18 @@ MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised w
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
 CODE_MODULES = (
-    *("cache", "chat_format", "conversations", "csv_files", "files", "fingerprint", "formats", "json_files", "labels"),
-    *("packing", "parquet_files", "report", "rows", "source_row", "text_files", "vocabulary"),
+    *(
+        "cache",
+        "chat_format",
+        "conversations",
+        "csv_files",
+        "files",
+        "fingerprint",
+        "formats",
+        "hub_rows",
+        "json_files",
+    ),
+    *("labels", "packing", "parquet_files", "report", "rows", "source_row", "text_files", "vocabulary"),
 )
 
 

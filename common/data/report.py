@@ -30,6 +30,7 @@ class DataReport:
     tokens: int = 0  # of the rows that are kept, after truncation
     trained_tokens: int = 0
     longest: int = 0  # tokens of the longest row, before truncation
+    sha256: str | None = None  # of the file; None for a data set of the hub
 
     @property
     def dropped(self) -> int:

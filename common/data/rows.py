@@ -61,6 +61,8 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
         raise
     refuse_if_changed(states)
     reports = [report for _, report in tokenised]
+    for report in reports:
+        report.sha256 = state.sha256 if (state := states.get(report.source)) else None
     examples, training, held_out = tokenised[0][0], tokenised[0][0].table(), None
     if spec.eval_source is not None:
         held_out = tokenised[1][0].table()

@@ -4,12 +4,14 @@ Drawn again later from a file that has changed since, other rows would be called
 """
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 
-from common.machine.disk import remove, replace_atomically
+from common.machine.disk import remove, replace_atomically, sha256_of
+from common.machine.paths import local_path
 from common.recipe import UserError
 from common.run.folder import HELD_OUT_ROWS, SAVING
 
@@ -21,6 +23,15 @@ def save_held_out_rows(rows: Dataset, folder: Path) -> None:
     pyarrow.parquet.write_table(rows.with_format("arrow")[:], aside / HELD_OUT_ROWS)
     replace_atomically(aside / HELD_OUT_ROWS, folder / HELD_OUT_ROWS)
     remove(aside)
+
+
+def has_changed(source: dict[str, Any]) -> bool:
+    """Whether a file is another one than the run read. False where it is not there, or was not hashed.
+
+    source: an entry of run.json's "data".
+    """
+    path, before = local_path(source["source"]), source.get("sha256")
+    return before is not None and path.is_file() and sha256_of(path) != before
 
 
 def load_held_out_rows(folder: Path) -> Dataset | None:

@@ -74,7 +74,14 @@ def write_run_json(
         "recipe": dataclasses.asdict(dataclasses.replace(recipe, out=hide_home(recipe.out))),
         "plan": dataclasses.asdict(plan),
         "data": [
-            {"source": r.source, "read": r.read, "kept": r.kept, "dropped": r.dropped, "truncated": r.truncated}
+            {
+                "source": r.source,
+                "sha256": r.sha256,
+                "read": r.read,
+                "kept": r.kept,
+                "dropped": r.dropped,
+                "truncated": r.truncated,
+            }
             | {"tokens": r.tokens, "trained_tokens": r.trained_tokens, "faults": dict(r.fault_counts)}
             for r in rows.reports
         ],

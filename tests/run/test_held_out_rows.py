@@ -30,7 +30,7 @@ def ended(trained, tmp_path):
     shutil.copytree(recipe.out, tmp_path / "run")
     data = shutil.copy(recipe.data.source, tmp_path / "chats.jsonl")
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    run["recipe"]["data"]["source"] = str(data)
+    run["recipe"]["data"]["source"] = run["data"][0]["source"] = str(data)
     (tmp_path / "run" / "run.json").write_text(json.dumps(run))
     return replace(recipe, out=str(tmp_path / "run"), data=replace(recipe.data, source=str(data)))
 
@@ -48,10 +48,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_make_eval_takes_the_rows_that_were_never_trained_on(trained, ended, change):
+def test_make_eval_takes_the_rows_that_were_never_trained_on(trained, ended, change, capsys):
     path = Path(ended.data.source)
+    assert run_command("eval", "x", ended, ["--samples", "0"]) == 0
+    assert "has changed since the run" not in capsys.readouterr().out
     path.write_text("".join(CHANGES[change](path.read_text().splitlines(keepends=True))))
     assert run_command("eval", "x", ended, ["--samples", "0"]) == 0
+    assert f"{path} has changed since the run: the rows are those that it held out" in capsys.readouterr().out
     told = json.loads((Path(ended.out) / "eval.json").read_text())
     assert told["adapter"]["loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-4)
     assert told["base"]["loss"] == pytest.approx(trained[1]["eval_loss_before"], rel=1e-4)
