@@ -25,20 +25,7 @@ CACHE = Path(".cache") / "rows"  # in the working directory
 MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
-CODE_MODULES = (
-    *(
-        "cache",
-        "chat_format",
-        "conversations",
-        "csv_files",
-        "files",
-        "fingerprint",
-        "formats",
-        "hub_rows",
-        "json_files",
-    ),
-    *("labels", "packing", "parquet_files", "report", "rows", "source_row", "text_files", "vocabulary"),
-)
+CODE = Path(__file__).parent  # the modules that make rows
 
 
 def cache_folder(
@@ -58,8 +45,8 @@ def cache_folder(
     settings |= {"vocabulary": vocabulary_limit(tokenizer)}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for name in CODE_MODULES:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for module in sorted(CODE.glob("*.py")):
+        digest.update(module.read_bytes())
     digest.update(" ".join(hashes).encode())
     return CACHE / digest.hexdigest()[:32]
 

@@ -83,6 +83,16 @@ def copy_to(folder: Path) -> Callable[[Path], None]:
     return lambda disk: os.system(f"cp -r {disk}/run {folder}")
 
 
+def says(log: Path, text: str, child: int) -> bool:
+    """Waits until the log holds the text. False when the process has ended without it, or after a minute."""
+    deadline = time.monotonic() + 60
+    while not log.exists() or text not in log.read_text():
+        if time.monotonic() > deadline or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        time.sleep(0.05)
+    return True
+
+
 def test_a_disk_that_is_full_for_some_steps_costs_no_line_of_the_metrics(start_run, recipe, tmp_path):
     train_spec = replace(recipe.train, max_steps=40, save_every=20)  # 40 lines: three blocks of 4 KiB
     child, log = start_run({2: fill, 35: make_room}, 5, copy_to(tmp_path / "kept"), train=train_spec)
@@ -99,12 +109,7 @@ def test_a_disk_that_is_full_for_some_steps_costs_no_line_of_the_metrics(start_r
 def test_the_end_of_a_run_waits_for_room(start_run, recipe, tmp_path):
     """No checkpoint fits either: what was trained is in memory only."""
     child, log = start_run({2: fill}, 60, copy_to(tmp_path / "kept"))
-    deadline = time.monotonic() + 60
-    while not log.exists() or "What was trained is in memory only" not in log.read_text():
-        if time.monotonic() > deadline or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.05)
-    else:
+    if says(log, "What was trained is in memory only", child):
         (seen_from_outside(child, tmp_path / "disk") / "filler").unlink()
     assert end_of(child) == 0, log.read_text()
     out = log.read_text()
@@ -120,16 +125,9 @@ def test_the_end_of_a_run_waits_for_room(start_run, recipe, tmp_path):
 def test_a_second_signal_ends_the_waiting(start_run):
     """The first one waits as well: nothing else holds what was trained."""
     child, log = start_run({2: fill}, 60)
-    deadline = time.monotonic() + 60
-    while not log.exists() or "What was trained is in memory only" not in log.read_text():
-        if time.monotonic() > deadline or os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
-        time.sleep(0.05)
-    else:
+    if says(log, "What was trained is in memory only", child):
         os.kill(child, signal.SIGTERM)
-        while "stopping when the files of the run are written; once more stops at once" not in log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        says(log, "stopping when the files of the run are written; once more stops at once", child)
         os.kill(child, signal.SIGTERM)
     assert end_of(child) == 130, log.read_text()
     assert log.read_text().endswith("stopped\n")
