@@ -32,11 +32,9 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
         return 130
     except Exception as error:
         if reason := write_failure(error):
-            what, place = (
-                "opened" if isinstance(error, PermissionError) else "written",
-                getattr(error, "filename", None),
-            )
-            print(f"\nerror: {place or folder} cannot be {what}: {reason}", file=sys.stderr)
+            place = getattr(error, "filename", None) or folder
+            failed = "opened" if isinstance(error, PermissionError) else "written"
+            print(f"\nerror: {place} cannot be {failed}: {reason}", file=sys.stderr)
             return ERROR_STATUS
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and _lost_another_process(error):
             return PEER_LOST_STATUS
