@@ -25,11 +25,14 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number."""
+    """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number.
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    can_go_on: whether steps are left to train.
+    """
+
+    def __init__(self, message: str, signal_number: int, *, can_go_on: bool = True) -> None:
         super().__init__(message)
-        self.signal_number = signal_number
+        self.signal_number, self.can_go_on = signal_number, can_go_on
 
 
 def require(condition: bool, message: str) -> None:

@@ -53,7 +53,7 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
         _run_here(recipe, flags)
     except Stopped as stop:
         if is_main_process():  # all processes stop
-            print(f"\n{stop}{hint}", file=sys.stderr)
+            print(f"\n{stop}{hint if stop.can_go_on else ''}", file=sys.stderr)
         return 128 + stop.signal_number
     return None
 

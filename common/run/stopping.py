@@ -63,7 +63,7 @@ class StopSignals(TrainerCallback):
         self.received = signal.Signals(number) if number else None
 
     def raise_if_received(self, message: str) -> None:
-        """Raises Stopped, in all processes, when one of them got a signal."""
+        """Raises Stopped, in all processes, when one of them got a signal after the last step."""
         self.agree()
         if self.received is not None:
-            raise Stopped(message, self.received)
+            raise Stopped(message, self.received, can_go_on=False)
