@@ -21,6 +21,8 @@ PEER_LOST_STATUS = 75  # exit status of a process that ends because another one 
 JOIN_TIMEOUT_SECONDS = 600  # until all machines have come to the endpoint
 CONNECT_TIMEOUT_SECONDS = 60  # until the endpoint answers
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A signal may reach a process directly, through make and through the launcher. Nobody types so fast.
+ONE_SIGNAL_SECONDS = 0.25
 PROBE_TIMEOUT_SECONDS = 20  # for what answers there to prove that it is the store of a run
 
 
@@ -94,6 +96,7 @@ class _ForwardedSignals:
 
     def __init__(self) -> None:
         self.received = 0
+        self.insists_from = float("inf")  # the time from which another signal insists
         self.insisted = False
         self.before: dict[int, Any] = {}
 
@@ -110,7 +113,9 @@ class _ForwardedSignals:
         from torch.distributed.elastic.multiprocessing.api import SignalException
 
         is_first, processes = not self.received, Process().children()
-        insists = number != signal.SIGHUP and self.received not in (0, signal.SIGHUP)
+        insists = number != signal.SIGHUP and time.monotonic() > self.insists_from
+        if number != signal.SIGHUP:
+            self.insists_from = min(self.insists_from, time.monotonic() + ONE_SIGNAL_SECONDS)
         self.received = number if number != signal.SIGHUP else self.received or number
         if self.insisted:
             return

@@ -44,7 +44,7 @@ def read_generation_config(folder: Path | None, name: str, config: PretrainedCon
             values = {}
     generation, left_out = keep_valid(values)
     if left_out:
-        print(f"{name}: its generation config is used without {', '.join(left_out)}, which is not valid there")
+        print(f"{name}: its generation config is used without {', '.join(left_out)}, which transformers would not save")
     return generation
 
 

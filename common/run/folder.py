@@ -122,7 +122,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}") from error
+        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another folder: OUT=...") from error
 
 
 def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:

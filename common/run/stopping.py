@@ -1,11 +1,14 @@
 """Ctrl-C, SIGTERM and a closed terminal stop a run after the optimizer step under way, with a checkpoint.
 
-Who insists, with a second Ctrl-C or SIGTERM, stops it at once. SIGHUP is never taken for that: a terminal that is
-closed sends it twice (the kernel and the shell), and a session that ends sends it along with SIGTERM.
+Who insists, with a second Ctrl-C or SIGTERM, stops it at once. What comes in the same moment is one signal: where all
+processes of a job get it (timeout, systemd, Slurm), make and the launcher hand theirs on as well. SIGHUP is never taken
+for insisting: a terminal that is closed sends it twice (the kernel and the shell), and a session that ends sends it
+along with SIGTERM.
 """
 
 import signal
 import threading
+import time
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from common.machine.collectives import all_reduce_max
+from common.machine.launch import ONE_SIGNAL_SECONDS
 from common.recipe import Stopped
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -29,6 +33,7 @@ class StopSignals(TrainerCallback):
     def __init__(self, promise: str = AFTER_THIS_STEP) -> None:
         self.promise = promise
         self.received: signal.Signals | None = None
+        self.insists_from = float("inf")  # the time from which another signal insists
         self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -42,8 +47,10 @@ class StopSignals(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
-        if number != signal.SIGHUP and self.received not in (None, signal.SIGHUP):
-            raise KeyboardInterrupt
+        if number != signal.SIGHUP:
+            if time.monotonic() > self.insists_from:
+                raise KeyboardInterrupt
+            self.insists_from = min(self.insists_from, time.monotonic() + ONE_SIGNAL_SECONDS)
         if self.received is None:
             with suppress(RuntimeError):  # the signal came in the middle of another print
                 print(f"\n{self.promise}; once more stops at once", flush=True)

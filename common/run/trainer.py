@@ -173,6 +173,7 @@ class Trainer(SFTTrainer):
         if state is not None:
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
+            print(f"the run had ended, after step {state.global_step}: nothing is trained")
         return state is not None
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

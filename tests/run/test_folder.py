@@ -56,7 +56,7 @@ def test_a_file_in_the_way_is_named(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(UserError, match="cannot be made: .*; choose another folder: OUT="):
         prepare_run_folder(str(tmp_path / "file" / "run"), "refuse")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from common.machine.launch import ERROR_STATUS
+from common.machine.launch import ERROR_STATUS, ONE_SIGNAL_SECONDS
 from common.recipe import LoraSpec, Recipe
 from common.run import final_save
 from common.run.metrics_file import read_metrics
@@ -128,6 +128,7 @@ def test_a_second_signal_ends_the_waiting(start_run):
     if says(log, "What was trained is in memory only", child):
         os.kill(child, signal.SIGTERM)
         says(log, "stopping when the files of the run are written; once more stops at once", child)
+        time.sleep(2 * ONE_SIGNAL_SECONDS)
         os.kill(child, signal.SIGTERM)
     assert end_of(child) == 130, log.read_text()
     assert log.read_text().endswith("stopped\n")

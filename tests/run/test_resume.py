@@ -111,11 +111,12 @@ def test_more_steps_are_a_longer_run_and_said(stopped, capsys):
     assert "warning: TrainSpec.max_steps was 3 and is 5; the run goes on, and ends" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_resumed_to_the_same_end(stopped):
+def test_a_finished_run_is_resumed_to_the_same_end_and_said(stopped, capsys):
     before = (Path(stopped.out) / "adapter_model.safetensors").read_bytes()
     metrics = train(*prepare(stopped))
     assert metrics["steps"] == 3
     assert (Path(stopped.out) / "adapter_model.safetensors").read_bytes() == before
+    assert "the run had ended, after step 3: nothing is trained" in capsys.readouterr().out
 
 
 # 72 packed rows, 16 a step: 5 steps an epoch.

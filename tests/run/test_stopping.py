@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from common.cli import run
+from common.machine.launch import ONE_SIGNAL_SECONDS
 from common.process_state import protect_output
 from common.recipe import Recipe
 from common.run.metrics_file import read_metrics
+from common.run.stopping import StopSignals
 from tests.conftest import ROOT, TRAIN
 from tests.run.test_faults import ended, forked, main
 from tests.run_make import OF_MAKE, VARIABLES
@@ -66,6 +68,19 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint(endless, more):
     assert ended(child) == 128 + more[-1]
     (checkpoint,) = checkpoints_of(endless.out)
     assert checkpoint == f"checkpoint-{read_metrics(Path(endless.out))[-1]['step']}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_same_signal_from_several_senders_is_one(capsys, number):
+    """Each is handled before the next one comes, as in a process that waits."""
+    with StopSignals() as stop:
+        for _ in range(3):
+            signal.raise_signal(number)
+        time.sleep(2 * ONE_SIGNAL_SECONDS)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert stop.received == number
+    assert capsys.readouterr().out.count("once more stops at once") == 1
 
 
 def test_a_run_that_ignores_sighup_goes_on(recipe, tmp_path):
