@@ -28,7 +28,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe
+.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe _merged
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
@@ -76,10 +76,17 @@ export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or o
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
 	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
 
-lm-eval: _recipe $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
-	@out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \
-	model=$(if $(value TO),$(call quoted,TO),"$${out%/}-merged"); model="$${model/#\~\//$$HOME/}"; \
-	if [ ! -f "$$model/config.json" ]; then echo "error: there is no merged model in $$model: make merge first" >&2; exit 2; fi; \
+# Sets `model`, as bash reads it: where a merge writes.
+MERGED = out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \
+	model=$(if $(value TO),$(call quoted,TO),"$${out%/}-merged"); model="$${model/\#\~\//$$HOME/}"
+
+# Runs before the set-up of lm-eval, which takes minutes.
+_merged: _recipe
+	@$(MERGED); \
+	if [ ! -f "$$model/config.json" ]; then echo "error: there is no merged model in $$model: make merge first" >&2; exit 2; fi
+
+lm-eval: _merged $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=gsm8k ARGS="--apply_chat_template --limit 100"
+	@$(MERGED); \
 	echo "lm-eval loads $$model and runs "$(call quoted,TASKS)"; its own progress follows"; \
 	$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$$model" --tasks $(call quoted,TASKS) $(ARGS)
 

@@ -7,6 +7,7 @@ Standard library only. benchmarks/ and tests/ import from every floor and are le
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,11 +31,22 @@ Modules = dict[str, Path]  # "common.run.folder" -> its file
 
 
 def find_modules() -> Modules:
-    """Every module of common/ and recipes/; a package stands for its __init__."""
-    paths = [path for folder in ("common", "recipes") for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    """Every module of common/, and the recipes of the repository; a package stands for its __init__."""
+    paths = sorted((REPOSITORY / "common").rglob("*.py")) + own_recipes()
     return {
         ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path for path in paths
     }
+
+
+def own_recipes() -> list[Path]:
+    """The modules of recipes/ that belong to the repository: a user's own ones are not in git."""
+    paths = sorted((REPOSITORY / "recipes").glob("*.py"))
+    command = ["git", "-C", str(REPOSITORY), "ls-files", "recipes"]
+    try:
+        tracked = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # no git, or a copy without its history
+        return paths
+    return [path for path in paths if f"recipes/{path.name}" in tracked]
 
 
 def read_bands() -> list[tuple[str, ...]]:

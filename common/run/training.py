@@ -78,10 +78,11 @@ def prepare_process(train: TrainSpec, folder: Path) -> None:
 
 
 def _warn_of_few_rows(rows: Rows, train: TrainSpec) -> None:
-    if len(rows.train) <= train.rows_per_step:
+    count = len(rows.train)
+    if count <= train.rows_per_step:
         print(
-            f"warning: there are {len(rows.train)} packed rows and rows_per_step is {train.rows_per_step}: an "
-            "epoch is a single step. Lower rows_per_step, or raise epochs"
+            f"warning: there {'is 1 packed row' if count == 1 else f'are {count} packed rows'} and rows_per_step is "
+            f"{train.rows_per_step}: an epoch is a single step. Lower rows_per_step, or raise epochs"
         )
 
 
