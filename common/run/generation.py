@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.stop_ids import stop_ids
 from common.machine.slow_work import report_slow_work
+from common.run.answer_config import fit_to_answers
 from common.run.prompts import Prompt
 
 PROMPTS_AT_A_TIME = 50
@@ -30,6 +31,7 @@ def generate(
     The model's mode and attention are restored.
     """
     ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
+    arguments = fit_to_answers(model.generation_config, model.config, tokenizer) | GREEDY
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.model.attention
@@ -44,7 +46,8 @@ def generate(
                 outputs = model.generate(
                     **inputs,
                     max_new_tokens=max_new_tokens,
-                    **GREEDY,
+                    **arguments,
+                    tokenizer=tokenizer,  # which stop_strings need
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends,
