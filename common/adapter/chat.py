@@ -127,7 +127,7 @@ class Chat:
                 streamer=printer,
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
-                max_new_tokens=min(self.sampling.max_new_tokens, self.positions - len(prompt)),
+                max_length=min(len(prompt) + self.sampling.max_new_tokens, self.positions),
                 **self.arguments,
                 tokenizer=self.tokenizer,  # which stop_strings need
             )

@@ -34,7 +34,7 @@ _OPERATORS: dict[str, Callable[[Any], Any]] = {
     "max_time": criteria.MaxTimeCriteria,
 }
 # Valid, as common.model.generation_config says; and what whoever wants an answer says with each call.
-_PLAIN = ("do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "max_new_tokens")
+_PLAIN = ("do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "max_length")
 
 
 def fit_to_answers(
@@ -46,9 +46,9 @@ def fit_to_answers(
     """
     given = {name: value for name, value in vars(generation).items() if value is not None and not name.startswith("_")}
     known, defaults = vars(GenerationConfig()), generation._get_default_generation_params()
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"max_new_tokens": None}  # max_length says it; transformers warns of both
     if given.get("temperature") == 0:
-        arguments = {"do_sample": False, "temperature": None}  # the most likely token each time
+        arguments |= {"do_sample": False, "temperature": None}  # the most likely token each time
     left_out = []
     for name in sorted(given.keys() & known.keys() - arguments.keys() - set(_PLAIN)):
         value = given[name]

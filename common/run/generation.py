@@ -45,7 +45,7 @@ def generate(
                 ).to(model.device)
                 outputs = model.generate(
                     **inputs,
-                    max_new_tokens=max_new_tokens,
+                    max_length=inputs["input_ids"].shape[1] + max_new_tokens,
                     **arguments,
                     tokenizer=tokenizer,  # which stop_strings need
                     use_cache=True,

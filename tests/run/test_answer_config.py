@@ -1,5 +1,7 @@
 """Whatever a base's generation config holds, chat and sample answers use it, or leave it out and say so."""
 
+import logging
+
 import pytest
 
 from common.adapter.chat import Chat, Sampling
@@ -99,6 +101,16 @@ def answers(model, tokenizer):
         return said, greedy[0]
 
     return ask
+
+
+@pytest.fixture(autouse=True)
+def warnings_of_transformers(caplog):
+    """The user sees none."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+    assert caplog.messages == []
 
 
 @pytest.fixture(scope="module")
