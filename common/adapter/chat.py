@@ -14,8 +14,7 @@ from common.data.chat_format import ChatFormat
 from common.data.conversations import Conversation, Message
 from common.data.source_row import BadRow
 from common.recipe import UserError, require
-from common.run.answer_config import fit_to_answers
-from common.run.generation import GREEDY
+from common.run.answer_config import GREEDY, fit_to_answers
 
 HELP = """\
 /reset         forget the conversation

@@ -36,6 +36,10 @@ _OPERATORS: dict[str, Callable[[Any], Any]] = {
 # Valid, as common.model.generation_config says; and what whoever wants an answer says with each call.
 _PLAIN = ("do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "max_length")
 
+_DRAWN = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# For transformers' generate, which warns of these in a model's own generation config unless they are None.
+GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(_DRAWN)}
+
 
 def fit_to_answers(
     generation: GenerationConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast
@@ -48,16 +52,18 @@ def fit_to_answers(
     known, defaults = vars(GenerationConfig()), generation._get_default_generation_params()
     arguments: dict[str, Any] = {"max_new_tokens": None}  # max_length says it; transformers warns of both
     if given.get("temperature") == 0:
-        arguments |= {"do_sample": False, "temperature": None}  # the most likely token each time
+        arguments |= GREEDY
     left_out = []
     for name in sorted(given.keys() & known.keys() - arguments.keys() - set(_PLAIN)):
         value = given[name]
         possible = [value, float(value)] if type(value) is int else [value]  # a penalty of 2 must be 2.0
         if name in _OPERATORS or name == "stop_strings":
-            arguments[name] = next((v for v in possible if _is_usable(name, v, config.vocab_size, tokenizer)), None)
+            used = next((v for v in possible if _is_usable(name, v, config.vocab_size, tokenizer)), None)
         else:
-            arguments[name] = defaults.get(name)
-        if arguments[name] not in possible and changes_answers(name, value):
+            used = defaults.get(name)
+        if used is not value:
+            arguments[name] = used
+        if used != value and changes_answers(name, value):
             left_out.append(name)
     if left_out:
         _say_left_out(", ".join(left_out))

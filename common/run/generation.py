@@ -8,13 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.stop_ids import stop_ids
 from common.machine.slow_work import report_slow_work
-from common.run.answer_config import fit_to_answers
+from common.run.answer_config import GREEDY, fit_to_answers
 from common.run.prompts import Prompt
 
 PROMPTS_AT_A_TIME = 50
 MAX_NEW_TOKENS = 96
-# For transformers' generate, which warns of sampling values in a model's own generation config unless they are None.
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()

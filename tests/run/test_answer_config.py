@@ -66,6 +66,8 @@ SILENT = {  # no answer changes
     | DRAWN,
     "temperature 0": {"do_sample": True, "temperature": 0},
     "temperature 0.0": {"do_sample": True, "temperature": 0.0, "top_p": 0.5},
+    "all that is drawn by": DRAWN | {"min_p": 0.1, "top_h": 0.9, "typical_p": 0.9, "eta_cutoff": 1e-4, "top_p": 0.5},
+    "whole numbers": DRAWN | {"top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1, "length_penalty": 1},
     "a field of tomorrow": {"a_field_of_tomorrow": {"on": 1}},
     "another model's fields": {"chat_format": "chatml", "max_window_size": 6144},
 }
@@ -110,7 +112,7 @@ def warnings_of_transformers(caplog):
     logger.addHandler(caplog.handler)
     yield
     logger.removeHandler(caplog.handler)
-    assert caplog.messages == []
+    assert caplog.get_records("call") == []
 
 
 @pytest.fixture(scope="module")
