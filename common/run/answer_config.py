@@ -34,11 +34,11 @@ _OPERATORS: dict[str, Callable[[Any], Any]] = {
     "max_time": criteria.MaxTimeCriteria,
 }
 # Valid, as common.model.generation_config says; and what whoever wants an answer says with each call.
-_PLAIN = ("do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "max_length")
+_LEFT_ALONE = ("do_sample", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "max_length")
 
-_DRAWN = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_OF_DRAWING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # For transformers' generate, which warns of these in a model's own generation config unless they are None.
-GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(_DRAWN)}
+GREEDY: dict[str, Any] = {"do_sample": False, **dict.fromkeys(_OF_DRAWING)}
 
 
 def fit_to_answers(
@@ -54,7 +54,7 @@ def fit_to_answers(
     if given.get("temperature") == 0:
         arguments |= GREEDY
     left_out = []
-    for name in sorted(given.keys() & known.keys() - arguments.keys() - set(_PLAIN)):
+    for name in sorted(given.keys() & known.keys() - arguments.keys() - set(_LEFT_ALONE)):
         value = given[name]
         possible = [value, float(value)] if type(value) is int else [value]  # a penalty of 2 must be 2.0
         if name in _OPERATORS or name == "stop_strings":
