@@ -14,7 +14,7 @@ from common.data.chat_format import ChatFormat
 from common.data.conversations import Conversation, Message
 from common.data.source_row import BadRow
 from common.recipe import UserError, require
-from common.run.generation import GREEDY
+from common.run.answer_config import GREEDY, fit_to_answers
 
 HELP = """\
 /reset         forget the conversation
@@ -81,6 +81,8 @@ class Chat:
         refuse_other_bytes(self.system)
         self.chat_format = ChatFormat(self.tokenizer)
         self.positions = self.model.config.max_position_embeddings
+        self.arguments = fit_to_answers(self.model.generation_config, self.model.config, self.tokenizer)
+        self.arguments |= self.sampling.arguments()
         self.model.set_attn_implementation("sdpa")  # common.model.attention has no key-value cache
         if self.sampling.seed is not None:
             torch.manual_seed(self.sampling.seed)
@@ -124,8 +126,9 @@ class Chat:
                 streamer=printer,
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
-                max_new_tokens=min(self.sampling.max_new_tokens, self.positions - len(prompt)),
-                **self.sampling.arguments(),
+                max_length=min(len(prompt) + self.sampling.max_new_tokens, self.positions),
+                **self.arguments,
+                tokenizer=self.tokenizer,  # which stop_strings need
             )
 
     def run_slash_command(self, line: str) -> str:

@@ -50,7 +50,7 @@ _USE_PEFT = "it cannot be merged: use it with PEFT"
 _WHY_NOT = {
     "modules_to_save": f"it holds whole layers of the model; {MERGE_WITH_PEFT}",
     "trainable_token_indices": f"it holds rows of the embedding; {MERGE_WITH_PEFT}",
-    "lora_bias": f"it has biases; {MERGE_WITH_PEFT}",
+    "lora_bias": f"it has biases; where the layers of the base have them too, {MERGE_WITH_PEFT}; else {_USE_PEFT}",
     "bias": f"it holds biases of the base; {MERGE_WITH_PEFT}",
     "target_parameters": f"it changes parameters outside linear layers; {MERGE_WITH_PEFT}",
     "kasa_config": f"it changes the base; {MERGE_WITH_PEFT}",

@@ -25,6 +25,7 @@ from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.adapter.sampling import add_sampling, untranslated
 from common.adapter.tokenizer_files import trained_generation_config
+from common.adapter.tokenizer_json import TAKE_MERGE
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.recipe import UserError
@@ -203,7 +204,7 @@ def _add_dimensions(writer: GGUFWriter, config: PretrainedConfig) -> None:
 def _refuse_other_rope(config: PretrainedConfig) -> None:
     kind = config.rope_parameters["rope_type"]
     if kind not in ("default", "linear", "yarn", "llama3"):
-        raise UserError(f"a model with {kind} RoPE cannot be exported to GGUF")
+        raise UserError(f"a model with {kind} RoPE cannot be exported to GGUF; {TAKE_MERGE}")
 
 
 def _llama3_factors(config: PretrainedConfig) -> Tensor:

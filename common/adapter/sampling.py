@@ -5,24 +5,12 @@ from typing import Any
 
 from gguf import GGUFWriter
 
+from common.model.generation_config import changes_answers
+
 # The values of transformers where the config has none (GenerationConfig._get_default_generation_params). llama.cpp has
 # the same names and other defaults, so each is written.
 _DRAWN = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}
 _TRANSLATED = {"do_sample", "repetition_penalty", "eos_token_id", *_DRAWN}
-# These change no answer of one conversation: ids that other keys hold, memory, speed, and what a call returns.
-_SAME_ANSWERS = {
-    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
-    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
-    *("compile_config", "disable_compile", "continuous_batching_config", "num_return_sequences"),
-    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
-    *("target_lookbehind", "use_mtp", "speculation_type", "renormalize_logits", "remove_invalid_values"),
-    "max_length",  # of prompt and answer together, and a chat grows
-}
-_OFF_AT_ONE = {"num_beams", "num_beam_groups", "typical_p", "length_penalty", "encoder_repetition_penalty"}
-_OFF_AT_ONE |= {"guidance_scale"}
-_OFF_VALUES: tuple[Any, ...] = (None, False, 0, [], {}, "")
 
 
 def translate_sampling(values: dict[str, Any]) -> dict[str, float | int]:
@@ -44,9 +32,7 @@ def untranslated(values: dict[str, Any], *, also: tuple[str, ...] = ()) -> list[
     """
     lost = []
     for name, value in sorted(values.items()):
-        if name in _TRANSLATED or name in _SAME_ANSWERS or name in also:
-            continue
-        if value not in _OFF_VALUES and not (name in _OFF_AT_ONE and value == 1):
+        if name not in _TRANSLATED and name not in also and changes_answers(name, value):
             lost.append(f"{name}={value}")
     return lost
 

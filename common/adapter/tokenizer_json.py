@@ -37,6 +37,7 @@ _MODEL_KEYS = {"type", "vocab", "merges", "unk_token", "fuse_unk", "byte_fallbac
 _MODEL_KEYS_OFF = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
 _ADDED_KEYS = {"id", "content", "special", "normalized"}
 _ADDED_KEYS_OFF = ("lstrip", "rstrip", "single_word")
+TAKE_MERGE = "make merge writes what transformers and vLLM load"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read_text_rules(tokenizer: PreTrainedTokenizerFast) -> tuple[dict[str, Any],
     values: dict[str, Any] = json.loads(backend.to_str())
     model = values["model"]
     if model.get("type") != "BPE":
-        raise UserError(f"a tokenizer of type {model.get('type')} cannot be exported to GGUF; BPE can")
+        raise UserError(f"a tokenizer of type {model.get('type')} cannot be exported to GGUF, BPE can; {TAKE_MERGE}")
     for name in sorted(values.keys() - _PARTS):
         _refuse_part(name, values[name])
     for name in sorted(model.keys() - _MODEL_KEYS):
@@ -92,9 +93,8 @@ def _flatten(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 def _refuse_part(name: str, value: Any) -> NoReturn:
     text = json.dumps(value, ensure_ascii=False)
-    raise UserError(
-        f"the tokenizer's {name} cannot be exported to GGUF: {text if len(text) <= 300 else text[:300] + '…'}"
-    )
+    text = text if len(text) <= 300 else f"{text[:300]}…"
+    raise UserError(f"the tokenizer's {name} cannot be exported to GGUF: {text}; {TAKE_MERGE}")
 
 
 def _check_byte_level(values: dict[str, Any], normalizers: list[dict[str, Any]]) -> str:
@@ -109,7 +109,7 @@ def _check_byte_level(values: dict[str, Any], normalizers: list[dict[str, Any]])
     if missing and model.get("unk_token") is not None:
         raise UserError(
             f"the tokenizer has no token for {len(missing)} of the 256 bytes and writes {model['unk_token']} for them, "
-            "which cannot be exported to GGUF"
+            f"which cannot be exported to GGUF; {TAKE_MERGE}"
         )
     if bool(model.get("ignore_merges")) != (name in IGNORES_MERGES) and not _merges_make_every_token(values):
         _refuse_part("model.ignore_merges", model.get("ignore_merges"))
@@ -130,7 +130,9 @@ def _name_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> str:
             name = SPLITS.get(split["pattern"].get("Regex", ""))
             if name and split["behavior"] == "Isolated" and not split["invert"]:
                 return name
-    raise UserError(f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}")
+    raise UserError(
+        f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}; {TAKE_MERGE}"
+    )
 
 
 def _merges_make_every_token(values: dict[str, Any]) -> bool:
@@ -153,7 +155,9 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
     """
     model = values["model"]
     if {f"<0x{byte:02X}>" for byte in range(256)} - model["vocab"].keys():
-        raise UserError("the tokenizer has no token for some of the 256 bytes, which cannot be exported to GGUF")
+        raise UserError(
+            f"the tokenizer has no token for some of the 256 bytes, which cannot be exported to GGUF; {TAKE_MERGE}"
+        )
     if model.get("ignore_merges"):
         _refuse_part("model.ignore_merges", True)
     if values.get("decoder") is None:
@@ -168,7 +172,10 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
     if normalizers:
         _refuse_part("normalizer", values["normalizer"])
     if not pre_tokenizer or pre_tokenizer["type"] != "Metaspace" or pre_tokenizer["replacement"] != _SPACE:
-        raise UserError(f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}")
+        raise UserError(
+            f"a tokenizer that cuts text like this cannot be exported to GGUF: {json.dumps(pre_tokenizer)}; "
+            f"{TAKE_MERGE}"
+        )
     if pre_tokenizer["split"] and any(_SPACE in token[1:] for token in model["vocab"]):  # llama.cpp does not split
         _refuse_part("pre_tokenizer", pre_tokenizer)
     return bool(pre_tokenizer["prepend_scheme"] == "always")
@@ -195,7 +202,7 @@ def _check_added_token(token: dict[str, Any], backend: Tokenizer) -> None:
     if token["normalized"] and changes:
         odd.append("normalized")
     if odd:
-        raise UserError(f"the token {token['content']} with {', '.join(odd)} cannot be exported to GGUF")
+        raise UserError(f"the token {token['content']} with {', '.join(odd)} cannot be exported to GGUF; {TAKE_MERGE}")
 
 
 def _check_post_processor(tokenizer: PreTrainedTokenizerFast) -> list[str]:

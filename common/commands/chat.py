@@ -30,7 +30,7 @@ def run_chat(recipe: Recipe, flags: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no answer
         tokenizer = trained_tokenizer(adapter)
         model = load_trained(adapter)
-    chat = Chat(model, tokenizer, sampling, flags.system, adapter_on=not flags.base)
+        chat = Chat(model, tokenizer, sampling, flags.system, adapter_on=not flags.base)
     if flags.prompt is None:
         print(f"{adapter.recipe.model.name} with the adapter in {adapter.folder}")
         accept_any_bytes()

@@ -47,9 +47,8 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Returns the report as it is printed."""
-        lines = [
-            f"{self.source}: {self.read:,} rows read ({self.format_name}), {self.kept:,} kept, {self.dropped:,} dropped"
-        ]
+        named = f" ({self.format_name})" if self.format_name else ""  # no row told
+        lines = [f"{self.source}: {self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"]
         for kind, count in self.fault_counts.most_common():
             more = f" and {count - MAX_PLACES_PER_FAULT:,} more" if count > MAX_PLACES_PER_FAULT else ""
             lines.append(f"  dropped {count:,}: {kind} ({'; '.join(self.faults[kind])}{more})")

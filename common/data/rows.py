@@ -81,7 +81,9 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
 def _packing_lines(rows: Rows, training: pa.Table, held_out: pa.Table | None, seq_len: int) -> list[str]:
     fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
     held = f", {len(held_out):,} held out" if held_out else ""
-    lines = [f"  {len(training):,} examples packed into {len(rows.train):,} rows of {seq_len:,} tokens, {fill}{held}"]
+    examples = f"{len(training):,} {'example' if len(training) == 1 else 'examples'}"
+    packed = f"{len(rows.train):,} {'row' if len(rows.train) == 1 else 'rows'}"
+    lines = [f"  {examples} packed into {packed} of {seq_len:,} tokens, {fill}{held}"]
     if held_out and (shared := count_shared(held_out, training)):
         lines.append(
             f"  warning: {shared:,} of the {len(held_out):,} held-out examples are also among the training ones: "

@@ -14,7 +14,8 @@ def check_encoding(path: Path) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path} is UTF-16; convert it: {convert_command(path, 'UTF-16')}")
     if start.startswith(b"\x1f\x8b"):
-        raise UserError(f"{path} is gzip-compressed; unpack it first: gunzip {shlex.quote(str(path))}")
+        command = f"gunzip < {shlex.quote(str(path))} > unpacked{path.suffix}"  # which refuses a name without .gz
+        raise UserError(f"{path} is gzip-compressed; unpack it first: {command}")
 
 
 def convert_command(path: Path, encoding: str = "WINDOWS-1252") -> str:

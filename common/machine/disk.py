@@ -163,7 +163,7 @@ def write_checked_aside(path: Path, data_bytes: int, *, folder: bool, overwrite:
             aside = stack.enter_context(write_aside(path, folder=folder))
             free = shutil.disk_usage(path.parent).free
         except OSError as error:
-            raise UserError(f"{path} cannot be made: {error.strerror}") from error
+            raise UserError(f"{path} cannot be made: {error.strerror}; choose another place: TO=...") from error
         if data_bytes + SPARE_BYTES > free:
             raise UserError(
                 f"{path} would take {format_bytes(data_bytes)}, and {format_bytes(free)} are free there; make room, "

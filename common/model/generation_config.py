@@ -22,6 +22,21 @@ _DEFAULTS = {  # of the fields that are numbers or switches
     if isinstance(value, int | float) and name != "early_stopping"  # which may be a text too
 }
 
+# These change no answer of one conversation: ids that other keys hold, memory, speed, and what a call returns.
+_SAME_ANSWERS = {
+    *("bos_token_id", "pad_token_id", "decoder_start_token_id", "transformers_version", "_from_model_config"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
+    *("compile_config", "disable_compile", "continuous_batching_config", "num_return_sequences"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind"),
+    *("target_lookbehind", "use_mtp", "speculation_type", "renormalize_logits", "remove_invalid_values"),
+    "max_length",  # of prompt and answer together, and a chat grows
+}
+_OFF_AT_ONE = {"num_beams", "num_beam_groups", "typical_p", "length_penalty", "encoder_repetition_penalty"}
+_OFF_AT_ONE |= {"guidance_scale"}
+_OFF_VALUES: tuple[Any, ...] = (None, False, 0, [], {}, "")
+
 
 def read_generation_config(folder: Path | None, name: str, config: PretrainedConfig | None = None) -> GenerationConfig:
     """The generation config in the folder, without what transformers would not save. A line says what was left out.
@@ -62,6 +77,13 @@ def keep_valid(values: dict[str, Any]) -> tuple[GenerationConfig, list[str]]:
             else:
                 left_out.append(name)
         return GenerationConfig(**kept), sorted(left_out)
+
+
+def changes_answers(name: str, value: Any) -> bool:
+    """Whether a field changes the answers of a conversation. One that is not known does, unless it is off."""
+    if name in _SAME_ANSWERS:
+        return False
+    return value not in _OFF_VALUES and not (name in _OFF_AT_ONE and value == 1)
 
 
 def _is_valid(values: dict[str, Any]) -> bool:

@@ -8,12 +8,11 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.stop_ids import stop_ids
 from common.machine.slow_work import report_slow_work
+from common.run.answer_config import GREEDY, fit_to_answers
 from common.run.prompts import Prompt
 
 PROMPTS_AT_A_TIME = 50
 MAX_NEW_TOKENS = 96
-# For transformers' generate, which warns of sampling values in a model's own generation config unless they are None.
-GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 @torch.no_grad()
@@ -30,6 +29,7 @@ def generate(
     The model's mode and attention are restored.
     """
     ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
+    arguments = fit_to_answers(model.generation_config, model.config, tokenizer) | GREEDY
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.model.attention
@@ -43,8 +43,9 @@ def generate(
                 ).to(model.device)
                 outputs = model.generate(
                     **inputs,
-                    max_new_tokens=max_new_tokens,
-                    **GREEDY,
+                    max_length=inputs["input_ids"].shape[1] + max_new_tokens,
+                    **arguments,
+                    tokenizer=tokenizer,  # which stop_strings need
                     use_cache=True,
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=ends,

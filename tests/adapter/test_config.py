@@ -103,7 +103,10 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changed the weights of the base"),
         ({"modules_to_save": ["lm_head"]}, r'modules_to_save=\["lm_head"\], so the adapter is more than LoRA'),
         ({"trainable_token_indices": [5, 6]}, r"trainable_token_indices=\[5, 6\], so .* rows of the embedding"),
-        ({"lora_bias": True}, "lora_bias=true, so the adapter is more than LoRA: it has biases"),
+        (
+            {"lora_bias": True},
+            "lora_bias=true, so .* it has biases; where .* have them too, merge .*; else it cannot be merged",
+        ),
         ({"bias": "all"}, 'bias="all", so the adapter is more than LoRA: it holds biases of the base'),
         ({"bias": "lora_only"}, 'bias="lora_only", so the adapter is more than LoRA'),
         ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=.* it repeats layers of the base"),

@@ -25,6 +25,12 @@ def test_the_report_counts_and_names_every_row(tmp_path, tokenizer, capsys):
     assert "⟦" in out and "<|end|>⟧" in out
 
 
+def test_rows_that_tell_no_format_have_none_in_the_report(tmp_path, tokenizer, capsys):
+    with pytest.raises(UserError):
+        load_rows(DataSpec(write(tmp_path, "{", "{")), tokenizer, 128)
+    assert "2 rows read, 0 kept, 2 dropped" in capsys.readouterr().out
+
+
 def test_more_than_one_percent_bad_rows_stop_the_run(tmp_path, tokenizer):
     source = write(tmp_path, *[conversation()] * 97, "{", "{", "{")
     with pytest.raises(UserError) as error:
