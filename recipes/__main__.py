@@ -44,6 +44,11 @@ def main(arguments: list[str]) -> int:
     path = FOLDER / f"{name.replace('-', '_')}.py"
     try:
         module = importlib.import_module(f"recipes.{path.stem}")
+        missing = [name for name in ("RECIPE", "main") if not hasattr(module, name)]
+        if missing:
+            raise UserError(
+                f"it has no {missing[0]}; a recipe has RECIPE, its values, and main, what it does with them"
+            )
         recipe, story = module.RECIPE, module.main
     except (UserError, TypeError, NameError, AttributeError, SyntaxError) as error:
         print(f"error: {describe_mistake(error, path)}", file=sys.stderr)
@@ -56,13 +61,14 @@ def recipe_names() -> list[str]:
 
 
 def describe_mistake(error: Exception, path: Path) -> str:
-    """File, line and message of what is wrong in the recipe at `path`; a question mark where the line is unknown."""
+    """File, line where it is known, and message of what is wrong in the recipe at `path`."""
     if isinstance(error, SyntaxError):
         line, message = error.lineno, error.msg
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line, message = frames[-1].lineno if frames else None, str(error)
-    return f"{path.relative_to(FOLDER.parent)}:{line or '?'}: {message}"
+    place = path.relative_to(FOLDER.parent)
+    return f"{place}:{line}: {message}" if line else f"{place}: {message}"
 
 
 if __name__ == "__main__":

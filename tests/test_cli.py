@@ -268,6 +268,12 @@ def test_own_data_trains_the_copied_recipe_with_few_flags(tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_a_recipe_without_its_story_says_so(project):
+    text = (project / "recipes" / "tiny.py").read_text()
+    (project / "recipes" / "my_bot.py").write_text(text.replace("def main(", "def start("))
+    assert refused(recipes("my-bot", cwd=project)).startswith("error: recipes/my_bot.py: it has no main; a recipe has")
+
+
 @pytest.mark.slow
 def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
     text = (project / "recipes" / "tiny.py").read_text()

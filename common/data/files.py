@@ -35,7 +35,7 @@ def read_rows(source: str, *, split: str = "train", revision: str | None = None)
         raise UserError(f"there is no data file {path} (looked in {Path.cwd()})")
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{source} is not one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{source} is not one of {', '.join(SUFFIXES)}; unpack what is compressed or in an archive")
     try:
         yield from reader(path)
     except OSError as error:

@@ -12,6 +12,7 @@ from common.data.labels import IGNORED
 from common.recipe import UserError
 
 MAX_PLACES_PER_FAULT = 5  # that are printed
+JOINERS = "\u200c\u200d"  # invisible parts of emoji and of words in several scripts
 
 
 @dataclass
@@ -77,7 +78,8 @@ class DataReport:
 def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> str:
     """Decodes up to `limit` tokens before and after the first trained one, with the trained text marked.
 
-    Trained text is underlined on a terminal; elsewhere it stands between ⟦ and ⟧.
+    Trained text is underlined on a terminal; elsewhere it stands between ⟦ and ⟧. Characters that a terminal would obey
+    instead of showing them are escaped.
     """
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     first_trained = next((i for i, label in enumerate(tokens.labels) if label != IGNORED), 0)
@@ -85,6 +87,7 @@ def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int 
     shown = zip(tokens.input_ids[start:stop], tokens.labels[start:stop], strict=True)
     text = "…" if start else ""
     for is_trained, run in groupby(shown, key=lambda pair: pair[1] != IGNORED):
-        piece = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
+        decoded = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
+        piece = "".join(c if c.isprintable() or c in JOINERS else repr(c)[1:-1] for c in decoded)
         text += f"{on}{piece}{off}" if is_trained else piece
     return text + ("…" if stop < len(tokens.input_ids) else "")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common.data.chat_format import ChatFormat
+from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversations import Message
 from common.data.report import mark_trained
 from common.data.rows import load_rows
@@ -51,3 +51,10 @@ def test_a_source_without_rows_is_refused(tmp_path, tokenizer):
 def test_marked_shows_what_is_trained(tokenizer):
     example = ChatFormat(tokenizer).encode((Message("user", "Hello"), Message("assistant", "Hi\nyou")))
     assert mark_trained(example, tokenizer) == "<s><|user|>Hello<|end|><|assistant|>⟦Hi⏎you<|end|>⟧"
+
+
+def test_an_example_shows_what_a_terminal_would_obey(tokenizer):
+    text = "a\x1b[31mb\x00\u202ec 👩\u200d💻\n"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    shown = mark_trained(Tokens(ids, ids, [len(ids)]), tokenizer)
+    assert shown == "⟦a\\x1b[31mb\\x00\\u202ec 👩\u200d💻⏎⟧"
