@@ -241,7 +241,8 @@ def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(finetuned):
     read_until("\n")
     time.sleep(1)
     os.kill(process, signal.SIGINT)
-    read_until("> ", 3)  # 900 tokens take longer
+    read_until("\r\n\r\n", 10)  # what follows an answer; 900 tokens take longer, and may hold a "> " themselves
+    read_until("> ")
     os.write(terminal, b"/help\n")
     read_until("/system TEXT")
     os.write(terminal, b"\x04")
