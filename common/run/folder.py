@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.machine.disk import WRITING_SUFFIX, remove
 from common.machine.lock import LockHeld, hold_lock, refuse_held
 from common.recipe import ExistingRun, UserError
 
@@ -40,6 +41,7 @@ RUN_FILES = (  # --overwrite removes these and RUN_FOLDERS, and nothing else
     "tokenizer.json",
     "tokenizer_config.json",
 )
+LEFTOVERS = {f"{name}{WRITING_SUFFIX}" for name in RUN_FILES}  # of a run that was killed while it wrote one of them
 
 
 @contextlib.contextmanager
@@ -109,6 +111,8 @@ def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
     folder = Path(out)
     names = check_run_folder(folder, existing_run)
     shutil.rmtree(folder / SAVING, ignore_errors=True)
+    for leftover in folder.glob(f"*{WRITING_SUFFIX}"):
+        remove(leftover)
     if existing_run == "overwrite":
         for name in names & set(RUN_FILES):
             (folder / name).unlink()
@@ -134,7 +138,7 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    names -= {SAVING}
+    names -= {SAVING, *LEFTOVERS}
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
     foreign = sorted(names - set(RUN_FILES) - set(RUN_FOLDERS))

@@ -40,6 +40,17 @@ def test_overwrite_removes_the_run(old_run):
     assert list(old_run.iterdir()) == []
 
 
+@pytest.mark.parametrize("existing", ["resume", "overwrite"])
+def test_half_a_file_that_a_killed_run_left_is_removed(old_run, existing):
+    for name in ("run.json.writing", "report.html.writing"):
+        (old_run / name).write_text("{")
+    prepare_run_folder(str(old_run), existing)
+    assert not list(old_run.glob("*.writing"))
+    (old_run / "thesis.writing").write_text("years of work")
+    with pytest.raises(UserError, match="holds something that is no run .thesis.writing."):
+        prepare_run_folder(str(old_run), existing)
+
+
 @pytest.mark.parametrize("existing", ["refuse", "resume", "overwrite"])
 def test_a_folder_with_anything_else_is_never_touched(old_run, existing):
     (old_run / "thesis.tex").write_text("years of work")
