@@ -68,8 +68,9 @@ _threads_are_ours = False  # OMP_NUM_THREADS was set here, and not by the user
 def _share_cpus() -> None:
     """Makes torch's threads on the CPU (OpenMP's) fit beside other processes, and into a container's CPU quota.
 
-    A thread that waits for another one spins on its core 300,000 times, before it lets others run there: beside a busy
-    process a step takes up to twenty times as long. 1,000 is as fast on a quiet machine: docs/speed.md has the figures.
+    A thread that waits for another one spins on its core 300,000 times before it lets others run there, who may be what
+    it waits for: beside a busy process a step takes several times as long. With 1,000 it gives way soon, which costs
+    some speed on a quiet machine: docs/speed.md has the figures.
     """
     global _threads_are_ours
     if "OMP_WAIT_POLICY" not in os.environ:
