@@ -32,10 +32,11 @@ def trained_tokenizer(adapter: TrainedAdapter) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_trained(adapter: TrainedAdapter) -> PeftModel:
+def load_trained(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | None = None) -> PeftModel:
     """Loads the 4-bit base and puts the adapter on it. In eval mode; inside `disable_adapter()` it is the base alone.
 
     Its generation config is the run's, else the base's, and stops at the end of the template's turns.
+    tokenizer: of trained_tokenizer, where it is loaded already.
 
     Raises UserError as find_trained_base, load_4bit and attach_adapter.
     """
@@ -45,7 +46,8 @@ def load_trained(adapter: TrainedAdapter) -> PeftModel:
     peft_model = attach_adapter(model, adapter, model.device)
     if (adapter.folder / GENERATION_CONFIG).exists():
         model.generation_config = read_generation_config(adapter.folder, str(adapter.folder))
-    model.generation_config.eos_token_id = stop_ids(trained_tokenizer(adapter), model.generation_config.eos_token_id)
+    known = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = stop_ids(tokenizer or trained_tokenizer(adapter), known)
     use_lean_layers(peft_model, adapter.recipe.train.kernels)
     return peft_model.eval()
 

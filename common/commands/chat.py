@@ -29,7 +29,7 @@ def run_chat(recipe: Recipe, flags: argparse.Namespace) -> None:
     adapter = find_adapter(recipe)
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no answer
         tokenizer = trained_tokenizer(adapter)
-        model = load_trained(adapter)
+        model = load_trained(adapter, tokenizer)
         chat = Chat(model, tokenizer, sampling, flags.system, adapter_on=not flags.base)
     if flags.prompt is None:
         print(f"{adapter.recipe.model.name} with the adapter in {adapter.folder}")

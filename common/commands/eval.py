@@ -45,7 +45,7 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     tokenizer = trained_tokenizer(adapter)
     rows, source = rows_to_evaluate(adapter, tokenizer, flags.data)
     prompts = sample_prompts(rows, tokenizer, flags.samples, adapter.recipe.train.seed)
-    model = load_trained(adapter)
+    model = load_trained(adapter, tokenizer)
     print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
     result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts)}
     print_evaluation(result)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.fingerprint import FileStates
 from common.data.vocabulary import vocabulary_limit
 from common.machine.disk import write_aside
-from common.machine.write_errors import write_failure
+from common.machine.write_errors import failure_while_writing
 from common.recipe import DataSpec
 
 CACHE = Path(".cache") / "rows"  # in the working directory
@@ -80,8 +80,7 @@ def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metada
             (aside / METADATA).write_text(json.dumps(metadata), encoding="utf-8")
         entries = sorted(folder.parent.iterdir(), key=lambda path: path.stat().st_mtime)
     except Exception as error:
-        reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None)
-        if reason is None:
+        if (reason := failure_while_writing(error)) is None:
             raise
         print(f"warning: the rows are not kept for the next start: {reason}")
         return

@@ -35,13 +35,17 @@ def write_failure(error: BaseException) -> str | None:
     return said[1] if said else "only a part of it could be written, mostly because the disk is full"
 
 
+def failure_while_writing(error: BaseException) -> str | None:
+    """write_failure of an error in a block that does nothing but write: there any error of the system is one."""
+    return write_failure(error) or (error.strerror if isinstance(error, OSError) else None)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns any failure of the disk in a block that does nothing but write `path` into a UserError that names it."""
     try:
         yield
     except Exception as error:
-        reason = write_failure(error) or (error.strerror if isinstance(error, OSError) else None)
-        if reason is None:
+        if (reason := failure_while_writing(error)) is None:
             raise
         raise UserError(f"{path} cannot be written: {reason}") from error

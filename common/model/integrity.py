@@ -29,9 +29,9 @@ def check_safetensors(folder: Path) -> None:
         raise UserError(f"{folder} lacks {len(missing)} of {len(files)} weight files, first {missing[0]}")
     place_of: dict[str, str] = {}
     for file in files:
-        check_complete(folder / file)
+        tensors = check_complete(folder / file)
         _check_content(folder / file)
-        for tensor in read_header(folder / file)[1]:
+        for tensor in tensors:
             if tensor in place_of:
                 raise UserError(f"{folder} holds {tensor} twice, in {place_of[tensor]} and {file}: download it again")
             place_of[tensor] = file
@@ -50,8 +50,8 @@ def refuse_other_names(spec: ModelSpec, folder: Path, names: Iterable[str]) -> N
         )
 
 
-def check_complete(path: Path) -> None:
-    """Raises UserError unless the file is as long as its safetensors header says."""
+def check_complete(path: Path) -> list[str]:
+    """The names of the file's tensors. Raises UserError unless it is as long as its safetensors header says."""
     size = path.stat().st_size
     again = "delete it and download it again"
     try:
@@ -64,6 +64,7 @@ def check_complete(path: Path) -> None:
     expected = start + data_bytes
     if size != expected:
         raise UserError(f"{path} is cut short or damaged: {size:,} bytes instead of {expected:,}; {again}")
+    return list(entries)
 
 
 def _check_content(path: Path) -> None:

@@ -73,9 +73,8 @@ def fit_to_answers(
 def _is_usable(name: str, value: Any, vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether transformers' operator for this field takes the value, and leaves a token to draw."""
     operator = _OPERATORS.get(name) or partial(criteria.StopStringCriteria, tokenizer)
-    if name == "stop_strings" and not (
-        isinstance(value, str | list) and value and all(value)
-    ):  # an empty text is the end of any
+    is_text = isinstance(value, str | list) and bool(value) and all(value)  # an empty text is the end of any
+    if name == "stop_strings" and not is_text:
         return False
     try:
         scores = operator(value)(torch.ones((1, 1), dtype=torch.long), torch.zeros((1, vocabulary)))
