@@ -11,6 +11,7 @@ from typing import Any, Literal
 from common.data.formats import WANTED_KEYS, MatchedKeys, match_keys
 from common.data.json_files import parse_json
 from common.data.source_row import BadRow, Row
+from common.data.text_files import is_utf8
 
 Role = Literal["system", "user", "assistant"]
 
@@ -54,10 +55,8 @@ def _require_text(value: Any, name: str) -> str:
         raise BadRow(f"{name} is {'missing' if value is None else 'not text'}")
     if is_blank(value):
         raise BadRow(f"{name} is {'of invisible characters alone' if value.strip() else 'empty'}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f"{name} holds a lone surrogate, which is not text") from error
+    if not is_utf8(value):
+        raise BadRow(f"{name} holds a lone surrogate, which is not text")
     return value
 
 

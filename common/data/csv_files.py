@@ -8,7 +8,7 @@ from typing import NamedTuple, TextIO
 
 from common.data.formats import WANTED_KEYS, match_keys
 from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow
-from common.data.text_files import check_encoding, convert_command
+from common.data.text_files import check_encoding, convert_command, is_utf8
 from common.process_state import allow_large_csv_cells
 from common.recipe import UserError
 
@@ -99,17 +99,8 @@ def _lines_of_text(path: Path, file: TextIO) -> Iterator[str]:
         number += 1
         if len(line) == MAX_ROW_BYTES and not line.endswith(("\n", "\r")):
             raise UserError(f"{path}:{number}: broken CSV: a line of more than {MAX_ROW_BYTES >> 20} MiB")
-        if not line.isascii() and not _is_utf8(line):
+        if not line.isascii() and not is_utf8(line):
             raise UserError(
                 f"{path} is not UTF-8 (line {number}); if Excel saved it, convert it: {convert_command(path)}"
             )
         yield "\n" if number == 1 and _SEPARATOR_LINE.fullmatch(line) else line
-
-
-def _is_utf8(line: str) -> bool:
-    """Returns whether no byte was decoded as a lone surrogate, as errors="surrogateescape" does."""
-    try:
-        line.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

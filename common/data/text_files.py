@@ -21,3 +21,12 @@ def check_encoding(path: Path) -> None:
 def convert_command(path: Path, encoding: str = "WINDOWS-1252") -> str:
     """The command that writes the file as UTF-8. Text that is not UTF-8 is most often WINDOWS-1252, as Excel saves."""
     return f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > utf8{path.suffix}"
+
+
+def is_utf8(text: str) -> bool:
+    """Returns whether the text has no lone surrogate, which stands for a byte or half a character that is no text."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
+from common.data.json_files import parse_json
 from common.process_state import without_generation_warnings
 
 GENERATION_CONFIG = "generation_config.json"
@@ -99,11 +100,7 @@ def _is_valid(values: dict[str, Any]) -> bool:
     try:
         generation = GenerationConfig(**values)
         generation.validate(strict=True)
-        json.loads(generation.to_json_string(), parse_constant=_refuse_nan)  # NaN is no JSON
+        parse_json(generation.to_json_string())  # NaN is no JSON
     except Exception:  # values of any type: transformers compares and calls them unchecked
         return False
     return True
-
-
-def _refuse_nan(constant: str) -> None:
-    raise ValueError(constant)
