@@ -12,7 +12,7 @@ from tests.conftest import ROOT, TINY
 
 
 def prompts(name: str) -> list[str]:
-    return [chat[0].content for _, chat in read_examples(str(ROOT / "data" / "tiny" / name), DataReport(name))]
+    return [chat.messages[0].content for _, chat in read_examples(str(ROOT / "data" / "tiny" / name), DataReport(name))]
 
 
 def test_no_held_out_prompt_occurs_in_training():

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.data.chat_format import ChatFormat
-from common.data.conversations import Conversation, Message
+from common.data.conversation import Conversation, Message
 from common.data.source_row import BadRow
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
@@ -89,7 +89,7 @@ class Chat:
 
     @property
     def conversation(self) -> Conversation:
-        return (*([Message("system", self.system)] if self.system else []), *self.turns)
+        return Conversation((*([Message("system", self.system)] if self.system else []), *self.turns))
 
     def ask(self, text: str, show: Callable[[str], None]) -> str:
         """Asks the model, and adds question and answer to the conversation. Returns the answer.

@@ -18,7 +18,7 @@ from common.adapter.find import TrainedAdapter
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, merge_into
 from common.data.chat_format import ChatFormat
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.machine.device import this_machine
 from common.machine.slow_work import WorkDone, report_slow_work
 from common.model.layer_loader import LayerLoader
@@ -71,7 +71,8 @@ def encode_check_prompts(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizer
         return [tokenizer(f"{asked} {answer}")["input_ids"] for asked, answer in pairs]
     chat_format = ChatFormat(tokenizer)
     return [
-        chat_format.encode((Message("user", asked), Message("assistant", answer))).input_ids for asked, answer in pairs
+        chat_format.encode(Conversation((Message("user", asked), Message("assistant", answer)))).input_ids
+        for asked, answer in pairs
     ]
 
 

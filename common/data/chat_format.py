@@ -13,7 +13,7 @@ from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.data.conversations import Conversation, Example, Message
+from common.data.conversation import Conversation, Example, Message
 from common.data.labels import IGNORED
 from common.data.source_row import BadRow
 from common.data.vocabulary import describe_beyond, tokens_beyond
@@ -21,7 +21,7 @@ from common.recipe import TrainOn, UserError
 
 _PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index
 _THOUGHTS_START = "<think>"
-_SAMPLE = (Message("user", "Hello"), Message("assistant", "Hi"))
+_SAMPLE = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
 
 Span = tuple[int, int]  # start and end of a piece of text, in characters
 
@@ -33,6 +33,7 @@ class Tokens:
     input_ids: list[int]
     labels: list[int]  # as long as input_ids
     turn_ends: list[int]  # for each assistant turn: the index after its last trained token
+    notes: tuple[str, ...] = ()  # what a user should know of it, as a kind: the report counts examples by it
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class ChatFormat:
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
         turn_ends = []
         for index, (start, end) in spans.items():
-            if example[index].role != "assistant":
+            if example.messages[index].role != "assistant":
                 continue
             stop = self._end_of_turn(text, end)
             trained = [position for position, token_end in enumerate(ends) if start < token_end <= stop]
@@ -108,8 +109,9 @@ class ChatFormat:
         text: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
         if not self.tokenizer.chat_template:
             return text
-        user, assistant = _SAMPLE
-        before_first_user, before_answer, before_second_user, _ = self._template_text((user, assistant, user)).pieces
+        user, assistant = _SAMPLE.messages
+        three_turns = self._template_text(Conversation((user, assistant, user)))
+        before_first_user, before_answer, before_second_user, _ = three_turns.pieces
         before_each_user = common_ending(before_first_user, before_second_user).strip()
         text = text.strip().removesuffix(before_answer.strip())
         return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
@@ -148,7 +150,7 @@ class ChatFormat:
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 
     def _render(self, conversation: Conversation, contents: list[str], answering: bool) -> str:
-        messages = [{"role": m.role, "content": text} for m, text in zip(conversation, contents, strict=True)]
+        messages = [{"role": m.role, "content": text} for m, text in zip(conversation.messages, contents, strict=True)]
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
         except TemplateError as error:
@@ -157,14 +159,15 @@ class ChatFormat:
     def _template_text(self, conversation: Conversation, answering: bool = False) -> TemplateText:
         """Returns the template's own text around the messages. Conversations with the same roles share one."""
         # Qwen3's template treats a turn that begins with its thoughts differently, so its placeholder begins with them.
-        starts = [_THOUGHTS_START if m.content.lstrip().startswith(_THOUGHTS_START) else "" for m in conversation]
-        key = (tuple(m.role + start for m, start in zip(conversation, starts, strict=True)), answering)
+        messages = conversation.messages
+        starts = [_THOUGHTS_START if m.content.lstrip().startswith(_THOUGHTS_START) else "" for m in messages]
+        key = (tuple(m.role + start for m, start in zip(messages, starts, strict=True)), answering)
         if key not in self._template_texts:
             placeholders = [f"{start}\ue000{index}\ue001" for index, start in enumerate(starts)]
             # re.split gives the texts between the placeholders, and between those texts the placeholders' numbers.
             split = _PLACEHOLDER.split(self._render(conversation, placeholders, answering))
             pieces, order = split[0::2], [int(number) for number in split[1::2]]
-            if sorted(order) != list(range(len(conversation))):
+            if sorted(order) != list(range(len(conversation.messages))):
                 raise BadRow("the chat template drops or repeats a message")
             for position, index in enumerate(order):
                 pieces[position] = pieces[position].removesuffix(starts[index])
@@ -174,7 +177,7 @@ class ChatFormat:
     def _render_with_spans(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, dict[int, Span]]:
         """Returns the rendered text, and where each message stands in it: from its index to its span."""
         template_text = self._template_text(conversation, answering)
-        contents = [m.content for m in conversation]
+        contents = [m.content for m in conversation.messages]
         rendered = self._render(conversation, contents, answering)
         for expected in (contents, [content.strip() for content in contents]):  # many templates strip messages
             text, spans = template_text.fill(expected)

@@ -4,26 +4,15 @@ A row that is neither raises BadRow.
 """
 
 import unicodedata
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from common.data.formats import WANTED_KEYS, MatchedKeys, match_keys
+from common.data.conversation import Conversation, Example, Message, Role
+from common.data.formats import WANTED_KEYS, match_keys
 from common.data.json_files import parse_json
 from common.data.source_row import BadRow, Row
 from common.data.text_files import is_utf8
-
-Role = Literal["system", "user", "assistant"]
-
-
-@dataclass(frozen=True)
-class Message:
-    role: Role
-    content: str
-
-
-Conversation = tuple[Message, ...]
-Example = Conversation | str  # a str is plain text, all of which is trained
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -103,7 +92,7 @@ def _read_messages(entries: Any, role_key: str, content_key: str) -> Conversatio
             raise BadRow(f"a turn of the {message.role} where the {expected}'s should be")
     if not turns or turns[-1].role != "assistant":
         raise BadRow("the last turn is not the assistant's")
-    return tuple(messages)
+    return Conversation(tuple(messages))
 
 
 def _parse_messages(text: str) -> Any:
@@ -132,17 +121,18 @@ def _from_prompt_completion(row: Row) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         return _read_messages(prompt + completion, "role", "content")
-    return (
-        Message("user", _require_text(prompt, "prompt")),
-        Message("assistant", _require_text(completion, "completion")),
-    )
+    return _question_and_answer(_require_text(prompt, "prompt"), _require_text(completion, "completion"))
 
 
 def _from_alpaca(row: Row) -> Conversation:
     user, extra = _require_text(row["instruction"], "instruction"), row.get("input")
     if extra is not None and not (isinstance(extra, str) and is_blank(extra)):
         user += f"\n\n{_require_text(extra, 'input')}"
-    return (Message("user", user), Message("assistant", _require_text(row["output"], "output")))
+    return _question_and_answer(user, _require_text(row["output"], "output"))
+
+
+def _question_and_answer(user: str, assistant: str) -> Conversation:
+    return Conversation((Message("user", user), Message("assistant", assistant)))
 
 
 def _from_text(row: Row) -> str:
@@ -158,21 +148,23 @@ _READERS: dict[str, Callable[[Row], Example]] = {
 }  # for each of FORMATS
 
 
-def format_of(row: Row) -> str:
-    """Returns the name of the row's format. Raises BadRow when its keys fit none."""
-    return _match(row).format_name
+class RowReader:
+    """Reads the rows of one source. The first good row decides the format of all.
 
+    format_name: the format, where it is known already. unread: how many rows had a key, or a message's field, that was
+    not used, by its name: "id", "messages[].weight".
+    """
 
-def to_example(row: Row, format_name: str) -> Example:
-    """Reads a row of this format. Raises BadRow, which says what is wrong, when the row is not a good one."""
-    found, places = _match(row)
-    if found != format_name:
-        raise BadRow(f"the format is {found}, not {format_name} as above it")
-    values = list(row.values())
-    return _READERS[found]({key: values[place] for key, place in places.items()})
+    def __init__(self, format_name: str = "") -> None:
+        self.format_name = format_name
+        self.unread: Counter[str] = Counter()
 
-
-def _match(row: Row) -> MatchedKeys:
-    if (matched := match_keys(tuple(row))) is None:
-        raise BadRow(f"no format has these keys; a row needs {WANTED_KEYS}")
-    return matched
+    def read(self, row: Row) -> Example:
+        """Raises BadRow, which says what is wrong, when the row is not a good one."""
+        if (matched := match_keys(tuple(row))) is None:
+            raise BadRow(f"no format has these keys; a row needs {WANTED_KEYS}")
+        self.format_name = self.format_name or matched.format_name
+        if matched.format_name != self.format_name:
+            raise BadRow(f"the format is {matched.format_name}, not {self.format_name} as above it")
+        values = list(row.values())
+        return _READERS[self.format_name]({key: values[place] for key, place in matched.places.items()})

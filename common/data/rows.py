@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.cache import cache_folder, load_cached, save_cached
 from common.data.chat_format import ChatFormat
-from common.data.conversations import Example, format_of, to_example
+from common.data.conversation import Example
+from common.data.conversations import RowReader
 from common.data.files import read_rows
 from common.data.fingerprint import file_states, refuse_if_changed
 from common.data.packing import Examples, count_shared, fit_to_row, pack
@@ -138,18 +139,17 @@ def read_examples(
     source: str, report: DataReport, *, split: str = "train", revision: str | None = None
 ) -> Iterable[tuple[str, Example]]:
     """Yields the usable rows of a source, each with its place. Adds the others to the report."""
-    format_name = ""
+    reader = RowReader()
     for place, row in read_rows(source, split=split, revision=revision):
         report.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
-            format_name = format_name or format_of(row)
-            report.format_name = format_name
-            example = to_example(row, format_name)
+            example = reader.read(row)
         except BadRow as fault:
             report.add_fault(str(fault), place)
         else:
+            report.format_name = reader.format_name
             yield place, example
 
 

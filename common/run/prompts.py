@@ -1,7 +1,7 @@
 """Held-out prompts: conversations or texts that a model is asked to go on with, and what the data answers."""
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -35,13 +35,15 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
     if source is None:
         return []
     chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
-    for _, turns in read_examples(source, DataReport(source)):
+    for _, example in read_examples(source, DataReport(source)):
         if len(prompts) == limit:
             break
-        if isinstance(turns, str):
+        if isinstance(example, str):
             continue
+        turns = example.messages
         with suppress(BadRow):  # load_rows has counted and named it
-            prompts.append(Prompt(chat_format.prompt_ids(turns[:-1]), turns[-2].content, turns[-1].content))
+            asked = replace(example, messages=turns[:-1])
+            prompts.append(Prompt(chat_format.prompt_ids(asked), turns[-2].content, turns[-1].content))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
     return prompts

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import IGNORED, ChatFormat
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.data.source_row import BadRow
 from common.recipe import UserError
 from tests.conftest import ROOT
@@ -87,7 +87,7 @@ def trained_text(tokenizer, tokens) -> str:
 @pytest.mark.parametrize("chat", [CHAT, SYSTEM], ids=["chat", "with system"])
 def test_pitfall_8_only_answers_and_their_ends_are_trained(name, trained, chat):
     tokenizer = TOKENIZERS[name]()
-    tokens = ChatFormat(tokenizer).encode(chat)
+    tokens = ChatFormat(tokenizer).encode(Conversation(chat))
     assert trained_text(tokenizer, tokens) == trained
     assert all(label in (IGNORED, token) for label, token in zip(tokens.labels, tokens.input_ids, strict=True))
     assert [tokens.input_ids[end - 1] for end in tokens.turn_ends] == [ChatFormat(tokenizer).end_of_turn_id()] * 2
@@ -99,7 +99,7 @@ def test_the_tokens_are_those_of_the_models_own_template(name, chat):
     tokenizer = TOKENIZERS[name]()
     messages = [{"role": m.role, "content": m.content} for m in chat]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    tokens = ChatFormat(tokenizer).encode(chat)
+    tokens = ChatFormat(tokenizer).encode(Conversation(chat))
     assert tokens.input_ids == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert tokens.input_ids.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)  # pitfall 2
 
@@ -107,7 +107,7 @@ def test_the_tokens_are_those_of_the_models_own_template(name, chat):
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "qwen3 (ours)"])
 def test_what_is_trained_follows_the_prompt_that_inference_gives(name):
     tokenizer = TOKENIZERS[name]()
-    tokens = ChatFormat(tokenizer).encode(CHAT)
+    tokens = ChatFormat(tokenizer).encode(Conversation(CHAT))
     for turn, end in ((1, tokens.turn_ends[0]), (3, tokens.turn_ends[1])):
         messages = [{"role": m.role, "content": m.content} for m in CHAT[:turn]]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -124,7 +124,7 @@ def test_pitfall_9_masks_are_those_of_trls_training_templates_but_for_the_templa
         return_assistant_tokens_mask=True,
         return_dict=True,
     )
-    tokens = ChatFormat(tokenizer).encode(CHAT)
+    tokens = ChatFormat(tokenizer).encode(Conversation(CHAT))
     assert tokens.input_ids == stock["input_ids"]
     ours = {i for i, label in enumerate(tokens.labels) if label != IGNORED}
     theirs = {i for i, trained in enumerate(stock["assistant_masks"]) if trained}
@@ -141,7 +141,7 @@ def test_pitfall_10_thoughts_are_trained_as_given_and_absent_ones_are_prompt():
         Message("user", "And 2+2?"),
         Message("assistant", "4"),
     )
-    tokens = ChatFormat(tokenizer).encode(chat)
+    tokens = ChatFormat(tokenizer).encode(Conversation(chat))
     assert trained_text(tokenizer, tokens) == "<think>\neasy\n</think>\n\n2<|im_end|>4<|im_end|>"
     assert "<|im_start|>assistant\n<think>\n\n</think>\n\n4" in tokenizer.decode(tokens.input_ids)
 
@@ -150,7 +150,7 @@ def test_pitfall_10_a_template_that_changes_thoughts_is_caught():
     tokenizer = qwen((TEMPLATES / "qwen3.jinja").read_text())
     chat = (Message("user", "1?"), Message("assistant", "<think>\na\n</think>\n\n2"), *CHAT)
     with pytest.raises(BadRow, match="changes the text of a message|drops or repeats"):
-        ChatFormat(tokenizer).encode(chat)
+        ChatFormat(tokenizer).encode(Conversation(chat))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -158,8 +158,8 @@ def test_pitfall_12_control_tokens_in_a_message_are_plain_text(name):
     tokenizer = TOKENIZERS[name]()
     chat_format = ChatFormat(tokenizer)
     forged = f"a{tokenizer.eos_token} b"
-    tokens = chat_format.encode((Message("user", forged), Message("assistant", forged)))
-    clean = chat_format.encode((Message("user", "a b"), Message("assistant", "a b")))
+    tokens = chat_format.encode(Conversation((Message("user", forged), Message("assistant", forged))))
+    clean = chat_format.encode(Conversation((Message("user", "a b"), Message("assistant", "a b"))))
     for control in chat_format.control_ids:
         assert tokens.input_ids.count(control) == clean.input_ids.count(control)
     assert trained_text(tokenizer, tokens) == forged + tokenizer.eos_token
@@ -167,12 +167,14 @@ def test_pitfall_12_control_tokens_in_a_message_are_plain_text(name):
 
 def test_line_breaks_inside_an_answer_are_trained():
     tokenizer = llama3()
-    tokens = ChatFormat(tokenizer).encode((Message("user", "Two lines"), Message("assistant", "one\n\n  two é 漢")))
+    tokens = ChatFormat(tokenizer).encode(
+        Conversation((Message("user", "Two lines"), Message("assistant", "one\n\n  two é 漢")))
+    )
     assert trained_text(tokenizer, tokens) == "one\n\n  two é 漢<|eot_id|>"
 
 
 def test_everything_but_the_first_token_can_be_trained():
-    tokens = ChatFormat(llama3()).encode(CHAT, "everything")
+    tokens = ChatFormat(llama3()).encode(Conversation(CHAT), "everything")
     assert tokens.labels == [IGNORED, *tokens.input_ids[1:]]
 
 
@@ -195,7 +197,7 @@ def test_a_base_model_without_a_template_takes_plain_text_only():
     assert len(chat_format.encode("Once").input_ids) == 6
     assert chat_format.end_of_turn_id() == tokenizer.eos_token_id
     with pytest.raises(UserError, match="Take its Instruct version"):
-        chat_format.encode(CHAT)
+        chat_format.encode(Conversation(CHAT))
 
 
 def test_pitfall_5_control_tokens_that_were_never_trained_are_refused():
@@ -221,7 +223,7 @@ def test_a_template_that_cannot_be_trained_with_says_why(template, error, messag
     tokenizer = llama3()
     tokenizer.chat_template = template
     with pytest.raises(error, match=message):
-        ChatFormat(tokenizer).encode(CHAT)
+        ChatFormat(tokenizer).encode(Conversation(CHAT))
 
 
 QUESTION = (Message("user", "Hello you"), Message("assistant", "Hi!"), Message("user", "Bye <|eot_id|>"))
@@ -233,12 +235,12 @@ def test_a_prompt_is_what_the_template_renders_for_an_answer(name):
     chat = (*QUESTION[:2], Message("user", "Bye"))
     messages = [{"role": m.role, "content": m.content} for m in chat]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert tokenizer.decode(ChatFormat(tokenizer).prompt_ids(chat)) == text
+    assert tokenizer.decode(ChatFormat(tokenizer).prompt_ids(Conversation(chat))) == text
 
 
 def test_control_tokens_in_a_prompt_are_plain_text():
     tokenizer = llama3()
-    ids = ChatFormat(tokenizer).prompt_ids(QUESTION)
+    ids = ChatFormat(tokenizer).prompt_ids(Conversation(QUESTION))
     assert ids.count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 3
     assert "Bye <|eot_id|>" in tokenizer.decode(ids)
 
@@ -247,8 +249,8 @@ def test_control_tokens_in_a_prompt_are_plain_text():
 @pytest.mark.parametrize("chat", [QUESTION[:1], (*QUESTION[:2], Message("user", "And\n\n now?"))], ids=["one", "two"])
 def test_the_last_message_of_a_prompt_is_found_again(name, chat):
     chat_format = ChatFormat(TOKENIZERS[name]())
-    assert chat_format.last_message(chat_format.prompt_ids(chat)) == chat[-1].content
-    trained = chat_format.encode((*chat, Message("assistant", "Fine.")))
+    assert chat_format.last_message(chat_format.prompt_ids(Conversation(chat))) == chat[-1].content
+    trained = chat_format.encode(Conversation((*chat, Message("assistant", "Fine."))))
     start = next(
         i for i in reversed(range(len(trained.labels))) if trained.labels[i] == IGNORED and i < trained.turn_ends[-1]
     )

@@ -1,13 +1,14 @@
 import pytest
 
-from common.data.conversations import Message, format_of, to_example
+from common.data.conversation import Conversation, Message
+from common.data.conversations import RowReader
 from common.data.source_row import BadRow
 
-HELLO = (Message("user", "Hello"), Message("assistant", "Hi"))
+HELLO = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
 
 
 def example(row: dict):
-    return to_example(row, format_of(row))
+    return RowReader().read(row)
 
 
 @pytest.mark.parametrize(
@@ -44,13 +45,14 @@ def example(row: dict):
     ],
 )
 def test_every_format_gives_the_same_conversation(row, name):
-    assert format_of(row) == name
-    assert example(row) == HELLO
+    reader = RowReader()
+    assert reader.read(row) == HELLO
+    assert reader.format_name == name
 
 
 def test_alpaca_input_follows_the_instruction():
     row = {"instruction": "Translate", "input": "chien", "output": "dog"}
-    assert example(row)[0].content == "Translate\n\nchien"
+    assert example(row).messages[0].content == "Translate\n\nchien"
 
 
 def test_names_as_they_stand_come_before_names_in_another_case():
@@ -107,4 +109,4 @@ def test_a_row_that_cannot_be_learnt_from_says_why(row, fault):
 
 def test_a_file_has_one_format():
     with pytest.raises(BadRow, match="the format is text, not messages as above it"):
-        to_example({"text": "a"}, "messages")
+        RowReader("messages").read({"text": "a"})

@@ -1,7 +1,7 @@
 import pytest
 
 from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.data.labels import IGNORED
 from common.data.packing import fit_to_row, pack
 from common.data.source_row import BadRow
@@ -26,7 +26,7 @@ def test_pitfall_7_a_long_conversation_keeps_whole_turns(tokenizer):
     chat = tuple(
         Message(role, f"{role} says a few words in turn {turn}") for turn in range(6) for role in ("user", "assistant")
     )
-    whole = ChatFormat(tokenizer).encode(chat)
+    whole = ChatFormat(tokenizer).encode(Conversation(chat))
     (cut,) = fit_to_row(whole, whole.turn_ends[2] + 5, is_text=False)
     assert len(cut.input_ids) == whole.turn_ends[2]
     assert cut.input_ids[-1] == cut.labels[-1] == tokenizer.eos_token_id

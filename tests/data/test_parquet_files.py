@@ -4,7 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from common.data.conversations import to_example
+from common.data.conversations import RowReader
 from common.data.files import read_rows
 from common.data.source_row import BadRow
 from common.recipe import UserError
@@ -40,7 +40,7 @@ def test_a_field_of_a_message_that_no_format_reads_may_hold_any_time(tmp_path, e
     )
     offsets = pyarrow.array([0, 2], pyarrow.int64() if kind is pyarrow.LargeListArray else pyarrow.int32())
     (row,) = read(tmp_path, [("messages", kind.from_arrays(offsets, messages))])
-    assert [message.content for message in to_example(row, "messages")] == ["a", "c"]
+    assert [message.content for message in RowReader("messages").read(row).messages] == ["a", "c"]
 
 
 @pytest.mark.parametrize(

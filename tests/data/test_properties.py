@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from common.data.batches import collate, split_into_examples
 from common.data.chat_format import IGNORED, ChatFormat
-from common.data.conversations import Message, is_blank, to_example
+from common.data.conversation import Conversation
+from common.data.conversations import RowReader, is_blank
 from common.data.packing import pack
 from tests.data.test_chat_format import TOKENIZERS
 
@@ -21,12 +22,12 @@ TEXT = TEXT.filter(lambda text: not is_blank(text))
 TURNS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 
 
-def conversation(system: str | None, turns: list[tuple[str, str]]) -> tuple[Message, ...]:
+def conversation(system: str | None, turns: list[tuple[str, str]]) -> Conversation:
     """Makes a conversation as from a row of a file."""
     messages = [{"role": "system", "content": system}] if system else []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return to_example({"messages": messages}, "messages")
+    return RowReader("messages").read({"messages": messages})
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -39,7 +40,7 @@ def test_every_conversation_is_tokenised_whole_and_only_its_answers_are_trained(
     tokens = chat_format.encode(chat)
 
     # No token is lost or doubled: together they are the template's own text.
-    messages = [{"role": message.role, "content": message.content} for message in chat]
+    messages = [{"role": message.role, "content": message.content} for message in chat.messages]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert tokenizer.decode(tokens.input_ids, clean_up_tokenization_spaces=False) == whole
 

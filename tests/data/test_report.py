@@ -3,7 +3,7 @@
 import pytest
 
 from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.data.report import mark_trained
 from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
@@ -49,7 +49,7 @@ def test_a_source_without_rows_is_refused(tmp_path, tokenizer):
 
 
 def test_marked_shows_what_is_trained(tokenizer):
-    example = ChatFormat(tokenizer).encode((Message("user", "Hello"), Message("assistant", "Hi\nyou")))
+    example = ChatFormat(tokenizer).encode(Conversation((Message("user", "Hello"), Message("assistant", "Hi\nyou"))))
     assert mark_trained(example, tokenizer) == "<s><|user|>Hello<|end|><|assistant|>⟦Hi⏎you<|end|>⟧"
 
 

@@ -11,7 +11,7 @@ import pytest
 from common.adapter.find import find_adapter
 from common.adapter.load import trained_tokenizer
 from common.data.chat_format import ChatFormat
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.data.rows import load_rows
 from common.data.source_row import BadRow
 from common.model.loading import load_tokenizer
@@ -71,8 +71,8 @@ def test_plain_text_and_held_out_rows_are_held_against_it_too(ticket, tmp_path):
 def test_what_is_typed_in_a_chat_is_held_against_it(ticket):
     chat_format = ChatFormat(load_tokenizer(ModelSpec(str(ticket))))
     with pytest.raises(BadRow, match=BEYOND):
-        chat_format.prompt_ids((Message("user", "my <|ticket|>"),))
-    assert chat_format.prompt_ids((Message("user", "my ticket"),))
+        chat_format.prompt_ids(Conversation((Message("user", "my <|ticket|>"),)))
+    assert chat_format.prompt_ids(Conversation((Message("user", "my ticket"),)))
 
 
 def test_rows_in_the_cache_were_held_against_another_vocabulary(ticket, small_model, tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from common.data.chat_format import ChatFormat
-from common.data.conversations import Message
+from common.data.conversation import Conversation, Message
 from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
 from common.run.prompts import Prompt, load_prompts, sample_prompts
@@ -14,7 +14,7 @@ HELD_OUT = "data/tiny/held_out.jsonl"
 def test_the_last_turn_of_a_conversation_is_the_reference(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "1+1?", "completion": "2"}\n{"prompt": "2+2?", "completion": "4"}\n')
-    ids = ChatFormat(tokenizer).prompt_ids((Message("user", "1+1?"),))
+    ids = ChatFormat(tokenizer).prompt_ids(Conversation((Message("user", "1+1?"),)))
     assert load_prompts(str(path), tokenizer, limit=1) == [Prompt(ids, "1+1?", "2")]
     assert load_prompts(None, tokenizer) == []
     path.write_text('{"text": "no questions here"}\n')
