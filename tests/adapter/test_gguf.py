@@ -112,7 +112,7 @@ def asked(tiny, tmp_path_factory) -> tuple[list[list[dict[str, str]]], list[list
     examples = [chat for _, chat in read_examples(HELD_OUT, DataReport(HELD_OUT))][:60]
     prompts = load_prompts(HELD_OUT, tokenizer, limit=60)
     model = merged_model(tiny, tmp_path_factory.mktemp("merged") / "model")
-    messages = [[vars(message) for message in chat[:-1]] for chat in examples]
+    messages = [[{"role": m.role, "content": m.content} for m in chat.messages[:-1]] for chat in examples]
     return messages, [prompt.input_ids for prompt in prompts], generate(model, tokenizer, prompts)
 
 
