@@ -6,7 +6,7 @@ import select
 import signal
 import subprocess
 import sys
-import time
+import termios
 from dataclasses import replace
 
 import pytest
@@ -19,6 +19,7 @@ from common.adapter.load import load_trained, trained_tokenizer
 from common.cli import run_command
 from common.recipe import UserError
 from recipes.tiny import RECIPE
+from tests.child_processes import ended, wait_until
 from tests.conftest import ROOT
 
 TEA = "Start a tea timer, 1 minute."
@@ -227,26 +228,29 @@ def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(finetuned):
 
     shown = ""
 
-    def read_until(text: str, seconds: float = 60) -> None:
-        """Reads on until `text` was shown, and forgets all up to it."""
+    def read() -> None:
         nonlocal shown
-        end = time.monotonic() + seconds
-        while text not in shown:
-            assert select.select([terminal], [], [], max(0.0, end - time.monotonic()))[0], f"{text!r} not in {shown!r}"
+        if select.select([terminal], [], [], 0.01)[0]:
             shown += os.read(terminal, 4096).decode(errors="replace")
-        shown = shown.partition(text)[2]
 
-    read_until("> ")
+    def asks() -> bool:
+        """Whether readline has the terminal: what was typed before is lost, and an answer may hold a "> " itself."""
+        read()
+        return not termios.tcgetattr(terminal)[3] & termios.ICANON
+
+    def answers() -> bool:
+        read()
+        return len(shown.partition(TEA)[2].strip()) > 20
+
+    wait_until(asks, "the prompt")
     os.write(terminal, f"{TEA}\n".encode())
-    read_until("\n")
-    time.sleep(1)
+    wait_until(answers, "the beginning of an answer")
     os.kill(process, signal.SIGINT)
-    read_until("\r\n\r\n", 10)  # what follows an answer; 900 tokens take longer, and may hold a "> " themselves
-    read_until("> ")
+    wait_until(asks, "the end of the answer", 10)  # 900 tokens take longer
     os.write(terminal, b"/help\n")
-    read_until("/system TEXT")
+    wait_until(lambda: asks() and "/system TEXT" in shown, "the help")
     os.write(terminal, b"\x04")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    assert ended(process) == 0
 
 
 def test_the_chat_runs_where_attention_is_packed(parts):

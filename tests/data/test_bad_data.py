@@ -18,7 +18,8 @@ from common.data.rows import load_rows
 from common.machine.launch import ERROR_STATUS
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, Recipe
-from tests.run.test_faults import ended, forked
+from tests.child_processes import ended
+from tests.run.test_faults import forked
 
 GIB = 1 << 30
 

@@ -23,6 +23,7 @@ from common.machine.launch import ERROR_STATUS
 from common.recipe import LoraSpec, Recipe
 from common.run import checkpoints
 from common.run.training import train
+from tests.child_processes import ended, wait_until
 from tests.run.test_training import adapter, prepare
 
 STEPS = 6
@@ -54,11 +55,6 @@ def forked(
     finally:
         sys.stdout.flush()
         os._exit(status)
-
-
-def ended(child: int) -> int:
-    """Its exit status; minus the signal's number when a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +135,7 @@ def test_pitfall_31_a_stopped_run_says_how_to_go_on_and_ends_at_the_same_adapter
     broken, log = replace(recipe, out=str(tmp_path / "broken")), tmp_path / "broken.log"
     child = forked(broken, log)
     metrics = tmp_path / "broken" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count('"loss"') < 3:
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, "three steps")
     os.kill(child, number)
     assert ended(child) == 128 + number
     last = log.read_text().splitlines()[-1]
@@ -160,8 +155,7 @@ def test_a_second_signal_stops_at_once(long_run, tmp_path):
 
     log = tmp_path / "log"
     child = forked(long_run, log, before=slow_steps)
-    while not checkpoints.staging_folder(Path(long_run.out) / "checkpoints").exists():
-        time.sleep(0.01)
+    wait_until(checkpoints.staging_folder(Path(long_run.out) / "checkpoints").exists, "a checkpoint being written")
     for _ in range(2):
         os.kill(child, signal.SIGINT)
         time.sleep(0.5)

@@ -17,7 +17,8 @@ from common.recipe import LoraSpec, Recipe
 from common.run import final_save
 from common.run.metrics_file import read_metrics
 from common.run.training import train
-from tests.run.test_faults import ended, forked
+from tests.child_processes import ended
+from tests.run.test_faults import forked
 from tests.run.test_training import adapter, prepare
 from tests.small_disk import NO_MOUNT, on_small_disk, seen_from_outside
 

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import select
 import signal
 import sys
 import time
@@ -17,8 +18,9 @@ from common.process_state import protect_output
 from common.recipe import Recipe
 from common.run.metrics_file import read_metrics
 from common.run.stopping import StopSignals
+from tests.child_processes import ended, wait_until
 from tests.conftest import ROOT, TRAIN
-from tests.run.test_faults import ended, forked, main
+from tests.run.test_faults import forked, main
 from tests.run_make import OF_MAKE, VARIABLES
 
 
@@ -42,7 +44,7 @@ def wait_for_steps(folder: str, count: int, terminal: int | None = None) -> None
     deadline = time.monotonic() + 300
     while sum("loss" in entry for entry in read_metrics(Path(folder))) < count:
         assert time.monotonic() < deadline
-        if terminal is not None:
+        if terminal is not None and select.select([terminal], [], [], 0)[0]:
             os.read(terminal, 10_000)
         time.sleep(0.01)
 
@@ -117,8 +119,7 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_while_the_last_files_are_written_waits_for_them(recipe, tmp_path, number):
     child = forked(recipe, tmp_path / "log")
-    while not (Path(recipe.out) / "adapter_model.safetensors").exists():
-        time.sleep(0.005)
+    wait_until((Path(recipe.out) / "adapter_model.safetensors").exists, "the adapter")
     os.kill(child, number)
     assert ended(child) == 128 + number
     assert {"run.json", "report.html", "loss.png"} <= {path.name for path in Path(recipe.out).iterdir()}
