@@ -10,7 +10,7 @@ from common.machine.processes import is_main_process, rank
 from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
-MAIN_SPEAKS_SECONDS = 3  # head start of the first process, which mostly has the same error to print
+MAIN_SPEAKS_SECONDS = 10  # head start of the first process, which mostly has the same error to print
 
 
 def exit_status(action: Callable[[], int | None], folder: str) -> int:
