@@ -9,6 +9,7 @@ from common.data.source_row import BadRow, Row
 from common.data.texts import is_nothing, optional_text, parse_cell, require_text
 
 _THOUGHTS_OF_ROW = (*REASONING_KEYS, "reasoning")  # the latter where DataSpec.columns names it
+_ABOUT = ("input", "context")  # what an instruction or a question is about
 
 
 def read_pair(fields: Row, user: str, assistant: str, *, notes: Notes) -> tuple[Message, ...]:
@@ -16,6 +17,8 @@ def read_pair(fields: Row, user: str, assistant: str, *, notes: Notes) -> tuple[
     before = _read_history(fields.get("history"))
     if are_messages(fields[user]):
         prompt = untrained(read_messages(fields[user], user, notes))
+        for key in _ABOUT:
+            notes.add_unread(key, fields.get(key) if key != user else None)
     else:
         prompt = (Message("user", _user_text(fields, user)),)
     if are_messages(fields[assistant]):
@@ -32,7 +35,7 @@ def read_pair(fields: Row, user: str, assistant: str, *, notes: Notes) -> tuple[
 
 def _user_text(fields: Row, key: str) -> str:
     """The user's text, and after an empty line what it is about. An instruction may be left empty beside that."""
-    about = [text for name in ("input", "context") if name != key and (text := optional_text(fields.get(name), name))]
+    about = [text for name in _ABOUT if name != key and (text := optional_text(fields.get(name), name))]
     if len(about) > 1:
         raise BadRow("it has both input and context; leave one")
     if about and key == "instruction" and is_nothing(fields[key]):
