@@ -83,7 +83,6 @@ def _read_message(entry: dict[str, Any], fields: Fields, key: str, notes: Notes)
 
 def _read_other(role: Any, content: Any, others: Mapping[str, Any], key: str, notes: Notes) -> Message:
     """A message that is not the assistant's. Only a user's must have something to see."""
-    refuse_media(others)
     what = f"the {role}'s text"
     if isinstance(content, list) and not (parts := join_parts(content, what)).reasoning:
         _note_parts(parts.unread, key, notes)
@@ -91,6 +90,7 @@ def _read_other(role: Any, content: Any, others: Mapping[str, Any], key: str, no
     text = require_utf8(content, what) if role != "user" and isinstance(content, str) else require_text(content, what)
     if not others:
         return Message(role, text)
+    refuse_media(others)
     if not is_nothing(others.get("tool_calls")) or not is_nothing(others.get("function_call")):
         raise BadRow(f"a turn of the {role} has tool calls, which are the assistant's")
     used: tuple[str, ...] = MEDIA_KEYS

@@ -18,6 +18,8 @@ _TEXT_KEYS = ("text", "value", "content")  # where a part has its text
 
 def is_blank(text: str) -> bool:
     """Returns whether nothing of the text can be seen: only blanks, control, zero-width and other such characters."""
+    if "!" <= text[:1] <= "~":  # the most common beginnings
+        return False
     return not text.strip() or all(
         c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or ord(c) in _WITHOUT_SHAPE for c in text
     )
