@@ -98,6 +98,7 @@ class DataSpec:
 
 def _check_columns(columns: dict[str, str]) -> None:
     """Raises UserError unless the keys are those of one row: a text, or messages, or a user's and an assistant's."""
+    require(isinstance(columns, dict), f"DataSpec.columns is {columns!r:.80}; write {{'user': ..., 'assistant': ...}}")
     keys, choices = set(columns), ", ".join(map(repr, COLUMN_KEYS))
     for key, name in columns.items():
         require(key in COLUMN_KEYS, f"DataSpec.columns has {key!r}; choose among {choices}")

@@ -21,7 +21,7 @@ from common.data.learn_flags import LEARN_FLAGS, UNCLEAR_FLAGS, is_flag_text
 from common.data.message_fields import ROLES
 from common.data.messages import Notes, is_learnt, read_messages, refuse_media
 from common.data.pairs import read_pair, untrained
-from common.data.source_row import BadRow, NotToLearn, Row
+from common.data.source_row import BadRow, NotToLearn, Row, readable
 from common.data.texts import is_nothing, optional_text, parse_cell, require_text
 from common.data.tool_calls import read_tools
 
@@ -133,7 +133,7 @@ def _with_system(messages: tuple[Message, ...], fields: Row) -> tuple[Message, .
 
 
 def _read_template_arguments(value: Any) -> dict[str, Any]:
-    value = parse_cell(value, "the chat_template_kwargs") if isinstance(value, str) else value
+    value = parse_cell(value, "the chat_template_kwargs") if isinstance(value, str) else readable(value)
     if is_nothing(value):
         return {}
     if not isinstance(value, dict):

@@ -18,7 +18,7 @@ from common.data.message_fields import (
     find_style,
     read_role,
 )
-from common.data.source_row import BadRow
+from common.data.source_row import BadRow, readable_itself
 from common.data.texts import is_blank, is_nothing, join_parts, optional_text, parse_cell, require_text, require_utf8
 from common.data.tool_calls import read_calls
 
@@ -53,7 +53,7 @@ def read_messages(entries: Any, key: str, notes: Notes) -> tuple[Message, ...]:
         entries = parse_cell(entries, "the messages")
     if entries is None or entries == []:
         raise BadRow("the list of messages is missing or empty")
-    if not isinstance(entries, list):
+    if not isinstance(readable_itself(entries), list):
         raise BadRow("the messages are not a list")
     if not all(isinstance(entry, dict) for entry in entries):
         raise BadRow("a message is not an object")
@@ -72,7 +72,7 @@ def _read_message(entry: dict[str, Any], fields: Fields, key: str, notes: Notes)
     for name in fields.unread:
         notes.add_unread(f"{key}[].{name}", entry[name])
     others = {name: entry[spelt] for name, spelt in fields.others.items() if entry[spelt] is not None}
-    role = read_role(entry[fields.role])
+    role = read_role(readable_itself(entry[fields.role]))
     content = entry.get(fields.content)
     if role == "call":
         return _read_call_turn(content, others, key, notes)

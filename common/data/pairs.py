@@ -5,7 +5,7 @@ from dataclasses import replace
 from common.data.conversation import Message
 from common.data.formats import REASONING_KEYS
 from common.data.messages import Notes, are_messages, read_answer, read_messages
-from common.data.source_row import BadRow, Row
+from common.data.source_row import BadRow, Row, readable
 from common.data.texts import is_nothing, optional_text, parse_cell, require_text
 
 _THOUGHTS_OF_ROW = (*REASONING_KEYS, "reasoning")  # the latter where DataSpec.columns names it
@@ -45,7 +45,7 @@ def _user_text(fields: Row, key: str) -> str:
 
 def _read_history(value: object) -> tuple[Message, ...]:
     """Earlier turns, as pairs of a question and its answer. The answers are learnt, as in LLaMA-Factory."""
-    value = parse_cell(value, "the turns of the history") if isinstance(value, str) else value
+    value = parse_cell(value, "the turns of the history") if isinstance(value, str) else readable(value)
     if is_nothing(value):
         return ()
     if not isinstance(value, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):

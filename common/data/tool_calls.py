@@ -3,7 +3,7 @@
 from typing import Any
 
 from common.data.conversation import ToolCall
-from common.data.source_row import BadRow
+from common.data.source_row import BadRow, readable
 from common.data.texts import is_nothing, parse_cell
 
 _MAY_BE_NULL = ("default", "const", "enum", "examples")  # of JSON schema; any other null is a table's empty column
@@ -11,7 +11,7 @@ _MAY_BE_NULL = ("default", "const", "enum", "examples")  # of JSON schema; any o
 
 def read_tools(value: Any) -> tuple[dict[str, Any], ...]:
     """Returns the tools as {"type": "function", "function": …} each, from a list or its JSON text."""
-    value = parse_cell(value, "the tools") if isinstance(value, str) else value
+    value = parse_cell(value, "the tools") if isinstance(value, str) else readable(value)
     if is_nothing(value):
         return ()
     if not isinstance(value, list):
@@ -42,7 +42,7 @@ def _without_nulls(value: Any) -> Any:
 
 def read_calls(value: Any) -> tuple[ToolCall, ...]:
     """Returns the calls of one turn: of a list, of one call, or of the JSON text of either."""
-    value = parse_cell(value, "the tool calls") if isinstance(value, str) else value
+    value = parse_cell(value, "the tool calls") if isinstance(value, str) else readable(value)
     if is_nothing(value):
         return ()
     return tuple(_read_call(entry) for entry in (value if isinstance(value, list) else [value]))

@@ -41,7 +41,12 @@ def test_one_flag_that_says_no_is_enough():
 
 def test_a_call_of_a_tool_can_be_left_unlearnt():
     call = {"from": "function_call", "value": '{"name": "f", "arguments": {}}', "weight": 0}
-    turns = [{"from": "human", "value": "a"}, call, {"from": "observation", "value": "1"}, {"from": "gpt", "value": "b"}]
+    turns = [
+        {"from": "human", "value": "a"},
+        call,
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "b"},
+    ]
     assert learnt({"conversations": turns}) == [False, True]
 
 

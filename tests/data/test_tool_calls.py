@@ -60,7 +60,9 @@ def test_no_tools_are_none(tools):
 
 def test_the_nulls_of_a_table_are_no_part_of_a_schema():
     schema = {"type": "object", "properties": {"city": {"type": "string", "default": None, "enum": None}, "zip": None}}
-    (tool,) = read(chat(tools=[{"type": "function", "function": FUNCTION | {"parameters": schema, "strict": None}}])).tools
+    (tool,) = read(
+        chat(tools=[{"type": "function", "function": FUNCTION | {"parameters": schema, "strict": None}}])
+    ).tools
     properties = tool["function"]["parameters"]["properties"]
     assert "strict" not in tool["function"] and "zip" not in properties
     assert properties["city"] == {"type": "string", "default": None, "enum": None}
