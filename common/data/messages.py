@@ -51,6 +51,8 @@ def read_messages(entries: Any, key: str, notes: Notes) -> tuple[Message, ...]:
     """
     if isinstance(entries, str):
         entries = parse_cell(entries, "the messages")
+    if isinstance(entries, dict):
+        entries = _rows_of_table(entries)
     if entries is None or entries == []:
         raise BadRow("the list of messages is missing or empty")
     if not isinstance(readable_itself(entries), list):
@@ -61,6 +63,14 @@ def read_messages(entries: Any, key: str, notes: Notes) -> tuple[Message, ...]:
     if pair is not None:
         return tuple(message for entry in entries for message in _read_turns(entry, pair, key, notes))
     return tuple(_read_message(entry, find_message_fields(tuple(entry), by_role), key, notes) for entry in entries)
+
+
+def _rows_of_table(table: dict[str, Any]) -> Any:
+    """The messages of an object of equally long lists, as `datasets` gives a Sequence. Another object as it is."""
+    columns = list(table.values())
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return table
+    return [dict(zip(table, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def are_messages(value: Any) -> bool:

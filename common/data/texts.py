@@ -26,8 +26,10 @@ def is_blank(text: str) -> bool:
 
 
 def is_nothing(value: Any) -> bool:
-    """Returns whether a value says nothing: null, a blank text, an empty list or object."""
-    return value is None or (is_blank(value) if isinstance(value, str) else value in ([], {}, ()))
+    """Returns whether a value says nothing: null, a blank text, an empty list, an object of nulls as a table has it."""
+    if isinstance(value, dict):
+        return all(part is None or (isinstance(part, dict) and is_nothing(part)) for part in value.values())
+    return value is None or (is_blank(value) if isinstance(value, str) else value == [])
 
 
 def require_text(value: Any, name: str) -> str:

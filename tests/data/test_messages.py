@@ -49,6 +49,18 @@ def test_keys_of_messages_are_read_as_columns_are(key, role, content):
     assert read({role: "user", content: "Hello"}, {role: "assistant", content: "Hi"}, key=key) == HELLO
 
 
+@pytest.mark.parametrize("role, content", [("role", "content"), ("from", "value")])
+def test_messages_as_columns_of_equal_length_are_those_of_a_list(role, content):
+    row = {"conversations": {role: ["user", "assistant"], content: ["Hello", "Hi"]}}
+    assert RowReader().read(row).messages == HELLO
+
+
+@pytest.mark.parametrize("messages", [{}, {"role": "user"}, {"role": ["user"], "content": []}], ids=repr)
+def test_another_object_is_no_list_of_messages(messages):
+    with pytest.raises(BadRow, match="the messages are not a list"):
+        RowReader().read({"messages": messages})
+
+
 def test_a_list_has_one_way_to_name_roles():
     with pytest.raises(BadRow, match="a message has no role; its keys are 'from', 'value'"):
         read(ASK, {"from": "gpt", "value": "Hi"})

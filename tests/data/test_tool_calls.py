@@ -104,6 +104,7 @@ def called(**fields: object) -> dict:
         called(tool_calls={"name": "weather", "arguments": ARGUMENTS}),
         called(function_call={"name": "weather", "arguments": json.dumps(ARGUMENTS)}),
         called(function_call={"name": "weather", "arguments": ARGUMENTS}, tool_calls=[]),
+        called(function_call={"name": None}, tool_calls=[{"name": "weather", "arguments": ARGUMENTS}]),
         called(content="", tool_calls=[{"name": "weather", "arguments": ARGUMENTS}]),
         called(content=[], tool_calls=[{"name": "weather", "arguments": ARGUMENTS}]),
         {"role": "assistant", "tool_calls": [{"name": "weather", "arguments": ARGUMENTS}]},
