@@ -10,6 +10,7 @@ LEARN_FLAGS = (
     "weight",
     "train",
     "training",
+    "train_on_turn",
     "learn",
     "loss",
     "loss_weight",

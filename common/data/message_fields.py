@@ -54,9 +54,10 @@ def find_style(names: tuple[str, ...]) -> tuple[bool, tuple[str, str] | None]:
 @lru_cache(maxsize=256)  # the messages of a file have a few sets of names
 def find_message_fields(names: tuple[str, ...], by_role: bool) -> Fields:
     folded = fold_names(names)
-    role_key, content_key, other_content = ("role", "content", "value") if by_role else ("from", "value", "content")
-    if content_key not in folded and other_content in folded:
-        content_key = other_content
+    role_key, content_keys = (
+        ("role", ("content", "value", "text")) if by_role else ("from", ("value", "content", "text"))
+    )
+    content_key = next((key for key in content_keys if key in folded), content_keys[0])
     for key in (role_key, content_key, *USED_FIELDS):
         if (count := folded.count(key)) > 1:
             same = [name for name, other in zip(names, folded, strict=True) if other == key]

@@ -78,7 +78,8 @@ def _read_arguments(value: Any, name: str) -> dict[str, Any]:
                 "there: give the arguments as JSON text, or leave it out"
             )
     if not isinstance(arguments, dict):
-        raise BadRow(f"the arguments of {name!r:.40} are not a JSON object")
+        hint = ", but JSON text that holds JSON text: encode them once" if isinstance(arguments, str) else ""
+        raise BadRow(f"the arguments of {name!r:.40} are not a JSON object{hint}")
     return arguments
 
 

@@ -9,7 +9,15 @@ ASK, SAY = {"role": "user", "content": "Hello"}, {"role": "assistant", "content"
 LEARN = [("weight", 1), ("weight", 1.0), ("train", True), ("loss", True), ("loss_weight", 1.0), ("masked", False)]
 LEARN += [("training", True), ("learn", 1), ("loss_mask", 1), ("weight", None), ("train", "true")]
 SKIP = [("weight", 0), ("weight", 0.0), ("train", False), ("loss", False), ("loss_weight", 0.0), ("masked", True)]
-SKIP += [("training", False), ("learn", 0), ("loss_mask", 0), ("masked", 1), ("train", "False"), ("Weight", 0)]
+SKIP += [
+    ("training", False),
+    ("train_on_turn", False),
+    ("learn", 0),
+    ("loss_mask", 0),
+    ("masked", 1),
+    ("train", "False"),
+    ("Weight", 0),
+]
 
 
 def learnt(row: dict) -> list[bool]:

@@ -42,6 +42,8 @@ def test_the_system_has_many_names(name):
         ("From", " Value"),
         ("from", "content"),
         ("role", "value"),
+        ("from", "text"),
+        ("role", "text"),
     ],
 )
 @pytest.mark.parametrize("key", ["messages", "conversations", "conversation"])

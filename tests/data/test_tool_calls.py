@@ -177,6 +177,10 @@ def test_sharegpt_with_calls_as_llama_factory_has_it():
         (called(tool_calls=[{"name": "f", "arguments": [1]}]), "the arguments of 'f' are not a JSON object"),
         (called(tool_calls=[{"name": "f", "arguments": 3}]), "the arguments of 'f' are not a JSON object"),
         (called(tool_calls=[{"name": "f", "arguments": {"a": {"b": None}}}]), "the arguments of 'f' hold null"),
+        (
+            called(tool_calls=[{"name": "f", "arguments": json.dumps(json.dumps(ARGUMENTS))}]),
+            "the arguments of 'f' are not a JSON object, but JSON text that holds JSON text: encode them once",
+        ),
         (called(tool_calls=[{"arguments": {}}]), "a tool call has no name of a function"),
         (called(tool_calls=[{"type": "retrieval"}]), "a tool call is of type 'retrieval'"),
         (called(tool_calls=["f"]), "the tool calls are text, invalid JSON"),
