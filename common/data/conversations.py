@@ -11,7 +11,7 @@ from typing import Any
 from common.data.conversation import Conversation, Example, Message, Role
 from common.data.formats import WANTED_KEYS, match_keys
 from common.data.json_files import parse_json
-from common.data.source_row import BadRow, Row
+from common.data.source_row import BadRow, Row, readable_itself
 from common.data.text_files import is_utf8
 
 ROLES: dict[str, Role] = {
@@ -40,6 +40,7 @@ def _require_text(value: Any, name: str) -> str:
     """Returns the value when it is text that can be trained. `name` says in the message of BadRow what it is."""
     if isinstance(value, list):
         value = _join_parts(value, name)
+    value = readable_itself(value)
     if not isinstance(value, str):
         raise BadRow(f"{name} is {'missing' if value is None else 'not text'}")
     if is_blank(value):
@@ -75,13 +76,13 @@ def _read_messages(entries: Any, role_key: str, content_key: str) -> Conversatio
         entries = _parse_messages(entries)
     if entries is None or entries == []:
         raise BadRow("the list of messages is missing or empty")
-    if not isinstance(entries, list):
+    if not isinstance(readable_itself(entries), list):
         raise BadRow("the messages are not a list")
     messages = []
     for entry in entries:
         if not isinstance(entry, dict):
             raise BadRow("a message is not an object")
-        role = ROLES.get(str(entry.get(role_key)))
+        role = ROLES.get(str(readable_itself(entry.get(role_key))))
         if role is None:
             raise BadRow(f"role {entry.get(role_key)!r:.40} is not system, user or assistant")
         messages.append(Message(role, _require_text(entry.get(content_key), f"the {role}'s text")))

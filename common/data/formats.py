@@ -23,6 +23,10 @@ FORMATS = (
 WANTED_KEYS = ", or ".join("+".join(known.keys) for known in FORMATS)
 
 
+# Keys of what is no text: a row that has a value there cannot be trained without it.
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+
+
 class MatchedKeys(NamedTuple):
     """The format that a row's names fit, and from each key of the format to its place among those names."""
 
@@ -30,12 +34,16 @@ class MatchedKeys(NamedTuple):
     places: dict[str, int]
 
 
-@lru_cache(maxsize=16)  # a file has one set of names, or a few
-def match_keys(names: tuple[str, ...]) -> MatchedKeys | None:
+def match_keys(names: tuple[str, ...], columns: dict[str, str] | None = None) -> MatchedKeys | None:
     """Finds the format of a row with these names, and the names that it reads. None where no format fits.
 
     A name may be in another case, with blanks around it. Raises BadRow when two names could be meant by one key.
     """
+    return _match(names)
+
+
+@lru_cache(maxsize=16)  # a file has one set of names, or a few
+def _match(names: tuple[str, ...]) -> MatchedKeys | None:
     folded = [_fold(name) for name in names]
     for there in (set(names), set(folded)):
         for known in FORMATS:
@@ -47,6 +55,10 @@ def match_keys(names: tuple[str, ...]) -> MatchedKeys | None:
                         raise BadRow(f"{count} keys could be {key!r}: {found!r:.80}; leave one")
                 return MatchedKeys(known.name, {key: folded.index(key) for key in read})
     return None
+
+
+def is_media(name: str) -> bool:
+    return _fold(name) in MEDIA_KEYS
 
 
 def _fold(name: str) -> str:
