@@ -36,7 +36,7 @@ def table_rows(
     """Yields the rows of a table with their numbers, from 1 on, with the columns that its format reads.
 
     Adds to `unread` how many rows have a value in each of the other columns. Raises UserError when the format of the
-    columns is not known, or when a column for pictures or sounds has a value.
+    columns is not known, or when a column for pictures or sounds has a value; pyarrow.ArrowInvalid for a damaged batch.
     """
     number = 0
     for batch in batches:
@@ -46,6 +46,8 @@ def table_rows(
         for place, name in enumerate(batch.schema.names):
             if place not in places.values() and (count := count_filled(batch.column(place))):
                 add_unread(source, name, count, unread)
+        for place in places.values():
+            batch.column(place).validate(full=True)  # Arrow trusts the offsets in a file, and reads where they point
         for row in batch_rows(batch, places):
             number += 1
             yield number, row

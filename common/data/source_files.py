@@ -32,7 +32,9 @@ FOREIGN_SUFFIXES = {
 }
 # Of a file that lies in a folder of shards and says only what they are
 _ABOUT_THE_FOLDER = re.compile(r"[._].*|(readme|license)(\..*)?|dataset_infos?\.json", re.IGNORECASE)
-_SPLIT_IN_NAME = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+# The split that a file is of, by its name: train-00000-of-00003.parquet, as datasets writes it, or train.jsonl
+_SHARD = re.compile("(.+?)-[0-9]{5}-of-[0-9]{5}.*")
+_SPLIT = re.compile("(train|test|validation|valid|val|dev|eval)(?![a-z]).*", re.IGNORECASE)
 
 
 class SourceFiles(NamedTuple):
@@ -113,7 +115,9 @@ def _files_of_part(part: str, source: str) -> list[Path]:
         found = [path]
     for file in found:
         if os.path.isdir(file):
-            raise UserError(f"{file}{among} is a folder; name its files, as in {shlex.quote(f'{file}/')}*.jsonl")
+            raise UserError(
+                f"{file}{among and among + ','} is a folder; name its files, as in {shlex.quote(f'{file}/')}*.jsonl"
+            )
         if not os.path.exists(file):
             raise UserError(f"there is no data file {file}{among} (looked in {Path.cwd()})")
     return found
@@ -150,9 +154,10 @@ def _files_of_folder(folder: Path) -> SourceFiles:
             f"{shlex.quote(f'{folder}/')}*{next(iter(kinds))}"
         )
     ((kind, files),) = kinds.items()
-    splits = {found[1] if (found := _SPLIT_IN_NAME.match(path.name)) else "" for path in files}
-    if len(splits) > 1 and splits != {""}:
-        split = min(splits - {""}, key=lambda name: not name.startswith("train"))
+    matches = [_SHARD.fullmatch(path.name) or _SPLIT.fullmatch(path.name) for path in files]
+    splits = {found[1] if found else "" for found in matches}
+    if len(splits) > 1:
+        split = min(splits - {""}, key=lambda name: (not name.startswith("train"), name))
         raise UserError(
             f"the folder {folder} has files of several splits by their names; name those of one: "
             f"{shlex.quote(f'{folder}/')}{split}*{kind}"
