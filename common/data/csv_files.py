@@ -39,19 +39,31 @@ def csv_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = 
         return
     records = _records(path, header.delimiter)
     next(records)  # the header
-    read = set(header.places.values())
-    others = [(place, name) for place, name in enumerate(header.names) if place not in read]
+    others = _other_columns(header)
+    read = header.places.values()
+    media = [(place, name) for place, name in enumerate(header.names) if is_media(name) and place not in read]
     for line, cells in records:
         if len(cells) != len(header.names):
             yield f"{path}:{line}", BadRow("a CSV row of another length than the header")
             continue
         row: Row = {key: cells[place] for key, place in header.places.items()}
-        for name, cell in {name: cells[place] for place, name in others if cells[place].strip()}.items():
-            if is_media(name):
-                row[name] = cell
-            else:
+        for place, name in others:
+            if (cell := cells[place]) and not cell.isspace():
                 unread[name] += 1
+        for place, name in media:
+            if (cell := cells[place]) and not cell.isspace():
+                row[name] = cell
         yield f"{path}:{line}", row
+
+
+def _other_columns(header: Header) -> list[tuple[int, str]]:
+    """Places and names of the columns that nobody reads. A number tells those of one name apart."""
+    read, names = header.places.values(), header.names
+    return [
+        (place, name if name.strip() and names.count(name) == 1 else f"{name} (column {place + 1})".strip())
+        for place, name in enumerate(names)
+        if place not in read and not is_media(name)
+    ]
 
 
 def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:

@@ -51,7 +51,7 @@ def _parse(text: str) -> Any:
     Raises BadRow when the text is not JSON.
     """
     try:
-        return json.loads(text, parse_constant=lambda name: NAN, object_pairs_hook=_object_of_pairs)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRow("invalid JSON") from error
 
@@ -62,6 +62,9 @@ def _object_of_pairs(pairs: list[tuple[str, Any]]) -> Row:
         counts = Counter(key for key, _ in pairs)
         row |= {key: KEY_TWICE for key, count in counts.items() if count > 1}
     return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda name: NAN, object_pairs_hook=_object_of_pairs)
 
 
 def _is_json(text: bytes) -> bool:
@@ -124,9 +127,7 @@ def _list_rows(path: Path) -> Iterator[PlacedRow]:
             f"a line: {as_lines}"
         )
     try:
-        entries = json.loads(
-            content.decode("utf-8-sig"), parse_constant=lambda name: NAN, object_pairs_hook=_object_of_pairs
-        )
+        entries = _DECODER.decode(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it: {convert_command(path)}") from error
     except json.JSONDecodeError as error:

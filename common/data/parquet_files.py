@@ -38,7 +38,7 @@ def parquet_rows(path: Path, unread: Counter[str], columns: dict[str, str] | Non
                 for row in batch_rows(batch, {key: there.index(names[place]) for key, place in places.items()}):
                     number += 1
                     yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
+    except (ValueError, pyarrow.ArrowException) as error:  # ValueError: a column's name that is no text
         raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
@@ -47,17 +47,21 @@ def _count_filled_rows(file: "pyarrow.parquet.ParquetFile", name: str) -> int:
 
     A file without statistics is read.
     """
-    names, count = file.schema_arrow.names, 0
+    leaves = [place for place in range(len(file.schema)) if _column_of_leaf(file, place) == name]
+    count = 0
     for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        filled = []
-        for leaf in map(group.column, range(group.num_columns)):
-            path = leaf.path_in_schema  # "images.list.element.bytes" is a leaf of "images", if of no "images.list"
-            fitting = [other for other in names if path == other or path.startswith(f"{other}.")]
-            if max(fitting, key=len, default="") == name:
-                if leaf.statistics is None or not leaf.statistics.has_null_count:
-                    batches = file.iter_batches(batch_size=BATCH_ROWS, columns=[name])
-                    return sum(count_filled(batch.column(0)) for batch in batches)
-                filled.append(leaf.num_values - leaf.statistics.null_count)
-        count += min(group.num_rows, max(filled, default=0))
+        group, filled = file.metadata.row_group(number), 0
+        for leaf in map(group.column, leaves):
+            if leaf.statistics is None or not leaf.statistics.has_null_count:
+                batches = file.iter_batches(batch_size=BATCH_ROWS, columns=[name])
+                return sum(count_filled(batch.column(0)) for batch in batches)
+            filled = max(filled, leaf.num_values - leaf.statistics.null_count)
+        count += min(group.num_rows, filled)
     return count
+
+
+def _column_of_leaf(file: "pyarrow.parquet.ParquetFile", place: int) -> str:
+    """The column that a leaf of the schema is part of: "images" for "images.list.element.bytes"."""
+    path = file.schema.column(place).path
+    # A column's own name may have dots.
+    return max((name for name in file.schema_arrow.names if f"{path}.".startswith(f"{name}.")), key=len, default="")

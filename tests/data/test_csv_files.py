@@ -68,10 +68,10 @@ def test_a_single_column_needs_no_delimiter(tmp_path):
 
 
 def test_rows_with_a_text_in_a_column_that_no_format_reads_are_counted(tmp_path):
-    source = write(tmp_path, "a.csv", "id,prompt,note,completion,,note\n1,a,,b, ,\n2,c,x,d,,y\n3,e,,f,,z\n4,g\n")
+    source = write(tmp_path, "a.csv", "id,prompt,note,completion,,note\n1,a,,b, ,\n2,c,x,d,,y\n3,e,,f,w,z\n4,g\n")
     unread = Counter()
     list(read_rows(source, unread=unread))
-    assert unread == {"id": 3, "note": 2}
+    assert unread == {"id": 3, "note (column 3)": 1, "note (column 6)": 2, "(column 5)": 1}
 
 
 def test_a_picture_is_part_of_its_row_which_is_refused_for_it(tmp_path):
