@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
-from common.data.formats import WANTED_KEYS, is_media, match_keys
-from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow, Row
+from common.data.formats import WANTED_KEYS, match_keys
+from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow
 from common.data.text_files import check_start, convert_command, is_utf8
 from common.data.unpacking import open_data, unpacked_suffix
 from common.process_state import allow_large_csv_cells
@@ -29,8 +29,7 @@ class Header(NamedTuple):
 def csv_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = None) -> Iterator[PlacedRow]:
     """Yields the rows of a CSV file, with the columns that its format reads. Rows of empty cells are skipped.
 
-    Adds to `unread` how many rows have a text in each of the other columns. A cell of a column for pictures or sounds
-    is part of its row, where it is not empty: whoever reads the row has to refuse it.
+    Adds to `unread` how many rows have a text in each of the other columns.
     """
     check_start(path)
     allow_large_csv_cells(MAX_ROW_BYTES)
@@ -40,20 +39,14 @@ def csv_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = 
     records = _records(path, header.delimiter)
     next(records)  # the header
     others = _other_columns(header)
-    read = header.places.values()
-    media = [(place, name) for place, name in enumerate(header.names) if is_media(name) and place not in read]
     for line, cells in records:
         if len(cells) != len(header.names):
             yield f"{path}:{line}", BadRow("a CSV row of another length than the header")
             continue
-        row: Row = {key: cells[place] for key, place in header.places.items()}
         for place, name in others:
             if (cell := cells[place]) and not cell.isspace():
                 unread[name] += 1
-        for place, name in media:
-            if (cell := cells[place]) and not cell.isspace():
-                row[name] = cell
-        yield f"{path}:{line}", row
+        yield f"{path}:{line}", {key: cells[place] for key, place in header.places.items()}
 
 
 def _other_columns(header: Header) -> list[tuple[int, str]]:
@@ -62,7 +55,7 @@ def _other_columns(header: Header) -> list[tuple[int, str]]:
     return [
         (place, name if name.strip() and names.count(name) == 1 else f"{name} (column {place + 1})".strip())
         for place, name in enumerate(names)
-        if place not in read and not is_media(name)
+        if place not in read
     ]
 
 

@@ -40,5 +40,13 @@ def readable(value: Any) -> Any:
     return value
 
 
+class NotToLearn(BadRow):
+    """A row that says itself that nothing of it is to be learnt: no fault, so it is counted apart."""
+
+
+class PreferenceData(BadRow):
+    """The row is of data that rank answers, good ones and bad ones. The source as a whole is not to be learnt."""
+
+
 Row = dict[str, Any]
 PlacedRow = tuple[str, Row | BadRow]  # the place is "my.jsonl:12", or "my.json, entry 3" where lines say nothing

@@ -4,7 +4,9 @@ from collections import Counter
 
 import pytest
 
+from common.data.conversations import RowReader
 from common.data.files import read_rows
+from common.data.source_row import BadRow
 from tests.data.test_files import write
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -74,11 +76,14 @@ def test_rows_with_a_text_in_a_column_that_no_format_reads_are_counted(tmp_path)
     assert unread == {"id": 3, "note (column 3)": 1, "note (column 6)": 2, "(column 5)": 1}
 
 
-def test_a_picture_is_part_of_its_row_which_is_refused_for_it(tmp_path):
+def test_a_row_is_refused_for_the_picture_that_it_has(tmp_path):
     source = write(tmp_path, "a.csv", "Image,prompt,completion\n,a,b\na.png,c,d\n")
-    unread = Counter()
+    unread, reader = Counter(), RowReader()
     (_, without), (_, with_one) = read_rows(source, unread=unread)
-    assert without == ROWS[0] and with_one == ROWS[1] | {"Image": "a.png"} and not unread
+    assert [message.content for message in reader.read(without).messages] == ["a", "b"]
+    with pytest.raises(BadRow, match="it has image; only text can be trained"):
+        reader.read(with_one)
+    assert not unread
 
 
 def test_places_count_every_line_of_the_file(tmp_path):

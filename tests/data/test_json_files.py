@@ -42,6 +42,8 @@ def test_a_list_in_jsonl_that_is_too_large_says_how_to_write_lines(tmp_path, mon
         list(read_rows(write(tmp_path, "a.jsonl", json.dumps(ROWS))))
 
 
+CALL = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+    {"type": "function", "function": {"name": "f", "arguments": %s}}]}]}""".replace("\n", "")
 UNREAD = [
     '"score": NaN',
     '"score": [1, {"a": -Infinity}]',
@@ -80,6 +82,17 @@ def test_a_field_of_a_message_that_no_format_reads_too(unread, tmp_path):
         ('{"messages": [{"role": NaN, "content": "a"}]}', "NaN and Infinity"),
         ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "a key occurs twice"),
         ('{"conversations": [{"from": "human", "value": NaN}]}', "NaN and Infinity"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": NaN}]}]}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "system": NaN}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "weight": NaN}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "weight": 0, "weight": 1}', "a key occurs twice"),
+        ('{"prompt": "a", "completion": "b", "label": true, "label": false}', "a key occurs twice"),
+        ('{"prompt": "a", "completion": "b", "history": NaN}', "the history is not a list"),
+        ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"depth": NaN}}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f", "parameters": {"minimum": NaN}}]}', "NaN and"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f", "name": "g"}]}', "a key occurs twice"),
+        (CALL % '{"x": NaN}', "NaN and Infinity"),
+        (CALL % '{"x": 1, "x": 2}', "a key occurs twice"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
