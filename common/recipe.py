@@ -75,13 +75,16 @@ class ModelSpec:
 class DataSpec:
     """The training data and the held-out data. Row formats are recognised: docs/data.md."""
 
-    source: str  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
+    # A .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file; several of them, "a.jsonl b.jsonl"; a glob,
+    # "data/*.jsonl"; a folder of them, or one that save_to_disk wrote; or the id of a data set on the hub.
+    source: str
     _: KW_ONLY
     eval_source: str | None = None  # another source, to evaluate on; None holds out rows of `source`
     eval_rows: int = 200  # rows of `source` to hold out, at most a tenth of them; 0 skips evaluation
-    split: str = "train"  # split of `source`, where that is a hub data set
-    eval_split: str = "test"  # split of `eval_source`, where that is a hub data set
+    split: str = "train"  # split of `source`, where that is a hub data set or a folder of save_to_disk
+    eval_split: str = "test"  # split of `eval_source`, likewise
     revision: str | None = None  # branch, tag or commit of a hub data set
+    config: str | None = None  # configuration of a hub data set that has several
     # Which column is which, where the names are yours: {"user": "frage", "assistant": "antwort"}. Keys: COLUMN_KEYS.
     columns: dict[str, str] | None = None
     train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
@@ -90,6 +93,7 @@ class DataSpec:
     def __post_init__(self) -> None:
         require(bool(self.source.strip()), "DataSpec.source is empty; give a file or the id of a hub data set")
         require(self.eval_rows >= 0, f"DataSpec.eval_rows is {self.eval_rows}; 0 skips evaluation")
+        require(self.config is None or bool(self.config.strip()), "DataSpec.config is empty; None is for none")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
         if self.columns is not None:
             _check_columns(self.columns)

@@ -100,7 +100,7 @@ def _check(fields: Row, notes: Notes) -> None:
     """Refuses media and preferences. Removes flags and labels that are columns of another meaning, as unread."""
     refuse_media(fields)
     for name in LABEL_KEYS:
-        label = fields.pop(name, None)
+        label = readable(fields.pop(name, None))
         if isinstance(label, bool) or (is_flag_text(label) and len(label.strip()) > 3):  # true and false of a CSV file
             raise preference_data(f"{name!r} is true or false, as KTO takes it")
         notes.add_unread(name, label)

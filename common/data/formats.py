@@ -149,12 +149,13 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f"{name!r:.40}" for name in list(names)[:8]) or "none"
 
 
-def is_media(name: str) -> bool:
-    return _fold(name) in MEDIA_KEYS
-
-
 def fold_names(names: Iterable[str]) -> list[str]:
     return [_fold(name) for name in names]
+
+
+def is_media(name: str) -> bool:
+    """Returns whether a column of this name is for pictures or sounds."""
+    return _fold(name) in MEDIA_KEYS
 
 
 def _fold(name: str) -> str:

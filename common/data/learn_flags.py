@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from common.data.source_row import BadRow, readable_itself
+from common.data.source_row import BadRow, readable
 
 # OpenAI and mistral-finetune: weight. axolotl: train, training. ms-swift: loss. LLaMA-Factory: loss_weight.
 # XTuner: output_with_loss. True or 1 learns, False or 0 does not; of masked it is the other way round.
@@ -30,9 +30,8 @@ def is_flag_text(value: Any) -> bool:
 
 def says_learn(name: str, value: Any) -> bool:
     """Returns whether an answer with this flag is to be learnt. Raises BadRow for a weight other than 0 and 1."""
-    readable_itself(value)
     flag = _TEXTS[value.strip().lower()] if is_flag_text(value) else value
-    if not isinstance(flag, bool | int | float) or flag not in (0, 1):
+    if not isinstance(readable(flag), bool | int | float) or flag not in (0, 1):
         raise BadRow(
             f"{name!r} is {value!r:.40}; an answer is learnt or not, and weights other than 0 and 1 are not supported "
             "(if it is something else, rename the key)"

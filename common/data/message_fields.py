@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from common.data.formats import MEDIA_KEYS, fold_names, quoted
 from common.data.learn_flags import LEARN_FLAGS, UNCLEAR_FLAGS
-from common.data.source_row import BadRow
+from common.data.source_row import BadRow, readable
 
 # What others call the four roles. A call is a turn of the assistant whose text is the call as JSON.
 ROLES = {
@@ -77,5 +77,6 @@ def read_role(value: Any) -> str:
         raise BadRow("a message has no role")
     role = ROLES.get(value) or ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if role is None:
+        readable(value)
         raise BadRow(f"role {value!r:.40} is none of {', '.join(ROLES)}")
     return role

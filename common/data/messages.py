@@ -18,7 +18,7 @@ from common.data.message_fields import (
     find_style,
     read_role,
 )
-from common.data.source_row import BadRow, readable_itself
+from common.data.source_row import BadRow, readable
 from common.data.texts import is_blank, is_nothing, join_parts, optional_text, parse_cell, require_text, require_utf8
 from common.data.tool_calls import read_calls
 
@@ -55,7 +55,8 @@ def read_messages(entries: Any, key: str, notes: Notes) -> tuple[Message, ...]:
         entries = _rows_of_table(entries)
     if entries is None or entries == []:
         raise BadRow("the list of messages is missing or empty")
-    if not isinstance(readable_itself(entries), list):
+    if not isinstance(entries, list):
+        readable(entries)
         raise BadRow("the messages are not a list")
     if not all(isinstance(entry, dict) for entry in entries):
         raise BadRow("a message is not an object")
@@ -82,7 +83,7 @@ def _read_message(entry: dict[str, Any], fields: Fields, key: str, notes: Notes)
     for name in fields.unread:
         notes.add_unread(f"{key}[].{name}", entry[name])
     others = {name: entry[spelt] for name, spelt in fields.others.items() if entry[spelt] is not None}
-    role = read_role(readable_itself(entry[fields.role]))
+    role = read_role(readable(entry[fields.role]))
     content = entry.get(fields.content)
     if role == "call":
         return _read_call_turn(content, others, key, notes)

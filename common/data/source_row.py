@@ -23,18 +23,13 @@ class Unreadable:
     fault: str
 
 
-def readable_itself(value: Any) -> Any:
-    """Returns the value as it is. Raises BadRow where it is Unreadable."""
-    if isinstance(value, Unreadable):
-        raise BadRow(value.fault)
-    return value
-
-
 def readable(value: Any) -> Any:
     """Returns the value as it is. Raises BadRow where it, or anything in it, is Unreadable."""
     waiting = [value]
     while waiting:
-        part = readable_itself(waiting.pop())
+        part = waiting.pop()
+        if isinstance(part, Unreadable):
+            raise BadRow(part.fault)
         if isinstance(part, dict | list):
             waiting += part.values() if isinstance(part, dict) else part
     return value

@@ -4,7 +4,7 @@ import unicodedata
 from typing import Any, NamedTuple
 
 from common.data.json_files import parse_json
-from common.data.source_row import BadRow, readable_itself
+from common.data.source_row import BadRow, readable
 from common.data.text_files import is_utf8
 
 # Of Unicode's Default_Ignorable_Code_Point, those that are neither blanks nor of the category Cf (format).
@@ -39,7 +39,8 @@ def require_text(value: Any, name: str) -> str:
         text, thoughts, _ = join_parts(value, name)
         if thoughts:
             raise BadRow(f"{name} has thoughts, which are the assistant's")
-    if not isinstance(readable_itself(text), str):
+    if not isinstance(text, str):
+        readable(text)
         raise BadRow(f"{name} is {'missing' if text is None else 'not text'}")
     if is_blank(text):
         raise BadRow(f"{name} is {'of invisible characters alone' if text.strip() else 'empty'}")
@@ -85,7 +86,7 @@ def join_parts(parts: list[Any], name: str) -> Parts:
         if isinstance(part, str):
             texts.append(part)
             continue
-        kind = readable_itself(part.get("type")) if isinstance(part, dict) else None
+        kind = readable(part.get("type")) if isinstance(part, dict) else None
         if kind is None:
             raise BadRow(f"{name} is a list, and not of texts or of parts with a type")
         if kind not in TEXT_PARTS + REASONING_PARTS:
@@ -108,6 +109,6 @@ def _text_of_part(value: Any, name: str) -> str:
     """A part's text, which Mistral's thinking has as parts of its own."""
     if isinstance(value, list):
         value = join_parts(value, name).text
-    if not isinstance(readable_itself(value), str):
+    if not isinstance(readable(value), str):
         raise BadRow(f"{name} is not text")
     return str(value)

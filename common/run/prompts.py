@@ -30,7 +30,6 @@ class Prompt:
 def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
     """Each conversation in a file or hub data set as a prompt, its last answer the reference; none without a source.
 
-    A conversation without a text of the assistant that is to be learnt, after another message, is left out.
     Raises UserError when the source holds no conversations.
     """
     if source is None:
@@ -42,13 +41,13 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
         if isinstance(example, str):
             continue
         turns = example.messages
-        answers = [n for n, m in enumerate(turns) if n and m.role == "assistant" and m.is_trained and m.content]
-        if not answers:
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.is_trained and turn.content]
+        if not answers or not answers[-1]:  # no question stands before it
             continue
+        asked, reference = turns[: answers[-1]], turns[answers[-1]].content
         with suppress(BadRow):  # load_rows has counted and named it
-            asked = replace(example, messages=turns[: answers[-1]])
-            ids = chat_format.prompt_ids(asked)
-            prompts.append(Prompt(ids, asked.messages[-1].content, turns[answers[-1]].content))
+            ids = chat_format.prompt_ids(replace(example, messages=asked))
+            prompts.append(Prompt(ids, asked[-1].content, reference))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
     return prompts

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,24 @@ def parquet(rows: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("chats.jsonl"))
+    return buffer.getvalue()
+
+
+def arrow(values: list[dict], rows: int | None = None) -> bytes:
+    table, buffer = pyarrow.Table.from_pylist(values), io.BytesIO()
+    with pyarrow.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table.slice(0, rows))
+    return buffer.getvalue()
+
+
 def many(bad: str, good: int = 3) -> str:
     return "\n".join([GOOD] * good + [bad]) + "\n"
 
@@ -59,7 +78,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a bad escape": ("a.jsonl", '{"text": "\\x41"}', "invalid JSON ({path}:1)"),
     "NaN": ("a.jsonl", '{"text": NaN}', "NaN and Infinity are not JSON; write null ({path}:1)"),
     "Infinity": ("a.jsonl", '{"text": -Infinity}', "NaN and Infinity are not JSON; write null ({path}:1)"),
-    "NaN in a list": ("a.json", '[{"text": NaN}]', "{path}: NaN and Infinity are not JSON; write null"),
+    "NaN in a list": ("a.json", '[{"text": NaN}]', "NaN and Infinity are not JSON; write null ({path}, entry 1)"),
     "Python's None": ("a.jsonl", '{"text": None}', "invalid JSON ({path}:1)"),
     "a number too long for Python": ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "invalid JSON ({path}:1)"),
     "a key twice": ("a.jsonl", '{"text": "a", "text": "b"}', "a key occurs twice in a JSON object ({path}:1)"),
@@ -92,9 +111,40 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "empty": ("a.jsonl", "", "{path} holds no rows"),
     "blank lines": ("a.jsonl", "\n\n  \n", "{path} holds no rows"),
     "a mark alone": ("a.jsonl", b"\xef\xbb\xbf", "{path} holds no rows"),
-    "gzip": ("a.jsonl", gzip.compress(GOOD.encode()), "{path} is gzip-compressed; unpack it first"),
-    "gzip named .json": ("a.json", gzip.compress(b"[]"), "{path} is gzip-compressed; unpack it first"),
-    "another suffix": ("a.txt", GOOD, "{path} is not one of .jsonl, .json, .csv, .parquet"),
+    "gzip cut short": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "{path} is damaged (Truncated compressed stream); download it again, or pack it again"),
+    "gzip with another sum": ("a.jsonl", gzip.compress(GOOD.encode())[:-8] + b"1234" + gzip.compress(GOOD.encode())[-4:], "{path} is damaged (zlib inflate failed: incorrect data check)"),
+    "gzip with more behind it": ("a.json", gzip.compress(b"[]") + b"more", "{path} is damaged (zlib inflate failed"),
+    "zstd cut short": ("a.csv.zst", zstd(b"text\na\n")[:-3], "{path} is damaged (Truncated compressed stream)"),
+    "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), "{path} holds no rows"),
+    "gzip in gzip": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD.encode())), "{path} is compressed twice; unpack it once: gunzip -c < {path} | cat > once.gz"),
+    "a bad line in zstd": ("a.jsonl.zst", zstd((GOOD + "\n{").encode()), "invalid JSON ({path}:2)"),
+    "a line of 50 MB in gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"a" * 50_000_000 + b'"}'), "a line of more than 16 MiB ({path}:1)"),
+    "a list of 300 MB in gzip": ("a.json.gz", gzip.compress(b"[" + b" " * 300_000_000 + b"]", 1), "{path} is one list of more than 256 MiB, too large to be read whole. Write one object a line: gunzip -c < {path} | jq -c '.[]' > lines.jsonl"),
+    "a Parquet file in gzip": ("a.parquet.gz", gzip.compress(parquet([json.loads(GOOD)])), "{path}: a compressed .parquet file is not read; unpack it first"),
+    "tar in gzip": ("a.jsonl.gz", gzip.compress(tar()), "{path} is an archive of tar; unpack it, and name the files that were in it"),
+    "another suffix": ("a.md", GOOD, "{path} is no data file by its name; a name ends in .jsonl, .json, .csv"),
+    "a gzip of no kind": ("a.gz", gzip.compress(GOOD.encode()), "{path} is no data file by its name"),
+    "Excel": ("a.xlsx", b"PK\x03\x04", "{path} is a spreadsheet; save it as CSV in UTF-8"),
+    "Excel named .csv": ("a.csv", b"PK\x03\x04" + bytes(9), "{path} is a zip archive, as .xlsx and .docx are: save a table as CSV"),
+    "an older Excel named .csv": ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(9), "{path} is a file of an older Excel or Word: save a table as CSV"),
+    "Word": ("a.docx", b"PK\x03\x04", "{path} is a document; save its text as .txt in UTF-8"),
+    "PDF": ("a.pdf", b"%PDF-1.7", "{path} is a document; save its text as .txt"),
+    "PDF named .txt": ("a.txt", b"%PDF-1.7", "{path} is a PDF; save its text as .txt"),
+    "zip": ("a.zip", b"PK\x03\x04", "{path} is an archive; unpack it, and name the files that were in it"),
+    "tar": ("a.tar", tar(), "{path} is an archive; unpack it"),
+    "tar.gz": ("a.tar.gz", gzip.compress(tar()), "{path} is an archive; unpack it"),
+    "bzip2": ("a.jsonl.bz2", b"BZh9", "{path} is packed in a way that is not read; unpack it first, or pack it with gzip or zstd"),
+    "xz named .jsonl": ("a.jsonl", b"\xfd7zXZ\0", "{path} is packed in a way that is not read"),
+    "a pickle": ("a.pkl", b"\x80\x04.", "{path} is a pickle, which is a program; write its rows as .jsonl or .parquet"),
+    "Parquet named .jsonl": ("a.jsonl", parquet([json.loads(GOOD)]), "{path} is a Parquet file by its first bytes; name it .parquet"),
+    "Arrow named .json": ("a.json", b"ARROW1\0\0", "{path} is an Arrow file by its first bytes; name it .arrow"),
+    # plain text
+    "an empty .txt": ("a.txt", "", "{path} holds no rows"),
+    "a .txt of blanks": ("a.txt", " \n\n", "text is empty ({path})"),
+    "a .txt in Latin-1": ("a.txt", "caf\xe9".encode("latin-1"), "{path} is not UTF-8 (byte 3); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.txt"),
+    "a .txt in UTF-16": ("a.txt", "Hello".encode("utf-16"), "{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8.txt"),
+    "a .txt of 20 MB": ("a.txt", "word\n" * 4_000_000, "{path} is one text of more than 16 MiB: a .txt file is one document."),
+    "a .txt of 300 MB in gzip": ("a.txt.gz", gzip.compress(bytes(300_000_000), 1), "{path} is one text of more than 16 MiB"),
     "a picture": ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 ({path}:1"),
     "a line of 50 MB": ("a.jsonl", '{"text": "' + "a" * 50_000_000 + '"}', "a line of more than 16 MiB ({path}:1)"),
     # rows of no format, or of two
@@ -160,7 +210,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a list cut short": ("a.json", "[" + GOOD + ",\n", "{path}:2: invalid JSON"),
     "a list of texts": ("a.json", '["a", "b"]', "not a JSON object ({path}, entry 1 and 1 more)"),
     "an empty list": ("a.json", "[]", "{path} holds no rows"),
-    "a key twice in a list": ("a.json", '[{"text": "a", "text": "b"}]', "{path}: a key occurs twice in a JSON object"),
+    "a key twice in a list": ("a.json", '[{"text": "a", "text": "b"}]', "a key occurs twice in a JSON object ({path}, entry 1)"),
     "a deep list": ("a.json", "[" * 100_000, "{path}: invalid JSON"),
     # .csv
     "an open quote": ("a.csv", 'prompt,completion\n"a,b\n', "{path}:2: broken CSV"),
@@ -180,7 +230,19 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a CSV in Latin-1": ("a.csv", "prompt,completion\na,caf\xe9\n".encode("latin-1"), "{path} is not UTF-8 (line 2); if Excel saved it, convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.csv"),
     "a cell of 20 MB": ("a.csv", f"prompt,completion\na,{'b' * 20_000_000}\n", "{path}:2: broken CSV: a line of more than 16 MiB"),
     "an open quote in a large file": ("a.csv", 'prompt,completion\na,"b\n' + "c,d\n" * 5_000_000, "broken CSV: field larger than field limit (16777216) (the row begins in line 2)"),
+    # .tsv
+    "a .tsv with commas": ("a.tsv", "prompt,completion\na,b\n", "{path}: no format has the columns of its first line: 'prompt,completion' (delimiter '\\t')"),
+    "a .tsv with a cell too few": ("a.tsv", "prompt\tcompletion\na\n", "a CSV row of another length than the header ({path}:2)"),
+    # .arrow
+    "an empty .arrow": ("a.arrow", b"", "{path} is not a readable Arrow file: "),
+    "text named .arrow": ("a.arrow", GOOD, "{path} is not a readable Arrow file: "),
+    "an .arrow cut short": ("a.arrow", arrow([json.loads(GOOD)] * 50)[:-900], "{path} is not a readable Arrow file: "),
+    "an .arrow with offsets that lie": ("a.arrow", arrow([{"text": "abcdefgh"}]).replace(b"\0\0\0\0\x08\0\0\0", b"\0\0\0\0\xff\xff\xff\x7f"), "{path} is not a readable Arrow file: "),
+    "other columns in .arrow": ("a.arrow", arrow([{"promt": "a"}]), "{path}: no format has its columns: 'promt'; name them messages, or"),
+    "nulls in .arrow": ("a.arrow", arrow([{"text": None}]), "text is missing ({path}, row 1)"),
+    "an .arrow without rows": ("a.arrow", arrow([{"text": "a"}], rows=0), "{path} holds no rows"),
     # .parquet
+    "pictures in Parquet": ("a.parquet", parquet([{"text": "a", "images": [b"1"]}, {"text": "a", "images": []}]), "{path} has values in its column 'images', and only text can be trained: leave out the rows that have one, then the column"),
     "a Parquet file cut short": ("a.parquet", parquet([json.loads(GOOD)])[:-20], "{path} is not a readable Parquet file"),
     "a Parquet file without its head": ("a.parquet", parquet([json.loads(GOOD)])[20:-9] + b"!", "{path} is not a readable"),
     "numbers in Parquet": ("a.parquet", parquet([{"prompt": 1, "completion": 2}]), "prompt is not text ({path}, row 1)"),
@@ -225,7 +287,7 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     main, recipe = story
     (tmp_path / "folder.jsonl").mkdir()
     assert run(main, recipe, ["--data", str(tmp_path / "folder.jsonl")]) == ERROR_STATUS
-    assert "folder.jsonl is a folder; name one .jsonl" in capsys.readouterr().err
+    assert "folder.jsonl has no data files; a name ends in .jsonl" in capsys.readouterr().err
     # Root may read everything, so the test raises the error that another user would get.
     (tmp_path / "secret.jsonl").write_text(GOOD)
     ordinary_open = Path.open
@@ -240,7 +302,18 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     assert "secret.jsonl cannot be read: Permission denied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a line of 50 MB", "brackets 100,000 deep", "nothing but NUL bytes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a line of 50 MB",
+        "brackets 100,000 deep",
+        "nothing but NUL bytes",
+        "a line of 50 MB in gzip",
+        "a list of 300 MB in gzip",
+        "a .txt of 300 MB in gzip",
+        "an .arrow with offsets that lie",
+    ],
+)
 def test_no_malformed_file_takes_a_GiB_of_memory(name, story, tmp_path):
     main, recipe = story
     file, content, _ = CORPUS[name]
