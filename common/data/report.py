@@ -20,6 +20,8 @@ class DataReport:
     """Counts the rows of one source, and names the first places of each kind of fault."""
 
     source: str
+    files: int = 1
+    ignored: tuple[str, ...] = ()  # names of what else lies in the source's folder
     format_name: str = ""
     read: int = 0  # rows of the source
     kept: int = 0  # rows that are trained or evaluated on
@@ -31,7 +33,7 @@ class DataReport:
     tokens: int = 0  # of the rows that are kept, after truncation
     trained_tokens: int = 0
     longest: int = 0  # tokens of the longest row, before truncation
-    sha256: str | None = None  # of the file; None for a data set of the hub
+    sha256: str | None = None  # of the files (SourceState); None for a data set of the hub
 
     @property
     def dropped(self) -> int:
@@ -49,7 +51,10 @@ class DataReport:
     def lines(self) -> list[str]:
         """Returns the report as it is printed."""
         named = f" ({self.format_name})" if self.format_name else ""  # no row told
-        lines = [f"{self.source}: {self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"]
+        files = f"{self.files:,} files, " if self.files > 1 else ""
+        lines = [f"{self.source}: {files}{self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"]
+        if self.ignored:
+            lines.append(f"  not read, for they are no data files: {', '.join(self.ignored):.200}")
         for kind, count in self.fault_counts.most_common():
             more = f" and {count - MAX_PLACES_PER_FAULT:,} more" if count > MAX_PLACES_PER_FAULT else ""
             lines.append(f"  dropped {count:,}: {kind} ({'; '.join(self.faults[kind])}{more})")

@@ -23,7 +23,8 @@ from common.data.files import read_rows
 from common.data.fingerprint import file_states, refuse_if_changed
 from common.data.packing import Examples, count_shared, fit_to_row, pack
 from common.data.report import DataReport, mark_trained
-from common.data.source_row import BadRow
+from common.data.source_files import find_files, is_file
+from common.data.source_row import BadRow, PreferenceData
 from common.recipe import DataSpec, UserError
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress
@@ -114,7 +115,9 @@ def tokenise_source(
     Raises UserError as load_rows.
     """
     report, examples, printed_at = DataReport(source), Examples(), time.monotonic()
-    for place, example in read_examples(source, report, split=split, revision=spec.revision):
+    for place, example in read_examples(
+        source, report, split=split, revision=spec.revision, config=spec.config, columns=spec.columns
+    ):
         if time.monotonic() - printed_at > PROGRESS_SECONDS:
             print(f"  {report.read:,} rows of {source} read, {report.tokens:,} tokens", flush=True)
             printed_at = time.monotonic()
@@ -136,16 +139,31 @@ def tokenise_source(
 
 
 def read_examples(
-    source: str, report: DataReport, *, split: str = "train", revision: str | None = None
+    source: str,
+    report: DataReport,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    config: str | None = None,
+    columns: dict[str, str] | None = None,
 ) -> Iterable[tuple[str, Example]]:
-    """Yields the usable rows of a source, each with its place. Adds the others to the report."""
-    reader = RowReader()
-    for place, row in read_rows(source, split=split, revision=revision):
+    """Yields the usable rows of a source, each with its place. Adds the others to the report.
+
+    Raises UserError for preference data.
+    """
+    reader = RowReader(columns=columns)
+    if is_file(source) and (found := find_files(source)).saved is None:
+        report.files, report.ignored = len(found.files), found.ignored
+    for place, row in read_rows(
+        source, split=split, revision=revision, config=config, columns=columns, unread=reader.unread
+    ):
         report.read += 1
         try:
             if isinstance(row, BadRow):
                 raise row
             example = reader.read(row)
+        except PreferenceData as fault:
+            raise UserError(f"{place}: {fault}") from fault
         except BadRow as fault:
             report.add_fault(str(fault), place)
         else:
@@ -168,7 +186,10 @@ def find_examples(
     Reads the source again, until the last of them is found.
     """
     chat_format, missing, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, []
-    for place, example in read_examples(spec.source, DataReport(spec.source), split=spec.split, revision=spec.revision):
+    report = DataReport(spec.source)
+    for place, example in read_examples(
+        spec.source, report, split=spec.split, revision=spec.revision, config=spec.config, columns=spec.columns
+    ):
         try:
             parts = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
         except BadRow:

@@ -37,7 +37,7 @@ def test_held_out_rows_are_not_trained(tmp_path, tokenizer):
 
 
 def test_a_hub_data_set_may_hold_its_own_split_out(tokenizer, monkeypatch):
-    def load_dataset(name, split, revision):
+    def load_dataset(name, config, split, revision):
         return datasets.Dataset.from_list([{"prompt": split, "completion": str(n)} for n in range(20)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -81,3 +81,20 @@ def test_held_out_examples_that_are_not_trained_are_no_warning(tmp_path, tokeniz
     source = write(tmp_path, *[conversation(f"Question {n}") for n in range(100)])
     load_rows(DataSpec(source, eval_rows=10), tokenizer, 64)
     assert "warning" not in capsys.readouterr().out
+
+
+def test_columns_of_a_recipe_are_those_of_both_sources(tmp_path, tokenizer):
+    paths = [tmp_path / name for name in ("train.jsonl", "held_out.jsonl")]
+    for path in paths:
+        path.write_text("".join(json.dumps({"frage": f"{path.stem} {n}", "antwort": "ja"}) + "\n" for n in range(9)))
+    columns = {"user": "frage", "assistant": "antwort"}
+    rows = load_rows(DataSpec(str(paths[0]), eval_source=str(paths[1]), columns=columns), tokenizer, 64)
+    assert [report.kept for report in rows.reports] == [9, 9]
+    assert "<|user|>train 3<|end|><|assistant|>ja<|end|>" in tokenizer.decode(sum(rows.train["input_ids"], []))
+
+
+def test_one_row_with_a_preference_refuses_the_source(tmp_path, tokenizer):
+    labelled = json.dumps(json.loads(conversation()) | {"label": False})
+    source = write(tmp_path, *[conversation()] * 500, labelled)
+    with pytest.raises(UserError, match="chats.jsonl:501: this is preference data"):
+        load_rows(DataSpec(source, max_bad_share=1), tokenizer, 64)

@@ -22,6 +22,45 @@ def test_the_last_turn_of_a_conversation_is_the_reference(tokenizer, tmp_path):
         load_prompts(str(path), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("turns", "text", "reference"),
+    [
+        ([("user", "One?"), ("assistant", "1"), ("user", "Bye")], "One?", "1"),
+        ([("assistant", "Ask!"), ("user", "One?"), ("assistant", "1")], "One?", "1"),
+        ([("user", "One?"), ("assistant", "1"), ("assistant", "!")], "1", "!"),
+        ([("system", "Greet."), ("assistant", "Hello")], "Greet.", "Hello"),
+    ],
+)
+def test_the_last_answer_is_the_reference_wherever_it_stands(turns, text, reference, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": said} for role, said in turns]}))
+    (prompt,) = load_prompts(str(path), tokenizer)
+    assert (prompt.text, prompt.reference) == (text, reference)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"role": "assistant", "content": "2", "weight": 0},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "count", "arguments": {}}]},
+    ],
+    ids=["not to be learnt", "a call"],
+)
+def test_an_answer_without_a_text_to_learn_is_no_reference(last, tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]
+    path.write_text(json.dumps({"messages": [*turns, {"role": "user", "content": "Two?"}, last]}))
+    (prompt,) = load_prompts(str(path), tokenizer)
+    assert (prompt.text, prompt.reference) == ("One?", "1")
+
+
+def test_a_conversation_that_is_an_answer_alone_asks_nothing(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "Hello"}]}')
+    with pytest.raises(UserError, match="holds no conversations to ask"):
+        load_prompts(str(path), tokenizer)
+
+
 def test_samples_of_packed_rows_are_prompts_and_the_answers_of_the_data(tokenizer):
     rows = load_rows(DataSpec(HELD_OUT, eval_rows=0), tokenizer, 256).train
     samples = sample_prompts(rows, tokenizer, 30, seed=3)
