@@ -81,7 +81,7 @@ def trained_text(tokenizer, tokens) -> str:
         ("llama3", "Hi!<|eot_id|>So long<|eot_id|>"),
         ("qwen2.5", "Hi!<|im_end|>So long<|im_end|>"),
         ("qwen3 (ours)", "Hi!<|im_end|>So long<|im_end|>"),
-        ("mistral", "Hi!</s>So long</s>"),
+        ("mistral", " Hi!</s> So long</s>"),  # the space is not in the prompt: the model has to say it
     ],
 )
 @pytest.mark.parametrize("chat", [CHAT, SYSTEM], ids=["chat", "with system"])
