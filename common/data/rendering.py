@@ -102,14 +102,17 @@ class Renderer:
     def _lay_out_in_some_form(
         self, conversation: Conversation, outline: Outline, answering: bool
     ) -> tuple[Layout, CallForm]:
-        """Returns the layout with the first form of calls that the template takes. Raises the first form's fault."""
+        """Returns the layout with the first form of calls that the template takes.
+
+        Raises BadRow, with what the template drops where it does not refuse every form.
+        """
         faults = []
         for form in CALL_FORMS:
             try:
                 return self._lay_out(conversation, outline, form, answering), form
             except BadRow as fault:
                 faults.append(fault)
-        raise faults[0]
+        raise next((fault for fault in faults if "refuses it" not in str(fault)), faults[0])
 
     def _lay_out(self, conversation: Conversation, outline: Outline, form: CallForm, answering: bool) -> Layout:
         tools = [tool_name(tool) for tool in conversation.tools]

@@ -136,6 +136,8 @@ class TurnFinder:
         """Returns where the generation prompt ends, the prompt, and notes; None where it does not stand there."""
         piece, position = begin
         text = layout.pieces[piece]
+        if piece and layout.owners[piece - 1] > index:
+            return None  # Gemma 4's template moves what is said beside a call behind the call's result
         previous = conversation.messages[index - 1] if index else None
         # The message before has its text directly before this piece, unless the template moved it or it has none.
         follows_text = position == 0 and piece > 0
@@ -236,10 +238,8 @@ class TurnFinder:
             except BadRow:
                 return None
             end = self.control.last(self.closing())
-            if end not in layout.pieces[-1]:
-                self._call_end = self.control.at_end(layout.pieces[-1].rstrip()) or ""
-            else:
-                self._call_end = end
+            call = layout.pieces[-1].removeprefix(self._prompt("user", {}, False) or "").rstrip()
+            self._call_end = end if end in call else self.control.at_end(call) or ""
         return self._call_end or None
 
     def _find_end(
