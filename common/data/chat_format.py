@@ -135,7 +135,10 @@ class ChatFormat:
         if not self.tokenizer.chat_template:
             return text
         user, assistant = SAMPLE.messages
-        pieces = self.renderer.layout(Conversation((user, assistant, user))).pieces
+        try:
+            pieces = self.renderer.layout(Conversation((user, assistant, user))).pieces
+        except BadRow:  # a template for one question and its answer
+            pieces = self.renderer.layout(Conversation((user,))).pieces * 2
         before_each_user = common_ending(pieces[0], pieces[2]).strip()
         text = text.strip()
         for prompt in self.turn_finder.prompts("user", Conversation(())):
@@ -169,7 +172,7 @@ class ChatFormat:
             return
         norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
         floor = 1e-3 * norms.median()
-        chat = self._render(SAMPLE)
+        chat = self._render(self.turn_finder.sample())
         ids = self._join(chat, self.tokeniser.encode(chat.pieces()))[0]
         for index in sorted(self.control.ids & set(ids)):
             if norms[index] <= floor:
@@ -184,7 +187,9 @@ class ChatFormat:
                 if self.control.pattern.search(example):
                     raise BadRow("the text holds control tokens: it was rendered already; give messages instead")
                 return _PlainText(example)
-            return self._render(*_up_to_last_answer(example))
+            chat = self._render(*_up_to_last_answer(example))
+            self.turn_finder.closing()
+            return chat
         except BadRow as fault:
             return fault
 

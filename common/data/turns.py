@@ -37,8 +37,8 @@ _TOOL = {
 SAMPLE = Conversation((_USER, _ANSWER))
 # Short conversations that end with a message of each role, the first that a template takes is asked.
 _CONTEXTS = {
-    "user": [(_USER,)],
-    "assistant": [(_USER, _ANSWER)],
+    "user": [(_USER,), (_SYSTEM, _USER)],
+    "assistant": [(_USER, _ANSWER), (_SYSTEM, _USER, _ANSWER)],
     "tool": [(_USER, _CALL, _RESULT)],
     "system": [(_SYSTEM,), (_USER, _SYSTEM), (_USER, _ANSWER, _SYSTEM)],
 }
@@ -71,6 +71,7 @@ class TurnFinder:
     def __init__(self, renderer: Renderer, control: ControlTokens) -> None:
         self.renderer, self.control = renderer, control
         self._prompts: dict[tuple[str, bool, str], str | None] = {}
+        self._headers: dict[tuple[bool, str], str] = {}
         self._found = WeakKeyDictionary[Layout, Turns]()  # layouts are kept for conversations of the same form
         self._closing: str | None = None
         self._call_end: str | None = None
@@ -89,13 +90,14 @@ class TurnFinder:
         for place, owner in enumerate(layout.owners):
             places.setdefault(owner, []).append(place)
         turns = Turns([], {}, first_controls[-1])
+        with_tools = has_tools(conversation)
         place = (0, 0)  # behind the message before: number of the piece, and place in it
         for index, message in enumerate(conversation.messages):
             own = places.get(index, [])
             behind = (own[-1] + 1, 0) if own else place
             if message.role == "assistant":
                 begin = (own[0], 0) if own and own[0] != place[0] else place
-                turn = self._find_turn(conversation, layout, index, begin, behind if own else None)
+                turn = self._find_turn(conversation, layout, index, begin, behind if own else None, with_tools)
                 if isinstance(turn, str):
                     turns.untrainable[index] = turn
                 else:
@@ -118,6 +120,7 @@ class TurnFinder:
         index: int,
         begin: tuple[int, int],
         behind: tuple[int, int] | None,
+        with_tools: bool,
     ) -> tuple[tuple[tuple[int, int], str, tuple[str, ...]], tuple[int, int]] | str:
         """Returns start and end of the assistant's turn, or the note that says why it cannot be trained.
 
@@ -125,13 +128,13 @@ class TurnFinder:
         """
         if index in layout.thoughts_dropped:
             return DROPPED_THOUGHTS
-        if (start := self._find_start(conversation, layout, index, begin)) is None:
+        if (start := self._find_start(conversation, layout, index, begin, with_tools)) is None:
             return OTHER_BEGINNING
         end = self._find_end(conversation.messages[index], layout, behind or start[0], behind is not None)
         return OTHER_END if end is None else (start, end)
 
     def _find_start(
-        self, conversation: Conversation, layout: Layout, index: int, begin: tuple[int, int]
+        self, conversation: Conversation, layout: Layout, index: int, begin: tuple[int, int], with_tools: bool
     ) -> tuple[tuple[int, int], str, tuple[str, ...]] | None:
         """Returns where the generation prompt ends, the prompt, and notes; None where it does not stand there."""
         piece, position = begin
@@ -150,12 +153,12 @@ class TurnFinder:
             follows_text = False  # the call stands between
         has_thoughts = index in layout.thoughts_shown
         for arguments, notes in self._arguments(conversation, has_thoughts):
-            alone = self._header(arguments, has_tools(conversation))
+            alone = self._header(arguments, with_tools)
             prompt = alone
             if previous is not None and not previous.tool_calls:
-                prompt = self._prompt(previous.role, arguments, has_tools(conversation))
+                prompt = self._prompt(previous.role, arguments, with_tools)
             if follows_text:
-                for skipped in {layout.tails[piece - 1], ""}:
+                for skipped in _left_of(layout.tails[piece - 1]):
                     if prompt is not None and text.startswith(skipped + prompt):
                         return (piece, len(skipped + prompt)), prompt, notes
                 continue
@@ -203,6 +206,12 @@ class TurnFinder:
 
     def _header(self, arguments: dict[str, Any], with_tools: bool) -> str:
         """Returns what add_generation_prompt adds to a conversation; "" where that is nothing."""
+        key = (with_tools, json.dumps(arguments, sort_keys=True, default=str))
+        if key not in self._headers:
+            self._headers[key] = self._find_header(arguments, with_tools)
+        return self._headers[key]
+
+    def _find_header(self, arguments: dict[str, Any], with_tools: bool) -> str:
         asked = self._prompt("user", arguments, with_tools)
         try:
             closed = self.renderer.layout(Conversation((_USER,), (), arguments)).pieces[-1]
@@ -214,13 +223,24 @@ class TurnFinder:
         torn = (token.start() for token in self.control.finditer(asked, 0) if token.start() < shared < token.end())
         return asked[next(torn, shared) :]
 
+    def sample(self) -> Conversation:
+        """Returns a conversation of one question and its answer. Raises BadRow when the template refuses it."""
+        try:
+            self.renderer.layout(SAMPLE)
+        except BadRow:
+            with_system = Conversation((_SYSTEM, *SAMPLE.messages))
+            if not self.renderer.own_text(with_system):
+                raise
+            return with_system
+        return SAMPLE
+
     def closing(self) -> str:
         """Returns what the template writes after an answer, up to the token that ends the turn.
 
         Raises UserError when there is no such token.
         """
         if self._closing is None:
-            layout = self.renderer.layout(SAMPLE)
+            layout = self.renderer.layout(self.sample())
             closing = self.control.up_to_end(layout.pieces[-1])
             if closing is None or self.control.last(closing) in self._header({}, False):  # a template may always ask
                 raise UserError(
@@ -250,12 +270,16 @@ class TurnFinder:
         after: where its text ends, or where it begins when it has none.
         """
         piece, position = after
-        text, closing = layout.pieces[piece], self.closing()
+        text = layout.pieces[piece]
+        try:
+            closing = self.closing()
+        except (UserError, BadRow):  # which is for those to say who want to train
+            return None
         if message.tool_calls:
             ends = {self.control.last(closing), self.call_end()}
             found = next((m for m in self.control.finditer(text, position) if m[0] in ends), None)
             return None if found is None else (piece, found.end())
-        for skipped in {layout.tails[piece - 1] if has_text else "", ""}:
+        for skipped in _left_of(layout.tails[piece - 1] if has_text else ""):
             if text.startswith(skipped, position):
                 start = position + len(skipped)
                 blanks = len(text) - start - len(text[start:].lstrip())
@@ -263,3 +287,8 @@ class TurnFinder:
                     if text.startswith(wanted, place):
                         return piece, place + len(wanted)
         return None
+
+
+def _left_of(tail: str) -> list[str]:
+    """Returns what a template may leave of the blanks and tags behind a text, the longest first."""
+    return [tail[:length] for length in range(len(tail), -1, -1)]
