@@ -1,4 +1,4 @@
-"""Turns conversations into token ids and labels, with the model's own chat template.
+"""AssistantTurns conversations into token ids and labels, with the model's own chat template.
 
 Trained are the assistant's turns, each from where the generation prompt ends to the token that generation stops at. So
 the tokens before a turn are the prompt that the model gets when it is asked, and what is trained is all that it has to
@@ -8,6 +8,7 @@ say itself. This works with any template, without marks in it and without a copy
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from common.data.pieces import Piece, PieceTokeniser
 from common.data.rendering import Renderer
 from common.data.source_row import BadRow
 from common.data.template_messages import leaves
-from common.data.turns import DROPPED_THOUGHTS, OTHER_BEGINNING, OTHER_END, SAMPLE, Turn, TurnFinder, Turns
+from common.data.turns import DROPPED_THOUGHTS, OTHER_BEGINNING, OTHER_END, SAMPLE, AssistantTurns, Turn, TurnFinder
 from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
 
@@ -54,7 +55,7 @@ class _Chat:
 
     conversation: Conversation
     text: str
-    turns: Turns
+    turns: AssistantTurns
     spans: list[Span]  # of the messages' texts
     plain: list[Span]  # of those with control tokens in them
     cuts: set[int]  # where the text is tokenised in two pieces
@@ -211,12 +212,10 @@ class ChatFormat:
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Raises BadRow when a control token stands where it could not be tokenised as plain text."""
-        told = [conversation.tools, conversation.template_arguments]
-        told += [
-            [message.name, *((call.name, call.arguments, call.id) for call in message.tool_calls)]
-            for message in conversation.messages
-            if message.name or message.tool_calls
-        ]
+        told: list[Any] = [conversation.tools, conversation.template_arguments]
+        for message in conversation.messages:
+            told += [message.name, message.tool_call_id]
+            told += [[call.name, call.arguments, call.id] for call in message.tool_calls]
         for leaf in leaves(told):
             if isinstance(leaf, str) and (found := self.control.pattern.search(leaf)):
                 raise BadRow(f"a tool, a call of one or a template argument holds the control token {found[0]}")

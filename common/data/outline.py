@@ -33,7 +33,7 @@ class Outline:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class TextLayout:
     """The template's own text around the texts of a conversation."""
 
     pieces: tuple[str, ...]  # pieces[i] stands before the i-th text of the rendered conversation; the last follows all
@@ -100,7 +100,7 @@ def free_character(text: str) -> str:
     return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
 
 
-def match_texts(conversation: Conversation, rendered: str, layout: Layout, texts: list[str]) -> list[Span]:
+def match_texts(conversation: Conversation, rendered: str, layout: TextLayout, texts: list[str]) -> list[Span]:
     """Returns where each text of the layout stands in the rendered conversation.
 
     Raises BadRow when it is not the template's own text with the messages put in, as they are or as JSON writes them.
@@ -122,7 +122,7 @@ def match_texts(conversation: Conversation, rendered: str, layout: Layout, texts
     return spans
 
 
-def text_around(layout: Layout, index: int) -> str:
+def text_around(layout: TextLayout, index: int) -> str:
     """Returns the template's own text around a message: from the text before it to the text after it."""
     before = sum(owner < index for owner in layout.owners)
     last = sum(owner <= index for owner in layout.owners)

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from common.data.control_tokens import ControlTokens
 from common.data.conversation import Conversation, Message, ToolCall
-from common.data.outline import Layout
+from common.data.outline import TextLayout
 from common.data.rendering import Renderer, has_tools
 from common.data.source_row import BadRow
 from common.recipe import UserError
@@ -36,7 +36,7 @@ _TOOL = {
 }
 SAMPLE = Conversation((_USER, _ANSWER))
 # Short conversations that end with a message of each role, the first that a template takes is asked.
-_CONTEXTS = {
+_CONTEXTS: dict[str, list[tuple[Message, ...]]] = {
     "user": [(_USER,), (_SYSTEM, _USER)],
     "assistant": [(_USER, _ANSWER), (_SYSTEM, _USER, _ANSWER)],
     "tool": [(_USER, _CALL, _RESULT)],
@@ -57,7 +57,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Turns:
+class AssistantTurns:
     """What can be trained of a conversation, and why the rest cannot."""
 
     trainable: list[Turn]
@@ -72,24 +72,26 @@ class TurnFinder:
         self.renderer, self.control = renderer, control
         self._prompts: dict[tuple[str, bool, str], str | None] = {}
         self._headers: dict[tuple[bool, str], str] = {}
-        self._found = WeakKeyDictionary[Layout, Turns]()  # layouts are kept for conversations of the same form
+        self._found = WeakKeyDictionary[
+            TextLayout, AssistantTurns
+        ]()  # layouts are kept for conversations of the same form
         self._closing: str | None = None
         self._call_end: str | None = None
 
-    def find(self, conversation: Conversation, layout: Layout) -> Turns:
+    def find(self, conversation: Conversation, layout: TextLayout) -> AssistantTurns:
         """Returns the turns of the assistant. Raises UserError when no control token ends a turn."""
         if layout not in self._found:
             self._found[layout] = self._find(conversation, layout)
         return self._found[layout]
 
-    def _find(self, conversation: Conversation, layout: Layout) -> Turns:
+    def _find(self, conversation: Conversation, layout: TextLayout) -> AssistantTurns:
         first_controls = [0]  # number of the first control token in each piece
         for piece in layout.pieces:
             first_controls.append(first_controls[-1] + self.control.count(piece))
         places = dict[int, list[int]]()  # of a message's texts in the layout
-        for place, owner in enumerate(layout.owners):
-            places.setdefault(owner, []).append(place)
-        turns = Turns([], {}, first_controls[-1])
+        for number, owner in enumerate(layout.owners):
+            places.setdefault(owner, []).append(number)
+        turns = AssistantTurns([], {}, first_controls[-1])
         with_tools = has_tools(conversation)
         place = (0, 0)  # behind the message before: number of the piece, and place in it
         for index, message in enumerate(conversation.messages):
@@ -116,7 +118,7 @@ class TurnFinder:
     def _find_turn(
         self,
         conversation: Conversation,
-        layout: Layout,
+        layout: TextLayout,
         index: int,
         begin: tuple[int, int],
         behind: tuple[int, int] | None,
@@ -134,7 +136,7 @@ class TurnFinder:
         return OTHER_END if end is None else (start, end)
 
     def _find_start(
-        self, conversation: Conversation, layout: Layout, index: int, begin: tuple[int, int], with_tools: bool
+        self, conversation: Conversation, layout: TextLayout, index: int, begin: tuple[int, int], with_tools: bool
     ) -> tuple[tuple[int, int], str, tuple[str, ...]] | None:
         """Returns where the generation prompt ends, the prompt, and notes; None where it does not stand there."""
         piece, position = begin
@@ -149,12 +151,12 @@ class TurnFinder:
                 previous = conversation.messages[layout.owners[piece - 1]]
             else:
                 follows_text = False
-        if previous is not None and previous.tool_calls:
-            follows_text = False  # the call stands between
+        if previous is not None and (previous.tool_calls or previous.role == "tool"):
+            follows_text = False  # the call stands between, or the result's id
         has_thoughts = index in layout.thoughts_shown
         for arguments, notes in self._arguments(conversation, has_thoughts):
             alone = self._header(arguments, with_tools)
-            prompt = alone
+            prompt: str | None = alone
             if previous is not None and not previous.tool_calls:
                 prompt = self._prompt(previous.role, arguments, with_tools)
             if follows_text:
@@ -200,7 +202,7 @@ class TurnFinder:
                     else:
                         continue
                 if layout.owners and layout.owners[-1] == len(context) - 1:
-                    self._prompts[key] = layout.pieces[-1]
+                    self._prompts[key] = _after_names(layout.pieces[-1]) if role == "tool" else layout.pieces[-1]
                     break
         return self._prompts[key]
 
@@ -263,7 +265,7 @@ class TurnFinder:
         return self._call_end or None
 
     def _find_end(
-        self, message: Message, layout: Layout, after: tuple[int, int], has_text: bool
+        self, message: Message, layout: TextLayout, after: tuple[int, int], has_text: bool
     ) -> tuple[int, int] | None:
         """Returns where the token ends that ends the turn, as piece and place in it; None where there is none.
 
@@ -287,6 +289,13 @@ class TurnFinder:
                     if text.startswith(wanted, place):
                         return piece, place + len(wanted)
         return None
+
+
+def _after_names(prompt: str) -> str:
+    """Returns the text after the id and the name of the tool's result that it was made with."""
+    for word in (_RESULT.tool_call_id, _RESULT.name):
+        prompt = prompt.rpartition(str(word))[2]
+    return prompt
 
 
 def _left_of(tail: str) -> list[str]:
