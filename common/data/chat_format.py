@@ -5,8 +5,7 @@ the tokens before a turn are the prompt that the model gets when it is asked, an
 say itself. This works with any template, without marks in it and without a copy of it.
 """
 
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from os.path import commonprefix
 from typing import Any
 
@@ -17,16 +16,15 @@ from transformers import PreTrainedTokenizerFast
 from common.data.control_tokens import ControlTokens, with_control
 from common.data.conversation import Conversation, Example
 from common.data.labels import IGNORED
-from common.data.outline import Span
 from common.data.pieces import Piece, PieceTokeniser
+from common.data.rendered_chat import PlainText, RenderedChat, refuse_untrained, up_to_last_answer
 from common.data.rendering import Renderer
 from common.data.source_row import BadRow
 from common.data.template_messages import leaves
-from common.data.turns import DROPPED_THOUGHTS, OTHER_BEGINNING, OTHER_END, SAMPLE, AssistantTurns, Turn, TurnFinder
+from common.data.template_samples import SAMPLE
+from common.data.turns import TurnFinder
 from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
-
-AFTER_LAST_ANSWER = "what follows the last answer is left out"
 
 
 @dataclass(frozen=True)
@@ -37,46 +35,6 @@ class Tokens:
     labels: list[int]  # as long as input_ids
     turn_ends: list[int]  # for each trained turn of the assistant: the index after its last token
     notes: tuple[str, ...] = ()  # what a user should know of it, as a kind: the report counts examples by it
-
-
-@dataclass
-class _PlainText:
-    """A text on its way to tokens."""
-
-    text: str
-
-    def pieces(self) -> list[Piece]:
-        return [Piece(self.text)]
-
-
-@dataclass
-class _Chat:
-    """A rendered conversation on its way to tokens."""
-
-    conversation: Conversation
-    text: str
-    turns: AssistantTurns
-    spans: list[Span]  # of the messages' texts
-    plain: list[Span]  # of those with control tokens in them
-    cuts: set[int]  # where the text is tokenised in two pieces
-    notes: tuple[str, ...]
-
-    def start_of(self, turn: Turn) -> int:
-        """Returns where the turn begins, as an index into the text."""
-        piece, offset = turn.start
-        return (self.spans[piece - 1][1] if piece else 0) + offset
-
-    def edges(self) -> list[int]:
-        return sorted({0, len(self.text), *self.cuts, *(edge for span in self.plain for edge in span)})
-
-    def pieces(self) -> list[Piece]:
-        if not self.cuts and not self.plain:
-            return [Piece(self.text)]
-        plain = {start for start, _ in self.plain}
-        return [
-            Piece(self.text[start:end], start in plain, self.text[max(0, start - 100) : start])
-            for start, end in pairwise(self.edges())
-        ]
 
 
 class ChatFormat:
@@ -117,7 +75,9 @@ class ChatFormat:
             try:
                 if isinstance(one, BadRow):
                     raise one
-                found.append(self._to_tokens(one, ids, train_on) if isinstance(one, _Chat) else self._to_text(ids[0]))
+                found.append(
+                    self._to_tokens(one, ids, train_on) if isinstance(one, RenderedChat) else self._to_text(ids[0])
+                )
             except BadRow as fault:
                 found.append(fault)
         return found
@@ -142,7 +102,7 @@ class ChatFormat:
             pieces = self.renderer.layout(Conversation((user,))).pieces * 2
         before_each_user = common_ending(pieces[0], pieces[2]).strip()
         text = text.strip()
-        for prompt in self.turn_finder.prompts("user", Conversation(())):
+        for prompt in self.turn_finder.samples.prompts("user", Conversation(())):
             text = text.removesuffix(prompt.strip())
         return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
 
@@ -150,12 +110,12 @@ class ChatFormat:
         """Returns the token that ends the assistant's turns; without a template the end-of-text token."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.eos_token_id
-        return self._control_id(self.control.last(self.turn_finder.closing()))
+        return self._control_id(self.control.last(self.turn_finder.samples.closing()))
 
     def end_of_turn_ids(self) -> set[int]:
         """Returns the tokens that end the assistant's turns, those with a call of a tool too."""
         ids = {self.end_of_turn_id()}
-        if self.tokenizer.chat_template and (end := self.turn_finder.call_end()) is not None:
+        if self.tokenizer.chat_template and (end := self.turn_finder.samples.call_end()) is not None:
             ids.add(self._control_id(end))
         return {index for index in ids if index is not None}
 
@@ -173,7 +133,7 @@ class ChatFormat:
             return
         norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
         floor = 1e-3 * norms.median()
-        chat = self._render(self.turn_finder.sample())
+        chat = self._render(self.turn_finder.samples.sample())
         ids = self._join(chat, self.tokeniser.encode(chat.pieces()))[0]
         for index in sorted(self.control.ids & set(ids)):
             if norms[index] <= floor:
@@ -182,19 +142,21 @@ class ChatFormat:
                     "never trained on (its embedding is zero): take the Instruct version"
                 )
 
-    def _prepare(self, example: Example) -> "_Chat | _PlainText | BadRow":
+    def _prepare(self, example: Example) -> RenderedChat | PlainText | BadRow:
         try:
             if isinstance(example, str):
                 if self.control.pattern.search(example):
                     raise BadRow("the text holds control tokens: it was rendered already; give messages instead")
-                return _PlainText(example)
-            chat = self._render(*_up_to_last_answer(example))
-            self.turn_finder.closing()
+                return PlainText(example)
+            chat = self._render(*up_to_last_answer(example))
+            self.turn_finder.samples.closing()
             return chat
         except BadRow as fault:
             return fault
 
-    def _render(self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False) -> _Chat:
+    def _render(
+        self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False
+    ) -> RenderedChat:
         if not self.tokenizer.chat_template:
             raise UserError(
                 "the model has no chat template: it is a base model. Take its Instruct version, give "
@@ -206,7 +168,7 @@ class ChatFormat:
         plain = [span for span in spans if self.control.pattern.search(text, *span)]
         unknown = [name for name in conversation.template_arguments if name not in self.renderer.template]
         notes += tuple(f"the chat template does not know the argument {name}" for name in unknown)
-        chat = _Chat(conversation, text, turns, spans, plain, set(), notes + layout.notes)
+        chat = RenderedChat(conversation, text, turns, spans, plain, set(), notes + layout.notes)
         chat.cuts |= {chat.start_of(turn) for turn in turns.trainable if not turn.prompt_end}
         return chat
 
@@ -220,7 +182,7 @@ class ChatFormat:
             if isinstance(leaf, str) and (found := self.control.pattern.search(leaf)):
                 raise BadRow(f"a tool, a call of one or a template argument holds the control token {found[0]}")
 
-    def _join(self, chat: _Chat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    def _join(self, chat: RenderedChat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Returns the ids of a conversation, the indices of control tokens, and start and end of each trainable turn.
 
         Where a token reaches over the end of a generation prompt, the text is tokenised once more, in two pieces there.
@@ -248,7 +210,7 @@ class ChatFormat:
         self._refuse_beyond(ids, chat)
         return ids, controls, turns
 
-    def _to_tokens(self, chat: _Chat, encoded: list[list[int]], train_on: TrainOn) -> Tokens:
+    def _to_tokens(self, chat: RenderedChat, encoded: list[list[int]], train_on: TrainOn) -> Tokens:
         ids, _, spans = self._join(chat, encoded)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -265,7 +227,7 @@ class ChatFormat:
         untrained = [index for index in chat.turns.untrainable if chat.conversation.messages[index].is_trained]
         notes += [chat.turns.untrainable[index] for index in untrained]
         if not turn_ends:
-            _refuse_untrained(chat)
+            refuse_untrained(chat)
         if train_on == "everything" and len(untrained) < len(chat.turns.untrainable):
             raise BadRow("an answer that is not to be learnt cannot be told from the rest of the text")
         labels[0] = IGNORED  # no token stands before it, to predict it from
@@ -277,7 +239,7 @@ class ChatFormat:
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 
-    def _refuse_beyond(self, ids: list[int], chat: _Chat | None = None) -> None:
+    def _refuse_beyond(self, ids: list[int], chat: RenderedChat | None = None) -> None:
         """Raises BadRow when the model has no embedding for one of the tokens, UserError when it is the template's."""
         if self.beyond.keys().isdisjoint(ids):
             return
@@ -290,33 +252,6 @@ class ChatFormat:
                     "tokenizer and the template that belong to the model"
                 )
         raise BadRow(f"it holds the token {describe_beyond(self.tokenizer, index)}")
-
-
-def _up_to_last_answer(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
-    """Returns the conversation without what follows the assistant's last turn, and a note where there is any.
-
-    Raises BadRow when the assistant has no turn.
-    """
-    messages = conversation.messages
-    if messages and messages[-1].role == "assistant":
-        return conversation, ()
-    count = max((i + 1 for i, message in enumerate(messages) if message.role == "assistant"), default=0)
-    if not count:
-        raise BadRow("the assistant has no turn in it")
-    return replace(conversation, messages=messages[:count]), (AFTER_LAST_ANSWER,)
-
-
-def _refuse_untrained(chat: _Chat) -> None:
-    """Raises BadRow, which says why no turn of the conversation is trained."""
-    messages, untrainable = chat.conversation.messages, chat.turns.untrainable
-    reasons = {reason for index, reason in untrainable.items() if messages[index].is_trained}
-    if DROPPED_THOUGHTS in reasons:
-        raise BadRow("no answer can be trained: the chat template drops their thoughts")
-    if OTHER_BEGINNING in reasons:
-        raise BadRow("no answer can be trained: the chat template begins them otherwise than its generation prompt")
-    if OTHER_END in reasons:
-        raise BadRow("no answer can be trained: the chat template ends them otherwise than an answer alone")
-    raise BadRow("none of its answers is to be learnt, the data says")
 
 
 def common_ending(a: str, b: str) -> str:
