@@ -1,4 +1,4 @@
-"""What a chat template writes around an answer, found with short conversations: how it asks for one, and how it ends."""
+"""What a chat template writes around an answer: how it asks for one, and how it ends. Short conversations show it."""
 
 import json
 from collections.abc import Iterator

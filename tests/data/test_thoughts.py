@@ -68,14 +68,15 @@ def test_a_template_that_knows_no_thoughts_is_refused_and_inline_ones_are_the_an
     ]
 
 
-def test_every_thought_is_trained_with_our_template_for_qwen3():
+@pytest.mark.parametrize("chat", [APART, INLINE], ids=["apart", "inline"])
+def test_every_thought_is_trained_with_our_template_for_qwen3(chat):
     tokenizer = qwen(QWEN3)
-    tokens = ChatFormat(tokenizer).encode(Conversation(INLINE))
+    tokens = ChatFormat(tokenizer).encode(Conversation(chat))
     assert text_of(tokenizer, tokens) == [
         "<think>\neasy\n</think>\n\n2<|im_end|>",
         "<think>\nwell\n</think>\n\n4<|im_end|>",
     ]
-    mixed = ChatFormat(tokenizer).encode(Conversation((*INLINE[:2], *APART[:1], Message("assistant", "2"))))
+    mixed = ChatFormat(tokenizer).encode(Conversation((*chat[:2], *APART[:1], Message("assistant", "2"))))
     assert text_of(tokenizer, mixed)[1] == "2<|im_end|>"
 
 
