@@ -76,9 +76,9 @@ def test_reset_forgets_and_system_begins_again(chat, capsys):
     chat.ask(TEA, lambda text: None)
     out = said(chat, "/system Be brief.", capsys=capsys)
     assert "from now on: Be brief." in out
-    assert [m.role for m in chat.conversation] == ["system"]
+    assert [m.role for m in chat.conversation.messages] == ["system"]
     assert "no system message" in said(chat, "/system", capsys=capsys)
-    assert chat.conversation == ()
+    assert chat.conversation.messages == ()
 
 
 def test_help_and_unknown_commands_list_the_commands(chat, capsys):
