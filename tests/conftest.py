@@ -42,6 +42,7 @@ from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
+from tests import real_tokenizers
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -112,6 +113,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """real_tokenizer(name, chat_template=...): a tokenizer that people fine-tune with; see tests/real_tokenizers.py."""
+    return real_tokenizers.real_tokenizer
 
 
 @pytest.fixture(scope="session")
