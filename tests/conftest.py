@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import chat_template_utils
 
 from common.machine.device import Machine
 from common.model import file_hash
@@ -215,6 +217,22 @@ def small_recipe(model: Path, folder: Path) -> Recipe:
         card_gib=None,
         out=str(folder / "run"),
     )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[datetime], None]:
+    """clock(moment): sets the clock of date.today, of time.time and of chat templates. It stands still."""
+
+    def set_clock(moment: datetime) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return moment
+
+        monkeypatch.setattr(time, "time", moment.timestamp)
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return set_clock
 
 
 @pytest.fixture
