@@ -16,9 +16,8 @@ def with_run_date(recipe: Recipe) -> Recipe:
     """Returns the recipe with a template_date: its own, that of the run to resume, or today's. The same everywhere."""
     if recipe.model.template_date is not None:
         return recipe
-    day: str | None = date.today().isoformat()
-    if recipe.existing_run == "resume":
-        day = _kept_date(Path(recipe.out) / CHECKPOINTS, day)
+    today = date.today().isoformat()
+    day = _kept_date(Path(recipe.out) / CHECKPOINTS, today) if recipe.existing_run == "resume" else today
     day = broadcast_from_main(day)  # midnight may fall between two processes
     return replace(recipe, model=replace(recipe.model, template_date=day))
 
