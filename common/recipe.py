@@ -96,6 +96,9 @@ class DataSpec:
     eval_split: str = "test"  # split of `eval_source`, where that is a hub data set
     revision: str | None = None  # branch, tag or commit of a hub data set
     train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
+    # True: a row's text was rendered with the model's own chat template, control tokens included, and is taken as it
+    # is. Trained are the answers that the template's marks show.
+    rendered: bool = False
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ template's own text. This works with any template, without marks in it and witho
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jinja2.exceptions import TemplateError
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.conversation import Conversation, Example, Message
 from common.data.labels import IGNORED
+from common.data.rendered_text import RenderedText, foreign_marks
 from common.data.source_row import BadRow
 from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
@@ -55,12 +57,14 @@ class TemplateText:
 class ChatFormat:
     """Renders and tokenises conversations in one model's format."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, rendered: bool = False) -> None:
+        """rendered: texts are taken as rendered already (DataSpec.rendered)."""
+        self.tokenizer, self.rendered = tokenizer, rendered
         added = tokenizer.added_tokens_decoder
         self.control_ids = {index for index, token in added.items() if token.special}
         texts = sorted((added[index].content for index in self.control_ids), key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")  # (?!) matches nothing
+        self.foreign = foreign_marks(tokenizer) if tokenizer.chat_template else None
         self.beyond = tokens_beyond(tokenizer)
         self._template_texts: dict[tuple[tuple[str, ...], bool], TemplateText] = {}
 
@@ -71,13 +75,15 @@ class ChatFormat:
         a token that the model has no embedding for. Raises UserError when the model has no template, or one that cannot
         be trained with.
         """
-        if isinstance(example, str):
+        if isinstance(example, str) and not self.rendered:
             return self._encode_text(example)
         if not self.tokenizer.chat_template:
             raise UserError(
                 "the model has no chat template: it is a base model. Take its Instruct version, give "
                 "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
+        if self.rendered:
+            return self._encode_rendered(example, train_on)
         text, spans = self._render_with_spans(example)
         ids, ends = self._tokenise(text, list(spans.values()))
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
@@ -140,9 +146,32 @@ class ChatFormat:
                     "never trained on (its embedding is zero): take the Instruct version"
                 )
 
+    @cached_property
+    def rendered_text(self) -> RenderedText:
+        end = ChatFormat(self.tokenizer).end_of_turn_id()
+        return RenderedText(self.tokenizer, [] if end is None else [end])
+
+    def _encode_rendered(self, example: Example, train_on: TrainOn) -> Tokens:
+        if not isinstance(example, str):
+            raise UserError(
+                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+            )
+        ids, spans = self.rendered_text.encode(example)
+        self._refuse_beyond(ids)
+        labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        labels[0] = IGNORED  # no token stands before it, to predict it from
+        return Tokens(ids, labels, [end for _, end in spans])
+
     def _encode_text(self, text: str) -> Tokens:
-        if self.control.search(text):
-            raise BadRow("the text holds control tokens: it was rendered already; give messages instead")
+        if found := self.control.search(text):
+            raise BadRow(
+                f"the text holds the control token {found[0]}: where the model's own chat template rendered it, say "
+                "DataSpec(rendered=True); else give messages instead"
+            )
+        if self.foreign is not None and (found := self.foreign.match(text.removeprefix("<s>").lstrip())):
+            raise BadRow(f"the text was rendered for another model: it begins with {found[0]}; give messages instead")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         self._refuse_beyond(ids)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
