@@ -75,15 +75,13 @@ class ChatFormat:
         a token that the model has no embedding for. Raises UserError when the model has no template, or one that cannot
         be trained with.
         """
-        if isinstance(example, str) and not self.rendered:
-            return self._encode_text(example)
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the model has no chat template: it is a base model. Take its Instruct version, give "
-                "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
-            )
+        if isinstance(example, str):
+            return self._encode_rendered(example, train_on) if self.rendered else self._encode_text(example)
         if self.rendered:
-            return self._encode_rendered(example, train_on)
+            raise UserError(
+                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+            )
+        self._require_template()
         text, spans = self._render_with_spans(example)
         ids, ends = self._tokenise(text, list(spans.values()))
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
@@ -151,12 +149,16 @@ class ChatFormat:
         end = ChatFormat(self.tokenizer).end_of_turn_id()
         return RenderedText(self.tokenizer, [] if end is None else [end])
 
-    def _encode_rendered(self, example: Example, train_on: TrainOn) -> Tokens:
-        if not isinstance(example, str):
+    def _require_template(self) -> None:
+        if not self.tokenizer.chat_template:
             raise UserError(
-                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+                "the model has no chat template: it is a base model. Take its Instruct version, give "
+                "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
-        ids, spans = self.rendered_text.encode(example)
+
+    def _encode_rendered(self, text: str, train_on: TrainOn) -> Tokens:
+        self._require_template()
+        ids, spans = self.rendered_text.encode(text)
         self._refuse_beyond(ids)
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
         for start, end in spans:

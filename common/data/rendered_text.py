@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Collection
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -17,12 +18,14 @@ from common.data.source_row import BadRow
 from common.recipe import UserError
 
 # What begins a turn in the formats that many data sets were rendered in
-_OPENERS = ("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|begin_of_text|>", "<|user|>")
-_OPENERS += ("<|start|>", "<|turn>", "<|START_OF_TURN_TOKEN|>", "<｜User｜>", "<|system|>")
+_OPENERS = (
+    *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|begin_of_text|>", "<|user|>"),
+    *("<|system|>", "<|start|>", "<|turn>", "<|START_OF_TURN_TOKEN|>", "<｜User｜>"),
+)
 _ASKED, _ANSWERED = "\ue000u\ue001", "\ue000a\ue001"  # characters for private use, which no template writes itself
-_QUESTION = [{"role": "user", "content": _ASKED}]
+_QUESTION: list[dict[str, Any]] = [{"role": "user", "content": _ASKED}]
 _CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
-_RESULT = [
+_RESULT: list[dict[str, Any]] = [
     *_QUESTION,
     {"role": "assistant", "content": "", "tool_calls": [_CALL]},
     {"role": "tool", "name": "f", "tool_call_id": "a1b2c3d4e", "content": _ANSWERED},
@@ -33,7 +36,7 @@ def foreign_marks(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     """Returns what finds the begin of a turn in another model's format: no token of this one, nor in its template."""
     own = {token.content for token in tokenizer.added_tokens_decoder.values()}
     others = [text for text in _OPENERS if text not in own and text not in tokenizer.chat_template]
-    return re.compile("|".join(map(re.escape, others)))
+    return re.compile("|".join(map(re.escape, others)) or "(?!)")  # (?!) matches nothing
 
 
 class RenderedText:
@@ -56,10 +59,11 @@ class RenderedText:
         self.headers = self._find_headers(whole)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Tokenises a text, with one BOS where the template begins with one. Returns the ids, and start and end of each answer.
+        """Tokenises a text, with one BOS where the template begins with one.
 
-        An answer begins where the generation prompt ends, and its last token is an end token. Raises BadRow when no answer
-        begins in the text, when one has no text or no end token, and when BOS stands where the template writes none.
+        Returns the ids, and start and end of each answer, as indices into them. An answer begins where the generation
+        prompt ends, and its last token is an end token. Raises BadRow when no answer begins in the text, when one has
+        no text or no end token, and when BOS stands where the template writes none.
         """
         bos = self.tokenizer.bos_token
         if self.bos_first and not text.startswith(bos):
@@ -146,7 +150,7 @@ class RenderedText:
             raise UserError(
                 "the chat template marks no beginning of an answer: rendered texts cannot be trained with it"
             )
-        headers = {prompt, shared}
+        headers = {prompt, shared, shared.partition("<think>")[0] or shared}  # an answer may come without thoughts
         if prompt == shared and self.control.fullmatch(prompt):  # a mark of the question's end, as [/INST]
             headers |= self._header_after_result()
         return headers
@@ -167,7 +171,7 @@ class RenderedText:
             prompt = prompt.removeprefix(end)
         return prompt.lstrip()
 
-    def _render(self, messages: list[dict[str, object]], *, answering: bool = False, **arguments: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], *, answering: bool = False, **arguments: bool) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=answering, **arguments

@@ -200,6 +200,14 @@ def test_thoughts_are_trained_and_an_empty_block_is_where_it_belongs_to_the_prom
     )
 
 
+@pytest.mark.parametrize("name", ["qwen3_8", "qwen3_5_think", "nemotron_3_nano"])
+def test_a_prompt_that_begins_the_thoughts_is_not_trained_and_an_answer_without_thoughts_is_found(name):
+    tokenizer = qwen(TRL_TEMPLATES[name])
+    thoughts = CHATML.replace("Hi!", "<think>\nGreet.\n</think>\n\nHi!")
+    tokens = ChatFormat(tokenizer, rendered=True).encode(CHATML + thoughts)
+    assert trained_text(tokenizer, tokens) == "Hi!<|im_end|>Greet.\n</think>\n\nHi!<|im_end|>"
+
+
 def test_a_mistral_answer_after_a_tools_result_is_trained(real_tokenizer):
     tokenizer = real_tokenizer("mistral_v3", OURS["mistral_v3"])
     text = (
