@@ -1,31 +1,33 @@
-"""Turns a conversation into token ids and labels, with the model's own chat template.
+"""Turns conversations into token ids and labels, with the model's own chat template.
 
-Trained are the assistant's texts and the token that ends each of its turns. To find them in the rendered text, the
-template is rendered once more with a placeholder in each message's place: what stands between the placeholders is the
-template's own text. This works with any template, without marks in it and without a copy of it.
+Trained are the assistant's turns, each from where the generation prompt ends to the token that generation stops at. So
+the tokens before a turn are the prompt that the model gets when it is asked, and what is trained is all that it has to
+say itself. This works with any template, without marks in it and without a copy of it.
 """
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
+from os.path import commonprefix
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.data.conversation import Conversation, Example, Message
+from common.data.control_tokens import ControlTokens, with_control
+from common.data.conversation import Conversation, Example
 from common.data.labels import IGNORED
+from common.data.outline import Span
+from common.data.pieces import Piece, PieceTokeniser
 from common.data.rendered_text import RenderedText, foreign_marks
+from common.data.rendering import Renderer
 from common.data.source_row import BadRow
+from common.data.template_messages import leaves
+from common.data.turns import DROPPED_THOUGHTS, OTHER_BEGINNING, OTHER_END, SAMPLE, Turn, TurnFinder, Turns
 from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
 
-_PLACEHOLDER = re.compile("\ue000(\\d+)\ue001")  # private-use characters around a message's index
-_THOUGHTS_START = "<think>"
-_SAMPLE = Conversation((Message("user", "Hello"), Message("assistant", "Hi")))
-
-Span = tuple[int, int]  # start and end of a piece of text, in characters
+AFTER_LAST_ANSWER = "what follows the last answer is left out"
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,48 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int]  # as long as input_ids
-    turn_ends: list[int]  # for each assistant turn: the index after its last trained token
+    turn_ends: list[int]  # for each trained turn of the assistant: the index after its last token
     notes: tuple[str, ...] = ()  # what a user should know of it, as a kind: the report counts examples by it
 
 
-@dataclass(frozen=True)
-class TemplateText:
-    """The template's own text around the messages of a conversation."""
+@dataclass
+class _PlainText:
+    """A text on its way to tokens."""
 
-    pieces: list[str]  # pieces[i] stands before the i-th message of the rendered text; the last one follows all
-    order: list[int]  # index in the conversation of the i-th message of the rendered text: a template may move some
+    text: str
 
-    def fill(self, contents: list[str]) -> tuple[str, dict[int, Span]]:
-        """Returns the text with these messages put in, and where each stands: from its index to its span."""
-        text, spans = self.pieces[0], {}
-        for index, following in zip(self.order, self.pieces[1:], strict=True):
-            spans[index] = (len(text), len(text) + len(contents[index]))
-            text += contents[index] + following
-        return text, spans
+    def pieces(self) -> list[Piece]:
+        return [Piece(self.text)]
+
+
+@dataclass
+class _Chat:
+    """A rendered conversation on its way to tokens."""
+
+    conversation: Conversation
+    text: str
+    turns: Turns
+    spans: list[Span]  # of the messages' texts
+    plain: list[Span]  # of those with control tokens in them
+    cuts: set[int]  # where the text is tokenised in two pieces
+    notes: tuple[str, ...]
+
+    def start_of(self, turn: Turn) -> int:
+        """Returns where the turn begins, as an index into the text."""
+        piece, offset = turn.start
+        return (self.spans[piece - 1][1] if piece else 0) + offset
+
+    def edges(self) -> list[int]:
+        return sorted({0, len(self.text), *self.cuts, *(edge for span in self.plain for edge in span)})
+
+    def pieces(self) -> list[Piece]:
+        if not self.cuts and not self.plain:
+            return [Piece(self.text)]
+        plain = {start for start, _ in self.plain}
+        return [
+            Piece(self.text[start:end], start in plain, self.text[max(0, start - 100) : start])
+            for start, end in pairwise(self.edges())
+        ]
 
 
 class ChatFormat:
@@ -60,72 +86,86 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, rendered: bool = False) -> None:
         """rendered: texts are taken as rendered already (DataSpec.rendered)."""
         self.tokenizer, self.rendered = tokenizer, rendered
-        added = tokenizer.added_tokens_decoder
-        self.control_ids = {index for index, token in added.items() if token.special}
-        texts = sorted((added[index].content for index in self.control_ids), key=len, reverse=True)
-        self.control = re.compile("|".join(map(re.escape, texts)) if texts else "(?!)")  # (?!) matches nothing
         self.foreign = foreign_marks(tokenizer) if tokenizer.chat_template else None
+        self.renderer = Renderer(tokenizer)
+        marked = with_control(tokenizer, self.renderer.own_text(SAMPLE))
+        self.control = ControlTokens(marked)
+        self.tokeniser = PieceTokeniser(marked, self.control)
+        self.turn_finder = TurnFinder(self.renderer, self.control)
         self.beyond = tokens_beyond(tokenizer)
-        self._template_texts: dict[tuple[tuple[str, ...], bool], TemplateText] = {}
 
     def encode(self, example: Example, train_on: TrainOn = "assistant") -> Tokens:
         """Tokenises one example: one BOS where the model has one, no padding, no truncation.
 
-        Raises BadRow when the template refuses the conversation or changes a message's text, and when a message holds
-        a token that the model has no embedding for. Raises UserError when the model has no template, or one that cannot
-        be trained with.
+        Raises BadRow when the template refuses the conversation or changes what it says, when none of its answers can
+        be trained, and when a message holds a token that the model has no embedding for. Raises UserError when the
+        model has no template, or one that cannot be trained with.
         """
-        if isinstance(example, str):
-            return self._encode_rendered(example, train_on) if self.rendered else self._encode_text(example)
-        if self.rendered:
-            raise UserError(
-                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
-            )
-        self._require_template()
-        text, spans = self._render_with_spans(example)
-        ids, ends = self._tokenise(text, list(spans.values()))
-        labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
-        turn_ends = []
-        for index, (start, end) in spans.items():
-            if example.messages[index].role != "assistant":
-                continue
-            stop = self._end_of_turn(text, end)
-            trained = [position for position, token_end in enumerate(ends) if start < token_end <= stop]
-            for position in trained:
-                labels[position] = ids[position]
-            turn_ends.append(trained[-1] + 1)
-        labels[0] = IGNORED  # no token stands before it, to predict it from
-        bos = self.tokenizer.bos_token_id
-        if bos is not None and ids.count(bos) > 1:
-            raise UserError("the chat template begins a conversation twice: more than one BOS token")
-        return Tokens(ids, labels, turn_ends)
+        (tokens,) = self.encode_batch([example], train_on)
+        if isinstance(tokens, BadRow):
+            raise tokens
+        return tokens
+
+    def encode_batch(self, examples: list[Example], train_on: TrainOn = "assistant") -> list[Tokens | BadRow]:
+        """Tokenises examples in one call of the tokenizer. Returns what encode returns, or raises, for each.
+
+        Raises UserError as encode does.
+        """
+        prepared = [self._prepare(example, train_on) for example in examples]
+        pieces = [[] if isinstance(one, (BadRow, Tokens)) else one.pieces() for one in prepared]
+        encoded = iter(self.tokeniser.encode([piece for several in pieces for piece in several]))
+        found: list[Tokens | BadRow] = []
+        for one, several in zip(prepared, pieces, strict=True):
+            ids = [next(encoded) for _ in several]
+            try:
+                if isinstance(one, (BadRow, Tokens)):
+                    found.append(one)
+                    continue
+                found.append(self._to_tokens(one, ids, train_on) if isinstance(one, _Chat) else self._to_text(ids[0]))
+            except BadRow as fault:
+                found.append(fault)
+        return found
 
     def prompt_ids(self, conversation: Conversation) -> list[int]:
-        """Tokenises a conversation that ends with the user's turn, up to where the assistant's answer begins.
+        """Tokenises a conversation up to where the assistant's next answer begins, as encode does before the answer.
 
         Control tokens in a message become plain text. Raises BadRow as encode does.
         """
-        text, spans = self._render_with_spans(conversation, answering=True)
-        return self._tokenise(text, list(spans.values()))[0]
+        chat = self._render(conversation, answering=True)
+        return self._join(chat, self.tokeniser.encode(chat.pieces()))[0]
 
     def last_message(self, prompt_ids: list[int]) -> str:
         """Returns the text of the last user message in a prompt, without the template's text around it."""
         text: str = self.tokenizer.decode(prompt_ids, skip_special_tokens=False)
         if not self.tokenizer.chat_template:
             return text
-        user, assistant = _SAMPLE.messages
-        three_turns = self._template_text(Conversation((user, assistant, user)))
-        before_first_user, before_answer, before_second_user, _ = three_turns.pieces
-        before_each_user = common_ending(before_first_user, before_second_user).strip()
-        text = text.strip().removesuffix(before_answer.strip())
+        user, assistant = SAMPLE.messages
+        try:
+            pieces = self.renderer.layout(Conversation((user, assistant, user))).pieces
+        except BadRow:  # a template for one question and its answer
+            pieces = self.renderer.layout(Conversation((user,))).pieces * 2
+        before_each_user = common_ending(pieces[0], pieces[2]).strip()
+        text = text.strip()
+        for prompt in self.turn_finder.prompts("user", Conversation(())):
+            text = text.removesuffix(prompt.strip())
         return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
 
     def end_of_turn_id(self) -> int | None:
         """Returns the token that ends the assistant's turns; without a template the end-of-text token."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.eos_token_id
-        tokens = self.encode(_SAMPLE)
-        return tokens.input_ids[tokens.turn_ends[-1] - 1]
+        return self._control_id(self.control.last(self.turn_finder.closing()))
+
+    def end_of_turn_ids(self) -> set[int]:
+        """Returns the tokens that end the assistant's turns, those with a call of a tool too."""
+        ids = {self.end_of_turn_id()}
+        if self.tokenizer.chat_template and (end := self.turn_finder.call_end()) is not None:
+            ids.add(self._control_id(end))
+        return {index for index in ids if index is not None}
+
+    def _control_id(self, text: str) -> int:
+        index: int = self.tokenizer.convert_tokens_to_ids(text)
+        return index
 
     def refuse_untrained_tokens(self, embedding: Tensor) -> None:
         """Raises UserError when a control token of the template has a near-zero row in the input embedding.
@@ -137,24 +177,40 @@ class ChatFormat:
             return
         norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
         floor = 1e-3 * norms.median()
-        for index in sorted(self.control_ids & set(self.encode(_SAMPLE).input_ids)):
+        chat = self._render(self.turn_finder.sample())
+        ids = self._join(chat, self.tokeniser.encode(chat.pieces()))[0]
+        for index in sorted(self.control.ids & set(ids)):
             if norms[index] <= floor:
                 raise UserError(
                     f"the chat template needs {self.tokenizer.convert_ids_to_tokens(index)}, which this model was "
                     "never trained on (its embedding is zero): take the Instruct version"
                 )
 
+    def _prepare(self, example: Example, train_on: TrainOn) -> "_Chat | _PlainText | Tokens | BadRow":
+        try:
+            if isinstance(example, str):
+                return self._encode_rendered(example, train_on) if self.rendered else self._plain_text(example)
+            if self.rendered:
+                raise UserError(
+                    "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+                )
+            return self._render(*_up_to_last_answer(example))
+        except BadRow as fault:
+            return fault
+
+    def _plain_text(self, text: str) -> _PlainText:
+        if found := self.control.pattern.search(text):
+            raise BadRow(
+                f"the text holds the control token {found[0]}: where the model's own chat template rendered it, say "
+                "DataSpec(rendered=True); else give messages instead"
+            )
+        if self.foreign is not None and (found := self.foreign.match(text.removeprefix("<s>").lstrip())):
+            raise BadRow(f"the text was rendered for another model: it begins with {found[0]}; give messages instead")
+        return _PlainText(text)
+
     @cached_property
     def rendered_text(self) -> RenderedText:
-        end = ChatFormat(self.tokenizer).end_of_turn_id()
-        return RenderedText(self.tokenizer, [] if end is None else [end])
-
-    def _require_template(self) -> None:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the model has no chat template: it is a base model. Take its Instruct version, give "
-                "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
-            )
+        return RenderedText(self.tokenizer, self.end_of_turn_ids())
 
     def _encode_rendered(self, text: str, train_on: TrainOn) -> Tokens:
         self._require_template()
@@ -166,105 +222,136 @@ class ChatFormat:
         labels[0] = IGNORED  # no token stands before it, to predict it from
         return Tokens(ids, labels, [end for _, end in spans])
 
-    def _encode_text(self, text: str) -> Tokens:
-        if found := self.control.search(text):
-            raise BadRow(
-                f"the text holds the control token {found[0]}: where the model's own chat template rendered it, say "
-                "DataSpec(rendered=True); else give messages instead"
+    def _require_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "the model has no chat template: it is a base model. Take its Instruct version, give "
+                "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
-        if self.foreign is not None and (found := self.foreign.match(text.removeprefix("<s>").lstrip())):
-            raise BadRow(f"the text was rendered for another model: it begins with {found[0]}; give messages instead")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _render(self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False) -> _Chat:
+        self._require_template()
+        self._refuse_control_tokens(conversation)
+        text, layout, spans = self.renderer.render(conversation, answering=answering)
+        turns = self.turn_finder.find(conversation, layout)
+        plain = [span for span in spans if self.control.pattern.search(text, *span)]
+        unknown = [name for name in conversation.template_arguments if name not in self.renderer.template]
+        notes += tuple(f"the chat template does not know the argument {name}" for name in unknown)
+        chat = _Chat(conversation, text, turns, spans, plain, set(), notes + layout.notes)
+        chat.cuts |= {chat.start_of(turn) for turn in turns.trainable if not turn.prompt_end}
+        return chat
+
+    def _refuse_control_tokens(self, conversation: Conversation) -> None:
+        """Raises BadRow when a control token stands where it could not be tokenised as plain text."""
+        told = [conversation.tools, conversation.template_arguments]
+        told += [
+            [message.name, *((call.name, call.arguments, call.id) for call in message.tool_calls)]
+            for message in conversation.messages
+            if message.name or message.tool_calls
+        ]
+        for leaf in leaves(told):
+            if isinstance(leaf, str) and (found := self.control.pattern.search(leaf)):
+                raise BadRow(f"a tool, a call of one or a template argument holds the control token {found[0]}")
+
+    def _join(self, chat: _Chat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+        """Returns the ids of a conversation, the indices of control tokens, and start and end of each trainable turn.
+
+        Where a token reaches over the end of a generation prompt, the text is tokenised once more, in two pieces there.
+        """
+        ids, index_of = list[int](), dict[int, int]()  # index_of: from a piece's place in the text to that in the ids
+        for piece_start, piece_ids in zip(chat.edges(), encoded, strict=False):
+            index_of[piece_start] = len(ids)
+            ids += piece_ids
+        controls = self.control.places(ids)
+        if len(controls) != chat.turns.control_count:
+            raise BadRow("the tokenizer finds other control tokens in it than the chat template writes")
+        turns, torn = list[tuple[int, int]](), set[int]()
+        for turn in chat.turns.trainable:
+            start = index_of.get(chat.start_of(turn)) if chat.cuts else None
+            if start is None:
+                prompt_end = self.tokeniser.alone(turn.prompt_end)
+                first = controls[turn.prompt_control]
+                start = first + len(prompt_end)
+                if ids[first:start] != prompt_end:
+                    torn.add(chat.start_of(turn))
+            turns.append((start, controls[turn.end_control] + 1))
+        if torn:
+            chat.cuts |= torn
+            return self._join(chat, self.tokeniser.encode(chat.pieces()))
+        self._refuse_beyond(ids, chat)
+        return ids, controls, turns
+
+    def _to_tokens(self, chat: _Chat, encoded: list[list[int]], train_on: TrainOn) -> Tokens:
+        ids, _, spans = self._join(chat, encoded)
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise UserError("the chat template begins a conversation twice: more than one BOS token")
+        notes, turn_ends = list(chat.notes), []
+        labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
+        for turn, (start, end) in zip(chat.turns.trainable, spans, strict=True):
+            if chat.conversation.messages[turn.message].is_trained:
+                labels[start:end] = ids[start:end]
+                turn_ends.append(end)
+                notes += turn.notes
+            else:
+                labels[start:end] = [IGNORED] * (end - start)
+        untrained = [index for index in chat.turns.untrainable if chat.conversation.messages[index].is_trained]
+        notes += [chat.turns.untrainable[index] for index in untrained]
+        if not turn_ends:
+            _refuse_untrained(chat)
+        if train_on == "everything" and len(untrained) < len(chat.turns.untrainable):
+            raise BadRow("an answer that is not to be learnt cannot be told from the rest of the text")
+        labels[0] = IGNORED  # no token stands before it, to predict it from
+        return Tokens(ids, labels, turn_ends, tuple(dict.fromkeys(notes)))
+
+    def _to_text(self, ids: list[int]) -> Tokens:
         self._refuse_beyond(ids)
         bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 
-    def _render(self, conversation: Conversation, contents: list[str], answering: bool) -> str:
-        messages = [{"role": m.role, "content": text} for m, text in zip(conversation.messages, contents, strict=True)]
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answering)
-        except TemplateError as error:
-            raise BadRow(f"the chat template refuses it: {error}") from error
+    def _refuse_beyond(self, ids: list[int], chat: _Chat | None = None) -> None:
+        """Raises BadRow when the model has no embedding for one of the tokens, UserError when it is the template's."""
+        if self.beyond.keys().isdisjoint(ids):
+            return
+        index = next(index for index in ids if index in self.beyond)
+        if chat is not None:
+            messages = self.tokeniser.encode([Piece(chat.text[a:b], True, chat.text[:a]) for a, b in chat.spans])
+            if not any(index in message for message in messages):
+                raise UserError(
+                    f"the chat template needs the token {describe_beyond(self.tokenizer, index)}: take the "
+                    "tokenizer and the template that belong to the model"
+                )
+        raise BadRow(f"it holds the token {describe_beyond(self.tokenizer, index)}")
 
-    def _template_text(self, conversation: Conversation, answering: bool = False) -> TemplateText:
-        """Returns the template's own text around the messages. Conversations with the same roles share one."""
-        # Qwen3's template treats a turn that begins with its thoughts differently, so its placeholder begins with them.
-        messages = conversation.messages
-        starts = [_THOUGHTS_START if m.content.lstrip().startswith(_THOUGHTS_START) else "" for m in messages]
-        key = (tuple(m.role + start for m, start in zip(messages, starts, strict=True)), answering)
-        if key not in self._template_texts:
-            placeholders = [f"{start}\ue000{index}\ue001" for index, start in enumerate(starts)]
-            # re.split gives the texts between the placeholders, and between those texts the placeholders' numbers.
-            split = _PLACEHOLDER.split(self._render(conversation, placeholders, answering))
-            pieces, order = split[0::2], [int(number) for number in split[1::2]]
-            if sorted(order) != list(range(len(conversation.messages))):
-                raise BadRow("the chat template drops or repeats a message")
-            for position, index in enumerate(order):
-                pieces[position] = pieces[position].removesuffix(starts[index])
-            self._template_texts[key] = TemplateText(pieces, order)
-        return self._template_texts[key]
 
-    def _render_with_spans(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, dict[int, Span]]:
-        """Returns the rendered text, and where each message stands in it: from its index to its span."""
-        template_text = self._template_text(conversation, answering)
-        contents = [m.content for m in conversation.messages]
-        rendered = self._render(conversation, contents, answering)
-        for expected in (contents, [content.strip() for content in contents]):  # many templates strip messages
-            text, spans = template_text.fill(expected)
-            if text == rendered:
-                return text, spans
-        raise BadRow("the chat template changes the text of a message")
+def _up_to_last_answer(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
+    """Returns the conversation without what follows the assistant's last turn, and a note where there is any.
 
-    def _end_of_turn(self, text: str, content_end: int) -> int:
-        """Returns where the control token ends that closes the assistant's turn, as an index into `text`."""
-        match = self.control.search(text, content_end)
-        if match is None:
-            raise UserError(
-                "the chat template ends the assistant's turn without a control token: nothing would stop it"
-            )
-        return match.end()
+    Raises BadRow when the assistant has no turn.
+    """
+    messages = conversation.messages
+    if messages and messages[-1].role == "assistant":
+        return conversation, ()
+    count = max((i + 1 for i, message in enumerate(messages) if message.role == "assistant"), default=0)
+    if not count:
+        raise BadRow("the assistant has no turn in it")
+    return replace(conversation, messages=messages[:count]), (AFTER_LAST_ANSWER,)
 
-    def _tokenise(self, text: str, messages: list[Span]) -> tuple[list[int], list[int]]:
-        """Returns the token ids, and for each token the index in `text` at which its characters end.
 
-        A control token inside a message is tokenised as plain text: what a user writes can never end or open a turn.
-        """
-        pieces, position = [], 0  # start, end, and whether control tokens are plain text there
-        for start, end in messages:
-            if self.control.search(text, start, end):
-                pieces += [(position, start, False), (start, end, True)]
-                position = end
-        pieces.append((position, len(text), False))
-        ids: list[int] = []
-        ends: list[int] = []
-        for start, end, is_plain in pieces:
-            piece = self.tokenizer(
-                text[start:end], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=is_plain
-            )
-            ids += piece["input_ids"]
-            ends += [start + token_end for _, token_end in piece["offset_mapping"]]
-        if not self.beyond.keys().isdisjoint(ids):
-            in_messages = [any(start < token_end <= stop for start, stop in messages) for token_end in ends]
-            for index, in_message in zip(ids, in_messages, strict=True):
-                if index in self.beyond and not in_message:
-                    raise UserError(
-                        f"the chat template needs the token {describe_beyond(self.tokenizer, index)}: take the "
-                        "tokenizer and the template that belong to the model"
-                    )
-            self._refuse_beyond(ids)
-        return ids, ends
-
-    def _refuse_beyond(self, ids: list[int]) -> None:
-        """Raises BadRow when the model has no embedding for one of the tokens."""
-        for index in ids:
-            if index in self.beyond:
-                raise BadRow(f"it holds the token {describe_beyond(self.tokenizer, index)}")
+def _refuse_untrained(chat: _Chat) -> None:
+    """Raises BadRow, which says why no turn of the conversation is trained."""
+    messages, untrainable = chat.conversation.messages, chat.turns.untrainable
+    reasons = {reason for index, reason in untrainable.items() if messages[index].is_trained}
+    if DROPPED_THOUGHTS in reasons:
+        raise BadRow("no answer can be trained: the chat template drops their thoughts")
+    if OTHER_BEGINNING in reasons:
+        raise BadRow("no answer can be trained: the chat template begins them otherwise than its generation prompt")
+    if OTHER_END in reasons:
+        raise BadRow("no answer can be trained: the chat template ends them otherwise than an answer alone")
+    raise BadRow("none of its answers is to be learnt, the data says")
 
 
 def common_ending(a: str, b: str) -> str:
     """Returns the longest text that both end with."""
-    length = 0
-    while length < min(len(a), len(b)) and a[-1 - length] == b[-1 - length]:
-        length += 1
-    return a[len(a) - length :]
+    return commonprefix([a[::-1], b[::-1]])[::-1]

@@ -24,10 +24,10 @@ _OPENERS = (
 )
 _ASKED, _ANSWERED = "\ue000u\ue001", "\ue000a\ue001"  # characters for private use, which no template writes itself
 _QUESTION: list[dict[str, Any]] = [{"role": "user", "content": _ASKED}]
-_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
-_RESULT: list[dict[str, Any]] = [
+_TOOL_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
+_WITH_RESULT: list[dict[str, Any]] = [
     *_QUESTION,
-    {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+    {"role": "assistant", "content": "", "tool_calls": [_TOOL_CALL]},
     {"role": "tool", "name": "f", "tool_call_id": "a1b2c3d4e", "content": _ANSWERED},
 ]
 
@@ -158,7 +158,7 @@ class RenderedText:
     def _header_after_result(self) -> set[str]:
         """Returns the control token that ends a tool's result, where the template knows tools and has one."""
         try:
-            after = self._render(_RESULT, answering=True).rpartition(_ANSWERED)[2]
+            after = self._render(_WITH_RESULT, answering=True).rpartition(_ANSWERED)[2]
         except UserError:
             return set()
         found = self.control.findall(after)

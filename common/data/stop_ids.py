@@ -8,14 +8,14 @@ from common.recipe import UserError
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerFast, known: int | list[int] | None) -> list[int]:
-    """The ids of the tokens that end an answer, sorted: the end of the template's turns, and those that are known.
+    """The ids of the tokens that end an answer, sorted: the ends of the template's turns, and those that are known.
 
     known: eos_token_id of a generation config or a model's config. Where the template ends a turn with no token of its
     own, the known ids are all there is. Raises UserError when there is none.
     """
     ids = set(known if isinstance(known, list) else [known]) - {None}
     try:
-        ids |= {ChatFormat(tokenizer).end_of_turn_id()} - {None}
+        ids |= ChatFormat(tokenizer).end_of_turn_ids()
     except (UserError, BadRow):
         if not ids:
             raise

@@ -19,8 +19,6 @@ OUR_TEMPLATES = "models/chat_templates"
 _CLOCK = re.compile(r"\bstrftime_now\s*\(")  # transformers' function for templates that write today's date
 _CLOCK_FORMAT = re.compile(r"""\bstrftime_now\s*\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""")
 _FIXED_CLOCK = "macro strftime_now("
-# A system message that no template writes itself
-_SYSTEM, _USER, _ANSWER = ({"role": role, "content": f"\ue000{role}\ue001"} for role in ("system", "user", "assistant"))
 
 
 def choose_chat_template(tokenizer: PreTrainedTokenizerFast, spec: ModelSpec) -> None:
@@ -74,12 +72,14 @@ def better_template(tokenizer: PreTrainedTokenizerFast) -> str | None:
     # Later formats have a control token for the system message, and v1 has none at all.
     if not {"[INST]", "[/INST]"} <= control or "[SYSTEM_PROMPT]" in control:
         return None
+    system = "\ue000a system message\ue001"  # characters for private use, which no template writes itself
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": "Hello"}]
     try:
-        prompt = tokenizer.apply_chat_template([_SYSTEM, _USER], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template([_SYSTEM, _USER, _ANSWER], tokenize=False)
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "Hi"}], tokenize=False)
     except (TemplateError, TypeError):  # it takes no system message at all, or is broken: ChatFormat says why
         return None
-    if _SYSTEM["content"] not in prompt or _SYSTEM["content"] in whole:
+    if system not in prompt or system in whole:
         return None
     # The space after a control token is part of the first word, unless the tokenizer puts one there by itself.
     takes_space = tokenizer.tokenize("[INST] a") == ["[INST]", "▁a"]

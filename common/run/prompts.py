@@ -28,7 +28,7 @@ class Prompt:
 
 
 def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
-    """Each conversation in a file or hub data set as a prompt, its last turn the reference; none without a source.
+    """Each conversation in a file or hub data set as a prompt, its last answer the reference; none without a source.
 
     Raises UserError when the source holds no conversations.
     """
@@ -41,9 +41,13 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
         if isinstance(example, str):
             continue
         turns = example.messages
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.is_trained and turn.content]
+        if not answers or not answers[-1]:  # no question stands before it
+            continue
+        asked, reference = turns[: answers[-1]], turns[answers[-1]].content
         with suppress(BadRow):  # load_rows has counted and named it
-            asked = replace(example, messages=turns[:-1])
-            prompts.append(Prompt(chat_format.prompt_ids(asked), turns[-2].content, turns[-1].content))
+            ids = chat_format.prompt_ids(replace(example, messages=asked))
+            prompts.append(Prompt(ids, asked[-1].content, reference))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
     return prompts

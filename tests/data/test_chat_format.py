@@ -81,7 +81,7 @@ def trained_text(tokenizer, tokens) -> str:
         ("llama3", "Hi!<|eot_id|>So long<|eot_id|>"),
         ("qwen2.5", "Hi!<|im_end|>So long<|im_end|>"),
         ("qwen3 (ours)", "Hi!<|im_end|>So long<|im_end|>"),
-        ("mistral", "Hi!</s>So long</s>"),
+        ("mistral", " Hi!</s> So long</s>"),  # the space is not in the prompt: the model has to say it
     ],
 )
 @pytest.mark.parametrize("chat", [CHAT, SYSTEM], ids=["chat", "with system"])
@@ -146,13 +146,6 @@ def test_pitfall_10_thoughts_are_trained_as_given_and_absent_ones_are_prompt():
     assert "<|im_start|>assistant\n<think>\n\n</think>\n\n4" in tokenizer.decode(tokens.input_ids)
 
 
-def test_pitfall_10_a_template_that_changes_thoughts_is_caught():
-    tokenizer = qwen((TEMPLATES / "qwen3.jinja").read_text())
-    chat = (Message("user", "1?"), Message("assistant", "<think>\na\n</think>\n\n2"), *CHAT)
-    with pytest.raises(BadRow, match="changes the text of a message|drops or repeats"):
-        ChatFormat(tokenizer).encode(Conversation(chat))
-
-
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_pitfall_12_control_tokens_in_a_message_are_plain_text(name):
     tokenizer = TOKENIZERS[name]()
@@ -160,9 +153,9 @@ def test_pitfall_12_control_tokens_in_a_message_are_plain_text(name):
     forged = f"a{tokenizer.eos_token} b"
     tokens = chat_format.encode(Conversation((Message("user", forged), Message("assistant", forged))))
     clean = chat_format.encode(Conversation((Message("user", "a b"), Message("assistant", "a b"))))
-    for control in chat_format.control_ids:
+    for control in chat_format.control.ids:
         assert tokens.input_ids.count(control) == clean.input_ids.count(control)
-    assert trained_text(tokenizer, tokens) == forged + tokenizer.eos_token
+    assert trained_text(tokenizer, tokens).lstrip() == forged + tokenizer.eos_token
 
 
 def test_line_breaks_inside_an_answer_are_trained():
@@ -212,10 +205,23 @@ def test_pitfall_5_control_tokens_that_were_never_trained_are_refused():
 @pytest.mark.parametrize(
     ("template", "error", "message"),
     [
-        ("{{ messages[0].content }}<|eot_id|>", BadRow, "drops or repeats a message"),
+        ("{{ messages[0].content }}<|eot_id|>", BadRow, "drops message 2, the assistant's"),
+        (
+            "{{ messages[0].content }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            BadRow,
+            "repeats message 1",
+        ),
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", UserError, "without a control token"),
-        ("{% for m in messages %}{{ bos_token + m.content }}<|eot_id|>{% endfor %}", UserError, "more than one BOS"),
-        ("{% for m in messages %}{{ m.content | upper }}<|eot_id|>{% endfor %}", BadRow, "changes the text"),
+        (
+            "{{ bos_token * 2 }}{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}",
+            UserError,
+            "more than one BOS",
+        ),
+        (
+            "{% for m in messages %}{{ m.content | upper }}<|eot_id|>{% endfor %}",
+            BadRow,
+            "text of message 1, the user",
+        ),
         ("{{ raise_exception('no system') }}", BadRow, "the chat template refuses it: no system"),
     ],
 )
