@@ -75,6 +75,17 @@ def test_an_answer_is_trained_from_where_its_prompt_ends_to_its_end_token(real_t
     )
 
 
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize("name", REAL)
+def test_a_rendered_text_is_trained_as_the_conversation_that_it_was(real_tokenizer, name, answer):
+    tokenizer = real_tokenizer(*REAL[name])
+    chat = [{"role": role, "content": text} for role, text in (("user", "Hi you"), ("assistant", answer)) * 2]
+    conversation = Conversation(tuple(Message(message["role"], message["content"]) for message in chat))
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ours, theirs = ChatFormat(tokenizer, rendered=True).encode(text), ChatFormat(tokenizer).encode(conversation)
+    assert (ours.input_ids, ours.labels, ours.turn_ends) == (theirs.input_ids, theirs.labels, theirs.turn_ends)
+
+
 @pytest.mark.parametrize("answer", ["\nHi", "\n\nHi", "  Hi", " \n\t Hi"])
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "nemo (ours)"])
 def test_no_token_reaches_over_the_end_of_the_prompt(real_tokenizer, name, answer):

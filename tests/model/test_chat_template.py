@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 
 import pytest
 
 from common.data.chat_format import ChatFormat
-from common.data.conversation import Conversation, Message
+from common.data.conversation import Conversation, Message, ToolCall
+from common.data.source_row import BadRow
 from common.model.chat_template import better_template, fix_date
 from common.model.loading import load_tokenizer
 from common.recipe import ModelSpec, UserError
@@ -221,3 +223,34 @@ def test_the_readmes_first_example_is_learnt_by_mistral(real_tokenizer):
     tokenizer = real_tokenizer("mistral_v3", OURS["mistral_v3"])
     tokens = ChatFormat(tokenizer).encode(Conversation(tuple(messages)))
     assert tokenizer.decode(tokens.input_ids) == "<s>[INST] Be brief.\n\nHello[/INST] Hi!</s>"
+
+
+CALL = Message("assistant", "", tool_calls=(ToolCall("weather", {"city": "Köln"}, "abcdefghi"),))
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize("result", ["sunny", '{"degrees": 22}', "[1]", "22", "true", 'a "quote"\n', "{", ""])
+@pytest.mark.parametrize("system", [(), (Message("system", "Be brief."),)], ids=["", "with system"])
+def test_mistral_calls_tools_in_earlier_turns_too(real_tokenizer, system, result):
+    tokenizer = real_tokenizer("mistral_v3", OURS["mistral_v3"])
+    asked = (Message("user", "q"), CALL, Message("tool", result, tool_call_id="abcdefghi"), Message("assistant", "ok"))
+    chat = Conversation((*system, *asked, Message("user", "x"), Message("assistant", "y")), tools=(WEATHER,))
+    tokens = ChatFormat(tokenizer).encode(chat)
+    written = result if result[-1:] in list("}]2e") else json.dumps(result)
+    text = tokenizer.decode(tokens.input_ids)
+    assert f'[TOOL_RESULTS] {{"content": {written}, "call_id": "abcdefghi"}}[/TOOL_RESULTS]' in text
+    assert '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Köln"}, "id": "abcdefghi"}]</s>' in text
+    assert ("Be brief.\n\nx[/INST]" in text) == bool(system)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ((Message("user", "q"), replace(CALL, content="I look.")), "either says something or calls tools"),
+        ((Message("user", "q"), Message("assistant", "a"), Message("assistant", "b")), "no two answers in a row"),
+    ],
+)
+def test_what_mistral_has_no_words_for_is_refused(real_tokenizer, messages, reason):
+    tokenizer = real_tokenizer("mistral_v3", OURS["mistral_v3"])
+    with pytest.raises(BadRow, match=reason):
+        ChatFormat(tokenizer).encode(Conversation(messages))
