@@ -1,14 +1,14 @@
-"""Turns conversations into token ids and labels, with the model's own chat template.
+"""AssistantTurns conversations into token ids and labels, with the model's own chat template.
 
 Trained are the assistant's turns, each from where the generation prompt ends to the token that generation stops at. So
 the tokens before a turn are the prompt that the model gets when it is asked, and what is trained is all that it has to
 say itself. This works with any template, without marks in it and without a copy of it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,16 @@ from transformers import PreTrainedTokenizerFast
 from common.data.control_tokens import ControlTokens, with_control
 from common.data.conversation import Conversation, Example
 from common.data.labels import IGNORED
-from common.data.outline import Span
 from common.data.pieces import Piece, PieceTokeniser
-from common.data.rendered_text import RenderedText, foreign_marks
+from common.data.rendered_chat import PlainText, RenderedChat, refuse_untrained, up_to_last_answer
+from common.data.rendered_text import RenderedText, foreign_marks, refuse_rendered
 from common.data.rendering import Renderer
 from common.data.source_row import BadRow
 from common.data.template_messages import leaves
-from common.data.turns import DROPPED_THOUGHTS, OTHER_BEGINNING, OTHER_END, SAMPLE, Turn, TurnFinder, Turns
+from common.data.template_samples import SAMPLE
+from common.data.turns import TurnFinder
 from common.data.vocabulary import describe_beyond, tokens_beyond
 from common.recipe import TrainOn, UserError
-
-AFTER_LAST_ANSWER = "what follows the last answer is left out"
 
 
 @dataclass(frozen=True)
@@ -40,53 +39,13 @@ class Tokens:
     notes: tuple[str, ...] = ()  # what a user should know of it, as a kind: the report counts examples by it
 
 
-@dataclass
-class _PlainText:
-    """A text on its way to tokens."""
-
-    text: str
-
-    def pieces(self) -> list[Piece]:
-        return [Piece(self.text)]
-
-
-@dataclass
-class _Chat:
-    """A rendered conversation on its way to tokens."""
-
-    conversation: Conversation
-    text: str
-    turns: Turns
-    spans: list[Span]  # of the messages' texts
-    plain: list[Span]  # of those with control tokens in them
-    cuts: set[int]  # where the text is tokenised in two pieces
-    notes: tuple[str, ...]
-
-    def start_of(self, turn: Turn) -> int:
-        """Returns where the turn begins, as an index into the text."""
-        piece, offset = turn.start
-        return (self.spans[piece - 1][1] if piece else 0) + offset
-
-    def edges(self) -> list[int]:
-        return sorted({0, len(self.text), *self.cuts, *(edge for span in self.plain for edge in span)})
-
-    def pieces(self) -> list[Piece]:
-        if not self.cuts and not self.plain:
-            return [Piece(self.text)]
-        plain = {start for start, _ in self.plain}
-        return [
-            Piece(self.text[start:end], start in plain, self.text[max(0, start - 100) : start])
-            for start, end in pairwise(self.edges())
-        ]
-
-
 class ChatFormat:
     """Renders and tokenises conversations in one model's format."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, rendered: bool = False) -> None:
         """rendered: texts are taken as rendered already (DataSpec.rendered)."""
         self.tokenizer, self.rendered = tokenizer, rendered
-        self.foreign = foreign_marks(tokenizer) if tokenizer.chat_template else None
+        self.foreign = foreign_marks(tokenizer)
         self.renderer = Renderer(tokenizer)
         marked = with_control(tokenizer, self.renderer.own_text(SAMPLE))
         self.control = ControlTokens(marked)
@@ -111,17 +70,20 @@ class ChatFormat:
 
         Raises UserError as encode does.
         """
-        prepared = [self._prepare(example, train_on) for example in examples]
-        pieces = [[] if isinstance(one, (BadRow, Tokens)) else one.pieces() for one in prepared]
+        if self.rendered:
+            return [self._encode_rendered(example, train_on) for example in examples]
+        prepared = [self._prepare(example) for example in examples]
+        pieces = [[] if isinstance(one, BadRow) else one.pieces() for one in prepared]
         encoded = iter(self.tokeniser.encode([piece for several in pieces for piece in several]))
         found: list[Tokens | BadRow] = []
         for one, several in zip(prepared, pieces, strict=True):
             ids = [next(encoded) for _ in several]
             try:
-                if isinstance(one, (BadRow, Tokens)):
-                    found.append(one)
-                    continue
-                found.append(self._to_tokens(one, ids, train_on) if isinstance(one, _Chat) else self._to_text(ids[0]))
+                if isinstance(one, BadRow):
+                    raise one
+                found.append(
+                    self._to_tokens(one, ids, train_on) if isinstance(one, RenderedChat) else self._to_text(ids[0])
+                )
             except BadRow as fault:
                 found.append(fault)
         return found
@@ -146,7 +108,7 @@ class ChatFormat:
             pieces = self.renderer.layout(Conversation((user,))).pieces * 2
         before_each_user = common_ending(pieces[0], pieces[2]).strip()
         text = text.strip()
-        for prompt in self.turn_finder.prompts("user", Conversation(())):
+        for prompt in self.turn_finder.samples.prompts("user", Conversation(())):
             text = text.removesuffix(prompt.strip())
         return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
 
@@ -154,12 +116,12 @@ class ChatFormat:
         """Returns the token that ends the assistant's turns; without a template the end-of-text token."""
         if not self.tokenizer.chat_template:
             return self.tokenizer.eos_token_id
-        return self._control_id(self.control.last(self.turn_finder.closing()))
+        return self._control_id(self.control.last(self.turn_finder.samples.closing()))
 
     def end_of_turn_ids(self) -> set[int]:
         """Returns the tokens that end the assistant's turns, those with a call of a tool too."""
         ids = {self.end_of_turn_id()}
-        if self.tokenizer.chat_template and (end := self.turn_finder.call_end()) is not None:
+        if self.tokenizer.chat_template and (end := self.turn_finder.samples.call_end()) is not None:
             ids.add(self._control_id(end))
         return {index for index in ids if index is not None}
 
@@ -177,7 +139,7 @@ class ChatFormat:
             return
         norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
         floor = 1e-3 * norms.median()
-        chat = self._render(self.turn_finder.sample())
+        chat = self._render(self.turn_finder.samples.sample())
         ids = self._join(chat, self.tokeniser.encode(chat.pieces()))[0]
         for index in sorted(self.control.ids & set(ids)):
             if norms[index] <= floor:
@@ -186,36 +148,32 @@ class ChatFormat:
                     "never trained on (its embedding is zero): take the Instruct version"
                 )
 
-    def _prepare(self, example: Example, train_on: TrainOn) -> "_Chat | _PlainText | Tokens | BadRow":
+    def _prepare(self, example: Example) -> RenderedChat | PlainText | BadRow:
         try:
             if isinstance(example, str):
-                return self._encode_rendered(example, train_on) if self.rendered else self._plain_text(example)
-            if self.rendered:
-                raise UserError(
-                    "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
-                )
-            return self._render(*_up_to_last_answer(example))
+                refuse_rendered(example, self.control.pattern, self.foreign)
+                return PlainText(example)
+            chat = self._render(*up_to_last_answer(example))
+            self.turn_finder.samples.closing()
+            return chat
         except BadRow as fault:
             return fault
 
-    def _plain_text(self, text: str) -> _PlainText:
-        if found := self.control.pattern.search(text):
-            raise BadRow(
-                f"the text holds the control token {found[0]}: where the model's own chat template rendered it, say "
-                "DataSpec(rendered=True); else give messages instead"
-            )
-        if self.foreign is not None and (found := self.foreign.match(text.removeprefix("<s>").lstrip())):
-            raise BadRow(f"the text was rendered for another model: it begins with {found[0]}; give messages instead")
-        return _PlainText(text)
-
     @cached_property
     def rendered_text(self) -> RenderedText:
+        self._require_template()
         return RenderedText(self.tokenizer, self.end_of_turn_ids())
 
-    def _encode_rendered(self, text: str, train_on: TrainOn) -> Tokens:
-        self._require_template()
-        ids, spans = self.rendered_text.encode(text)
-        self._refuse_beyond(ids)
+    def _encode_rendered(self, example: Example, train_on: TrainOn) -> Tokens | BadRow:
+        if not isinstance(example, str):
+            raise UserError(
+                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+            )
+        try:
+            ids, spans = self.rendered_text.encode(example)
+            self._refuse_beyond(ids)
+        except BadRow as fault:
+            return fault
         labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
         for start, end in spans:
             labels[start:end] = ids[start:end]
@@ -229,7 +187,9 @@ class ChatFormat:
                 "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
 
-    def _render(self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False) -> _Chat:
+    def _render(
+        self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False
+    ) -> RenderedChat:
         self._require_template()
         self._refuse_control_tokens(conversation)
         text, layout, spans = self.renderer.render(conversation, answering=answering)
@@ -237,23 +197,21 @@ class ChatFormat:
         plain = [span for span in spans if self.control.pattern.search(text, *span)]
         unknown = [name for name in conversation.template_arguments if name not in self.renderer.template]
         notes += tuple(f"the chat template does not know the argument {name}" for name in unknown)
-        chat = _Chat(conversation, text, turns, spans, plain, set(), notes + layout.notes)
+        chat = RenderedChat(conversation, text, turns, spans, plain, set(), notes + layout.notes)
         chat.cuts |= {chat.start_of(turn) for turn in turns.trainable if not turn.prompt_end}
         return chat
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Raises BadRow when a control token stands where it could not be tokenised as plain text."""
-        told = [conversation.tools, conversation.template_arguments]
-        told += [
-            [message.name, *((call.name, call.arguments, call.id) for call in message.tool_calls)]
-            for message in conversation.messages
-            if message.name or message.tool_calls
-        ]
+        told: list[Any] = [conversation.tools, conversation.template_arguments]
+        for message in conversation.messages:
+            told += [message.name, message.tool_call_id]
+            told += [[call.name, call.arguments, call.id] for call in message.tool_calls]
         for leaf in leaves(told):
             if isinstance(leaf, str) and (found := self.control.pattern.search(leaf)):
                 raise BadRow(f"a tool, a call of one or a template argument holds the control token {found[0]}")
 
-    def _join(self, chat: _Chat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    def _join(self, chat: RenderedChat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
         """Returns the ids of a conversation, the indices of control tokens, and start and end of each trainable turn.
 
         Where a token reaches over the end of a generation prompt, the text is tokenised once more, in two pieces there.
@@ -281,7 +239,7 @@ class ChatFormat:
         self._refuse_beyond(ids, chat)
         return ids, controls, turns
 
-    def _to_tokens(self, chat: _Chat, encoded: list[list[int]], train_on: TrainOn) -> Tokens:
+    def _to_tokens(self, chat: RenderedChat, encoded: list[list[int]], train_on: TrainOn) -> Tokens:
         ids, _, spans = self._join(chat, encoded)
         bos = self.tokenizer.bos_token_id
         if bos is not None and ids[:2] == [bos, bos]:
@@ -298,7 +256,7 @@ class ChatFormat:
         untrained = [index for index in chat.turns.untrainable if chat.conversation.messages[index].is_trained]
         notes += [chat.turns.untrainable[index] for index in untrained]
         if not turn_ends:
-            _refuse_untrained(chat)
+            refuse_untrained(chat)
         if train_on == "everything" and len(untrained) < len(chat.turns.untrainable):
             raise BadRow("an answer that is not to be learnt cannot be told from the rest of the text")
         labels[0] = IGNORED  # no token stands before it, to predict it from
@@ -310,7 +268,7 @@ class ChatFormat:
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 
-    def _refuse_beyond(self, ids: list[int], chat: _Chat | None = None) -> None:
+    def _refuse_beyond(self, ids: list[int], chat: RenderedChat | None = None) -> None:
         """Raises BadRow when the model has no embedding for one of the tokens, UserError when it is the template's."""
         if self.beyond.keys().isdisjoint(ids):
             return
@@ -323,33 +281,6 @@ class ChatFormat:
                     "tokenizer and the template that belong to the model"
                 )
         raise BadRow(f"it holds the token {describe_beyond(self.tokenizer, index)}")
-
-
-def _up_to_last_answer(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:
-    """Returns the conversation without what follows the assistant's last turn, and a note where there is any.
-
-    Raises BadRow when the assistant has no turn.
-    """
-    messages = conversation.messages
-    if messages and messages[-1].role == "assistant":
-        return conversation, ()
-    count = max((i + 1 for i, message in enumerate(messages) if message.role == "assistant"), default=0)
-    if not count:
-        raise BadRow("the assistant has no turn in it")
-    return replace(conversation, messages=messages[:count]), (AFTER_LAST_ANSWER,)
-
-
-def _refuse_untrained(chat: _Chat) -> None:
-    """Raises BadRow, which says why no turn of the conversation is trained."""
-    messages, untrainable = chat.conversation.messages, chat.turns.untrainable
-    reasons = {reason for index, reason in untrainable.items() if messages[index].is_trained}
-    if DROPPED_THOUGHTS in reasons:
-        raise BadRow("no answer can be trained: the chat template drops their thoughts")
-    if OTHER_BEGINNING in reasons:
-        raise BadRow("no answer can be trained: the chat template begins them otherwise than its generation prompt")
-    if OTHER_END in reasons:
-        raise BadRow("no answer can be trained: the chat template ends them otherwise than an answer alone")
-    raise BadRow("none of its answers is to be learnt, the data says")
 
 
 def common_ending(a: str, b: str) -> str:

@@ -38,7 +38,7 @@ class Outline:
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class TextLayout:
     """The template's own text around the texts of a conversation."""
 
     pieces: tuple[str, ...]  # pieces[i] stands before the i-th text of the rendered conversation; the last follows all
@@ -105,7 +105,7 @@ def free_character(text: str) -> str:
     return next(c for c in map(chr, range(0xE000, 0xF900)) if c not in text)
 
 
-def match_texts(conversation: Conversation, rendered: str, layout: Layout, texts: list[str]) -> list[Span]:
+def match_texts(conversation: Conversation, rendered: str, layout: TextLayout, texts: list[str]) -> list[Span]:
     """Returns where each text of the layout stands in the rendered conversation.
 
     Raises BadRow when it is not the template's own text with the messages put in, as they are or as JSON writes them.
@@ -127,7 +127,7 @@ def match_texts(conversation: Conversation, rendered: str, layout: Layout, texts
     return spans
 
 
-def text_around(layout: Layout, index: int) -> str:
+def text_around(layout: TextLayout, index: int) -> str:
     """Returns the template's own text around a message: from the text before it to the text after it."""
     places = {owner: place for place, owner in enumerate(layout.owners)}
     before = 1 + places[max(owners)] if (owners := [owner for owner in places if owner < index]) else 0

@@ -33,10 +33,25 @@ _WITH_RESULT: list[dict[str, Any]] = [
 
 
 def foreign_marks(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
-    """Returns what finds the begin of a turn in another model's format: no token of this one, nor in its template."""
+    """Returns what finds the begin of a turn in another model's format: no token of this one, nor in its template.
+
+    It finds nothing for a base model, which may be taught any format.
+    """
     own = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    others = [text for text in _OPENERS if text not in own and text not in tokenizer.chat_template]
+    template = tokenizer.chat_template
+    others = [text for text in _OPENERS if template and text not in own and text not in template]
     return re.compile("|".join(map(re.escape, others)) or "(?!)")  # (?!) matches nothing
+
+
+def refuse_rendered(text: str, control: re.Pattern[str], foreign: re.Pattern[str]) -> None:
+    """Raises BadRow for a plain text that was rendered: it holds control tokens, or begins as another model's do."""
+    if found := control.search(text):
+        raise BadRow(
+            f"the text holds the control token {found[0]}: where the model's own chat template rendered it, say "
+            "DataSpec(rendered=True); else give messages instead"
+        )
+    if found := foreign.match(text.removeprefix("<s>").lstrip()):
+        raise BadRow(f"the text was rendered for another model: it begins with {found[0]}; give messages instead")
 
 
 class RenderedText:

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.conversation import Conversation
 from common.data.outline import (
-    Layout,
     Outline,
     Span,
+    TextLayout,
     fill_holes,
     free_character,
     match_texts,
@@ -53,9 +53,9 @@ class Renderer:
         self.template: str = tokenizer.chat_template or ""
         self.reads_reasoning = re.search(r"\b(reasoning_content|thinking)\b", self.template) is not None
         self._own_arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
-        self._layouts: dict[Any, Layout] = {}
+        self._layouts: dict[Any, TextLayout] = {}
 
-    def render(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, Layout, list[Span]]:
+    def render(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, TextLayout, list[Span]]:
         """Returns the rendered text, the template's part of it, and where each text of layout.order stands.
 
         answering: with the generation prompt at the end. Raises BadRow when the template refuses the conversation,
@@ -68,7 +68,7 @@ class Renderer:
         rendered = self._apply(conversation, contents, form, answering)
         return rendered, layout, match_texts(conversation, rendered, layout, outline.texts)
 
-    def layout(self, conversation: Conversation, *, answering: bool = False) -> Layout:
+    def layout(self, conversation: Conversation, *, answering: bool = False) -> TextLayout:
         """Returns the template's own text around the messages. Raises BadRow as render does."""
         conversation = self._apart(conversation)
         return self._find_layout(conversation, outline_of(conversation), answering)[0]
@@ -88,7 +88,9 @@ class Renderer:
             return conversation
         return replace(conversation, messages=tuple(map(move_thoughts, conversation.messages)))
 
-    def _find_layout(self, conversation: Conversation, outline: Outline, answering: bool) -> tuple[Layout, CallForm]:
+    def _find_layout(
+        self, conversation: Conversation, outline: Outline, answering: bool
+    ) -> tuple[TextLayout, CallForm]:
         if has_tools(conversation):
             return self._lay_out_in_some_form(conversation, outline, answering)
         arguments = json.dumps(conversation.template_arguments, sort_keys=True, default=str)
@@ -101,7 +103,7 @@ class Renderer:
 
     def _lay_out_in_some_form(
         self, conversation: Conversation, outline: Outline, answering: bool
-    ) -> tuple[Layout, CallForm]:
+    ) -> tuple[TextLayout, CallForm]:
         """Returns the layout with the first form of calls that the template takes.
 
         Raises BadRow, with what the template drops where it does not refuse every form.
@@ -114,7 +116,7 @@ class Renderer:
                 faults.append(fault)
         raise next((fault for fault in faults if "refuses it" not in str(fault)), faults[0])
 
-    def _lay_out(self, conversation: Conversation, outline: Outline, form: CallForm, answering: bool) -> Layout:
+    def _lay_out(self, conversation: Conversation, outline: Outline, form: CallForm, answering: bool) -> TextLayout:
         tools = [tool_name(tool) for tool in conversation.tools]
         extra = (conversation.tools, conversation.template_arguments, [m.tool_calls for m in conversation.messages])
         mark = free_character(f"{self.template}{extra if has_tools(conversation) else ''}")
@@ -128,7 +130,7 @@ class Renderer:
         split = re.split(f"{mark}(\\d+){mark}", rendered)
         pieces, order = tuple(split[0::2]), tuple(int(number) for number in split[1::2])
         dropped = _dropped_thoughts(conversation, outline, order)
-        layout = Layout(
+        layout = TextLayout(
             pieces,
             order,
             tuple(outline.owners[number] for number in order),

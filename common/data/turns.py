@@ -4,44 +4,20 @@ A turn begins where the generation prompt ends, and ends with the token that gen
 be asked for in this way is not trained, and said.
 """
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from os.path import commonprefix
-from typing import Any
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from common.data.control_tokens import ControlTokens
-from common.data.conversation import Conversation, Message, ToolCall
-from common.data.outline import Layout
+from common.data.conversation import Conversation, Message
+from common.data.outline import TextLayout
 from common.data.rendering import Renderer, has_tools
 from common.data.source_row import BadRow
+from common.data.template_samples import TemplateSamples
 from common.recipe import UserError
 
 DROPPED_THOUGHTS = "earlier answers are not trained: the chat template drops their thoughts"
 OTHER_BEGINNING = "answers are not trained that the chat template begins otherwise than its generation prompt"
 OTHER_END = "earlier answers are not trained: the chat template ends them otherwise than the last one"
-SWITCHED_THINKING = "answers are trained behind the prompt that enable_thinking={} gives"
-
-_USER, _ANSWER, _SYSTEM = Message("user", "Hello"), Message("assistant", "Hi"), Message("system", "Be kind")
-_CALL = Message("assistant", "", tool_calls=(ToolCall("look_up", {"word": "kind"}, "000000000"),))
-_RESULT = Message("tool", "good", name="look_up", tool_call_id="000000000")
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "look_up",
-        "description": "Explains a word",
-        "parameters": {"type": "object", "properties": {"word": {"type": "string", "description": "which"}}},
-    },
-}
-SAMPLE = Conversation((_USER, _ANSWER))
-# Short conversations that end with a message of each role, the first that a template takes is asked.
-_CONTEXTS = {
-    "user": [(_USER,), (_SYSTEM, _USER)],
-    "assistant": [(_USER, _ANSWER), (_SYSTEM, _USER, _ANSWER)],
-    "tool": [(_USER, _CALL, _RESULT)],
-    "system": [(_SYSTEM,), (_USER, _SYSTEM), (_USER, _ANSWER, _SYSTEM)],
-}
 
 
 @dataclass(frozen=True)
@@ -57,7 +33,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Turns:
+class AssistantTurns:
     """What can be trained of a conversation, and why the rest cannot."""
 
     trainable: list[Turn]
@@ -69,27 +45,25 @@ class TurnFinder:
     """Finds the turns of the assistant in the layouts of one chat template."""
 
     def __init__(self, renderer: Renderer, control: ControlTokens) -> None:
-        self.renderer, self.control = renderer, control
-        self._prompts: dict[tuple[str, bool, str], str | None] = {}
-        self._headers: dict[tuple[bool, str], str] = {}
-        self._found = WeakKeyDictionary[Layout, Turns]()  # layouts are kept for conversations of the same form
-        self._closing: str | None = None
-        self._call_end: str | None = None
+        self.control = control
+        self.samples = TemplateSamples(renderer, control)
+        # The layouts that the renderer keeps are those of many conversations.
+        self._found = WeakKeyDictionary[TextLayout, AssistantTurns]()
 
-    def find(self, conversation: Conversation, layout: Layout) -> Turns:
+    def find(self, conversation: Conversation, layout: TextLayout) -> AssistantTurns:
         """Returns the turns of the assistant. Raises UserError when no control token ends a turn."""
         if layout not in self._found:
             self._found[layout] = self._find(conversation, layout)
         return self._found[layout]
 
-    def _find(self, conversation: Conversation, layout: Layout) -> Turns:
+    def _find(self, conversation: Conversation, layout: TextLayout) -> AssistantTurns:
         first_controls = [0]  # number of the first control token in each piece
         for piece in layout.pieces:
             first_controls.append(first_controls[-1] + self.control.count(piece))
         places = dict[int, list[int]]()  # of a message's texts in the layout
-        for place, owner in enumerate(layout.owners):
-            places.setdefault(owner, []).append(place)
-        turns = Turns([], {}, first_controls[-1])
+        for number, owner in enumerate(layout.owners):
+            places.setdefault(owner, []).append(number)
+        turns = AssistantTurns([], {}, first_controls[-1])
         with_tools = has_tools(conversation)
         place = (0, 0)  # behind the message before: number of the piece, and place in it
         for index, message in enumerate(conversation.messages):
@@ -116,7 +90,7 @@ class TurnFinder:
     def _find_turn(
         self,
         conversation: Conversation,
-        layout: Layout,
+        layout: TextLayout,
         index: int,
         begin: tuple[int, int],
         behind: tuple[int, int] | None,
@@ -134,7 +108,7 @@ class TurnFinder:
         return OTHER_END if end is None else (start, end)
 
     def _find_start(
-        self, conversation: Conversation, layout: Layout, index: int, begin: tuple[int, int], with_tools: bool
+        self, conversation: Conversation, layout: TextLayout, index: int, begin: tuple[int, int], with_tools: bool
     ) -> tuple[tuple[int, int], str, tuple[str, ...]] | None:
         """Returns where the generation prompt ends, the prompt, and notes; None where it does not stand there."""
         piece, position = begin
@@ -149,14 +123,14 @@ class TurnFinder:
                 previous = conversation.messages[layout.owners[piece - 1]]
             else:
                 follows_text = False
-        if previous is not None and previous.tool_calls:
-            follows_text = False  # the call stands between
+        if previous is not None and (previous.tool_calls or previous.role == "tool"):
+            follows_text = False  # the call stands between, or the result's id
         has_thoughts = index in layout.thoughts_shown
-        for arguments, notes in self._arguments(conversation, has_thoughts):
-            alone = self._header(arguments, with_tools)
-            prompt = alone
+        for arguments, notes in self.samples.arguments(conversation, has_thoughts):
+            alone = self.samples.header(arguments, with_tools)
+            prompt: str | None = alone
             if previous is not None and not previous.tool_calls:
-                prompt = self._prompt(previous.role, arguments, with_tools)
+                prompt = self.samples.prompt(previous.role, arguments, with_tools)
             if follows_text:
                 for skipped in _left_of(layout.tails[piece - 1]):
                     if prompt is not None and text.startswith(skipped + prompt):
@@ -167,103 +141,8 @@ class TurnFinder:
                     return (piece, found + len(wanted)), wanted, notes
         return None
 
-    def prompts(self, role: str, conversation: Conversation) -> list[str]:
-        """Returns what may stand between a message of this role and the answer that is asked for."""
-        both = [arguments for thoughts in (True, False) for arguments, _ in self._arguments(conversation, thoughts)]
-        found = [self._prompt(role, arguments, has_tools(conversation)) for arguments in both]
-        return sorted({prompt for prompt in found if prompt}, key=len, reverse=True)
-
-    def _arguments(
-        self, conversation: Conversation, has_thoughts: bool
-    ) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-        """Yields the conversation's own template arguments, and those that ask for thoughts as the answer has them."""
-        own = conversation.template_arguments
-        yield own, ()
-        if "enable_thinking" in self.renderer.template and "enable_thinking" not in own:
-            yield own | {"enable_thinking": has_thoughts}, (SWITCHED_THINKING.format(has_thoughts),)
-
-    def _prompt(self, role: str, arguments: dict[str, Any], with_tools: bool) -> str | None:
-        """Returns what the template writes after a message of this role to ask for an answer; None where it cannot."""
-        key = (role, with_tools, json.dumps(arguments, sort_keys=True, default=str))
-        if key not in self._prompts:
-            self._prompts[key] = None
-            for context in _CONTEXTS[role]:
-                asked = Conversation(context, (_TOOL,) if with_tools else (), arguments)
-                try:
-                    layout = self.renderer.layout(asked, answering=True)
-                except BadRow:
-                    if with_tools:  # the template may take calls and no tools
-                        try:
-                            layout = self.renderer.layout(replace(asked, tools=()), answering=True)
-                        except BadRow:
-                            continue
-                    else:
-                        continue
-                if layout.owners and layout.owners[-1] == len(context) - 1:
-                    self._prompts[key] = layout.pieces[-1]
-                    break
-        return self._prompts[key]
-
-    def _header(self, arguments: dict[str, Any], with_tools: bool) -> str:
-        """Returns what add_generation_prompt adds to a conversation; "" where that is nothing."""
-        key = (with_tools, json.dumps(arguments, sort_keys=True, default=str))
-        if key not in self._headers:
-            self._headers[key] = self._find_header(arguments, with_tools)
-        return self._headers[key]
-
-    def _find_header(self, arguments: dict[str, Any], with_tools: bool) -> str:
-        asked = self._prompt("user", arguments, with_tools)
-        try:
-            closed = self.renderer.layout(Conversation((_USER,), (), arguments)).pieces[-1]
-        except BadRow:
-            return ""
-        if asked is None:
-            return ""
-        shared = len(commonprefix([asked, closed]))
-        torn = (token.start() for token in self.control.finditer(asked, 0) if token.start() < shared < token.end())
-        return asked[next(torn, shared) :]
-
-    def sample(self) -> Conversation:
-        """Returns a conversation of one question and its answer. Raises BadRow when the template refuses it."""
-        try:
-            self.renderer.layout(SAMPLE)
-        except BadRow:
-            with_system = Conversation((_SYSTEM, *SAMPLE.messages))
-            if not self.renderer.own_text(with_system):
-                raise
-            return with_system
-        return SAMPLE
-
-    def closing(self) -> str:
-        """Returns what the template writes after an answer, up to the token that ends the turn.
-
-        Raises UserError when there is no such token.
-        """
-        if self._closing is None:
-            layout = self.renderer.layout(self.sample())
-            closing = self.control.up_to_end(layout.pieces[-1])
-            if closing is None or self.control.last(closing) in self._header({}, False):  # a template may always ask
-                raise UserError(
-                    "the chat template ends the assistant's turn without a control token: nothing would stop it"
-                )
-            self._closing = closing
-        return self._closing
-
-    def call_end(self) -> str | None:
-        """Returns the control token that ends a turn with a call of a tool; None where the template has no calls."""
-        if self._call_end is None:
-            self._call_end = ""
-            try:
-                layout = self.renderer.layout(Conversation((_USER, _CALL)))
-            except BadRow:
-                return None
-            end = self.control.last(self.closing())
-            call = layout.pieces[-1].removeprefix(self._prompt("user", {}, False) or "").rstrip()
-            self._call_end = end if end in call else self.control.at_end(call) or ""
-        return self._call_end or None
-
     def _find_end(
-        self, message: Message, layout: Layout, after: tuple[int, int], has_text: bool
+        self, message: Message, layout: TextLayout, after: tuple[int, int], has_text: bool
     ) -> tuple[int, int] | None:
         """Returns where the token ends that ends the turn, as piece and place in it; None where there is none.
 
@@ -272,11 +151,11 @@ class TurnFinder:
         piece, position = after
         text = layout.pieces[piece]
         try:
-            closing = self.closing()
+            closing = self.samples.closing()
         except (UserError, BadRow):  # which is for those to say who want to train
             return None
         if message.tool_calls:
-            ends = {self.control.last(closing), self.call_end()}
+            ends = {self.control.last(closing), self.samples.call_end()}
             found = next((m for m in self.control.finditer(text, position) if m[0] in ends), None)
             return None if found is None else (piece, found.end())
         for skipped in _left_of(layout.tails[piece - 1] if has_text else ""):

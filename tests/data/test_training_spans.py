@@ -50,7 +50,7 @@ def sentencepiece(template: str, *, legacy: bool) -> PreTrainedTokenizerFast:
     pieces += [chr(code) for code in range(33, 127)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges = []
-    for word in [form for word in words for form in (word, f"▁{word}")]:
+    for word in [*words, *(f"▁{word}" for word in words)]:
         for length in range(2, len(word) + 1):
             if word[:length] not in vocabulary:
                 vocabulary[word[:length]] = len(vocabulary)
@@ -190,9 +190,7 @@ def test_a_turn_that_nothing_closes_is_not_trained_up_to_a_later_token():
 
 @pytest.mark.parametrize("end", ["", "\n", "<|assistant|>\n"])
 def test_a_template_that_closes_no_turn_is_refused(end):
-    template = (
-        f"{{% for m in messages %}}{{{{ '<|' + m.role + '|>' + m.content }}}}{{% endfor %}}{json.dumps(end)[1:-1]}"
-    )
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}" + f"{{{{ {end!r} }}}}"
     template += "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     with pytest.raises(UserError, match="without a control token: nothing would stop it"):
         ChatFormat(chatml(template)).encode(ask_and(("user", "one"), ("assistant", "Hi")))
