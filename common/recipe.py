@@ -5,6 +5,7 @@ the field.
 """
 
 from dataclasses import KW_ONLY, dataclass, field
+from datetime import date
 from typing import Literal, get_args
 
 # What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; and what goes with them.
@@ -48,6 +49,13 @@ def require_one_of(value: str, literal: object, name: str) -> None:
     require(value in choices, f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except (ValueError, TypeError):
+        return False
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The base model."""
@@ -59,6 +67,9 @@ class ModelSpec:
     weights: Weights = "pretrained"  # "random" downloads nothing: for dry runs and tests
     layers: int | None = None  # how many decoder layers to keep, from the first; None keeps all; only with "random"
     chat_template: str | None = None  # path of a Jinja file; None takes the model's own template
+    # The date that a chat template writes where it asks for today's, as Llama 3.2's does: "2026-11-27". None takes the
+    # day on which the run began.
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.name.strip()), "ModelSpec.name is empty; give a hub id or the path of a folder")
@@ -68,6 +79,10 @@ class ModelSpec:
         require(
             self.layers is None or self.weights == "random",
             "ModelSpec.layers cuts the model, which makes sense only with weights='random'",
+        )
+        require(
+            self.template_date is None or _is_date(self.template_date),
+            f"ModelSpec.template_date is {self.template_date!r}; write it as '2026-11-27'",
         )
 
 
@@ -88,6 +103,9 @@ class DataSpec:
     # Which column is which, where the names are yours: {"user": "frage", "assistant": "antwort"}. Keys: COLUMN_KEYS.
     columns: dict[str, str] | None = None
     train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
+    # True: a row's text was rendered with the model's own chat template, control tokens included, and is taken as it
+    # is. Trained are the answers that the template's marks show.
+    rendered: bool = False
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
 
     def __post_init__(self) -> None:

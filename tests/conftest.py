@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.utils import chat_template_utils
 
 from common.machine.device import Machine
 from common.model import file_hash
@@ -42,6 +44,7 @@ from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
+from tests import real_tokenizers
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -112,6 +115,12 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    """real_tokenizer(name, chat_template=...): a tokenizer that people fine-tune with; see tests/real_tokenizers.py."""
+    return real_tokenizers.real_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -208,6 +217,22 @@ def small_recipe(model: Path, folder: Path) -> Recipe:
         card_gib=None,
         out=str(folder / "run"),
     )
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[datetime], None]:
+    """clock(moment): sets the clock of date.today, of time.time and of chat templates. It stands still."""
+
+    def set_clock(moment: datetime) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return moment
+
+        monkeypatch.setattr(time, "time", moment.timestamp)
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return set_clock
 
 
 @pytest.fixture

@@ -128,4 +128,4 @@ def test_a_recipe_has_at_most_60_lines_and_imports_from_faces(path):
 
 def test_recipe_values_need_the_standard_library_alone():
     modules = {name.split(".")[0] for name in imports(ROOT / "common" / "recipe.py")}
-    assert modules == {"dataclasses", "typing"}
+    assert modules == {"dataclasses", "datetime", "typing"}

@@ -61,6 +61,7 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
 def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.machine.collectives import init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
+    from common.run.run_date import with_run_date
 
     if is_main_process():
         refuse_unready_tracker(recipe.train.report_to)
@@ -72,4 +73,4 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
             Path(recipe.out).is_dir(),
             f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
         )
-        flags.story(recipe)
+        flags.story(with_run_date(recipe))

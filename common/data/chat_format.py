@@ -6,6 +6,7 @@ say itself. This works with any template, without marks in it and without a copy
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from os.path import commonprefix
 from typing import Any
 
@@ -18,6 +19,7 @@ from common.data.conversation import Conversation, Example
 from common.data.labels import IGNORED
 from common.data.pieces import Piece, PieceTokeniser
 from common.data.rendered_chat import PlainText, RenderedChat, refuse_untrained, up_to_last_answer
+from common.data.rendered_text import RenderedText, foreign_marks, refuse_rendered
 from common.data.rendering import Renderer
 from common.data.source_row import BadRow
 from common.data.template_messages import leaves
@@ -40,8 +42,10 @@ class Tokens:
 class ChatFormat:
     """Renders and tokenises conversations in one model's format."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, rendered: bool = False) -> None:
+        """rendered: texts are taken as rendered already (DataSpec.rendered)."""
+        self.tokenizer, self.rendered = tokenizer, rendered
+        self.foreign = foreign_marks(tokenizer)
         self.renderer = Renderer(tokenizer)
         marked = with_control(tokenizer, self.renderer.own_text(SAMPLE))
         self.control = ControlTokens(marked)
@@ -66,6 +70,8 @@ class ChatFormat:
 
         Raises UserError as encode does.
         """
+        if self.rendered:
+            return [self._encode_rendered(example, train_on) for example in examples]
         prepared = [self._prepare(example) for example in examples]
         pieces = [[] if isinstance(one, BadRow) else one.pieces() for one in prepared]
         encoded = iter(self.tokeniser.encode([piece for several in pieces for piece in several]))
@@ -145,8 +151,7 @@ class ChatFormat:
     def _prepare(self, example: Example) -> RenderedChat | PlainText | BadRow:
         try:
             if isinstance(example, str):
-                if self.control.pattern.search(example):
-                    raise BadRow("the text holds control tokens: it was rendered already; give messages instead")
+                refuse_rendered(example, self.control.pattern, self.foreign)
                 return PlainText(example)
             chat = self._render(*up_to_last_answer(example))
             self.turn_finder.samples.closing()
@@ -154,14 +159,38 @@ class ChatFormat:
         except BadRow as fault:
             return fault
 
-    def _render(
-        self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False
-    ) -> RenderedChat:
+    @cached_property
+    def rendered_text(self) -> RenderedText:
+        self._require_template()
+        return RenderedText(self.tokenizer, self.end_of_turn_ids())
+
+    def _encode_rendered(self, example: Example, train_on: TrainOn) -> Tokens | BadRow:
+        if not isinstance(example, str):
+            raise UserError(
+                "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
+            )
+        try:
+            ids, spans = self.rendered_text.encode(example)
+            self._refuse_beyond(ids)
+        except BadRow as fault:
+            return fault
+        labels = list(ids) if train_on == "everything" else [IGNORED] * len(ids)
+        for start, end in spans:
+            labels[start:end] = ids[start:end]
+        labels[0] = IGNORED  # no token stands before it, to predict it from
+        return Tokens(ids, labels, [end for _, end in spans])
+
+    def _require_template(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError(
                 "the model has no chat template: it is a base model. Take its Instruct version, give "
                 "ModelSpec(chat_template='my_template.jinja'), or train on plain text"
             )
+
+    def _render(
+        self, conversation: Conversation, notes: tuple[str, ...] = (), *, answering: bool = False
+    ) -> RenderedChat:
+        self._require_template()
         self._refuse_control_tokens(conversation)
         text, layout, spans = self.renderer.render(conversation, answering=answering)
         turns = self.turn_finder.find(conversation, layout)

@@ -15,7 +15,12 @@ from common.data.template_messages import describe
 
 HOLE = "\ue000"  # in an outline, which holds nothing but blanks and tags beside it
 # A text with <think> in it is split by Qwen3's template; <tool_response> makes it take a user's turn for a tool's.
-_TAGS = {"assistant": re.compile("(</?think>)"), "user": re.compile("(</?tool_response>)")}
+# Mistral's writes a tool's result with quotes around it, unless it is JSON: brackets at both ends, a number, a word.
+_TAGS = {
+    "assistant": re.compile("(</?think>)"),
+    "user": re.compile("(</?tool_response>)"),
+    "tool": re.compile(r"(^\s*(?:[\[{]|(?:true|false|null|-?[\d.]+)(?=\s*$))|[\]}]\s*$)"),
+}
 _INLINE_THOUGHTS = re.compile(r"\s*<think>(.*?)</think>\n*(.*)", re.DOTALL)
 
 Span = tuple[int, int]  # start and end of a piece of text, in characters
@@ -65,7 +70,7 @@ def outline_of(conversation: Conversation) -> Outline:
 
 def _cut_out(text: str, tags: re.Pattern[str] | None, index: int, outline: Outline) -> str:
     """Returns the text with a hole for each part of it that says something, and adds these parts to the outline."""
-    parts = tags.split(text) if tags is not None and "<" in text else [text]
+    parts = tags.split(text) if tags is not None else [text]
     cut, first = "", len(outline.texts)
     for number, part in enumerate(parts):
         core = part.strip()
@@ -124,6 +129,9 @@ def match_texts(conversation: Conversation, rendered: str, layout: TextLayout, t
 
 def text_around(layout: TextLayout, index: int) -> str:
     """Returns the template's own text around a message: from the text before it to the text after it."""
-    before = sum(owner < index for owner in layout.owners)
-    last = sum(owner <= index for owner in layout.owners)
-    return "\n".join(layout.pieces[before : last + 1])
+    places = {owner: place for place, owner in enumerate(layout.owners)}
+    before = 1 + places[max(owners)] if (owners := [owner for owner in places if owner < index]) else 0
+    after = places[min(owners)] if (owners := [owner for owner in places if owner > index]) else len(layout.owners)
+    if before > after:  # a system message that the template moved stands behind it
+        before = 0
+    return "\n".join(layout.pieces[before : after + 1])

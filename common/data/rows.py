@@ -19,9 +19,10 @@ from common.data.cache import cache_folder, load_cached, save_cached
 from common.data.chat_format import ChatFormat
 from common.data.conversation import Example
 from common.data.conversations import RowReader
+from common.data.cutting import fit_example
 from common.data.files import read_rows
 from common.data.fingerprint import file_states, refuse_if_changed
-from common.data.packing import Examples, count_shared, fit_to_row, pack
+from common.data.packing import Examples, count_shared, pack
 from common.data.report import DataReport, mark_trained
 from common.data.source_files import find_files, is_file
 from common.data.source_row import BadRow, PreferenceData
@@ -55,7 +56,7 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
     sources = [(spec.source, spec.split)]
     if spec.eval_source is not None:
         sources.append((spec.eval_source, spec.eval_split))
-    chat_format = ChatFormat(tokenizer)
+    chat_format = ChatFormat(tokenizer, rendered=spec.rendered)
     try:
         tokenised = [tokenise_source(spec, source, split, chat_format, seq_len) for source, split in sources]
     except UserError:
@@ -123,7 +124,7 @@ def tokenise_source(
             printed_at = time.monotonic()
         try:
             tokens = chat_format.encode(example, spec.train_on)
-            parts = fit_to_row(tokens, seq_len, is_text=isinstance(example, str))
+            parts = fit_example(example, tokens, seq_len, chat_format, spec.train_on)
         except BadRow as fault:
             report.add_fault(str(fault), place)
             continue
@@ -185,13 +186,14 @@ def find_examples(
 
     Reads the source again, until the last of them is found.
     """
-    chat_format, missing, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, []
+    chat_format, missing, places = ChatFormat(tokenizer, rendered=spec.rendered), {tuple(ids) for ids in wanted}, []
     report = DataReport(spec.source)
     for place, example in read_examples(
         spec.source, report, split=spec.split, revision=spec.revision, config=spec.config, columns=spec.columns
     ):
         try:
-            parts = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
+            tokens = chat_format.encode(example, spec.train_on)
+            parts = fit_example(example, tokens, seq_len, chat_format, spec.train_on)
         except BadRow:
             continue
         found = missing & {tuple(part.input_ids) for part in parts}

@@ -27,6 +27,7 @@ from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
 from common.model.base_hash import read_base_record
+from common.model.chat_template import choose_chat_template
 from common.model.config import load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.generation_config import read_generation_config
@@ -42,7 +43,6 @@ from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 
 TINY = REPOSITORY / "models" / "tiny"
-DEFAULT_TEMPLATE = "default"  # transformers' name of a model's template where it has several
 MIN_ANNOUNCED_BYTES = 1 << 30  # a smaller model loads within a few seconds
 # Tokens that exist in our models' vocabularies and that no chat template uses, in the order of preference.
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|reserved_special_token_0|>", "<|endoftext|>", "[PAD]", "<pad>", "<unk>")
@@ -53,7 +53,8 @@ def load_tokenizer(spec: ModelSpec, base: ModelSpec | None = None) -> PreTrained
 
     With random weights nothing is downloaded: unless the model is a local folder, the tokenizer of models/tiny stands
     in. `base` is the model where `spec` names a folder that has a tokenizer alone. Raises UserError when the files
-    cannot be had or read, when no token can serve for padding, and when the model has no embedding for BOS or EOS.
+    cannot be had or read, as choose_chat_template, when no token can serve for padding, and when the model has no
+    embedding for BOS or EOS.
     Other tokens without an embedding are known to what tokenises with it (common.data.vocabulary).
     """
     if spec.weights == "random" and not local_path(spec.name).is_dir():
@@ -67,34 +68,12 @@ def load_tokenizer(spec: ModelSpec, base: ModelSpec | None = None) -> PreTrained
         raise UserError(f"{spec.name} has no tokenizer that can be read: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{spec.name} has no tokenizer.json; convert its tokenizer to the fast format first")
-    if spec.chat_template is not None:
-        path = local_path(spec.chat_template)
-        if not path.is_file():
-            raise UserError(f"ModelSpec.chat_template: there is no file {path}")
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
-    if isinstance(tokenizer.chat_template, dict):
-        tokenizer.chat_template = _choose_template(tokenizer.chat_template, spec.name)
+    choose_chat_template(tokenizer, spec)
     stands_alone = base is None and spec.weights == "pretrained"
     limit_vocabulary(tokenizer, load_config(base or spec, folder if stands_alone else None).vocab_size)
     _refuse_ends_beyond(tokenizer, spec.name)
     _set_pad_token(tokenizer, spec.name)
     return tokenizer
-
-
-def _choose_template(templates: dict[str, str], name: str) -> str:
-    """The template "default" of several named ones, as transformers takes where no tools are given. Prints which.
-
-    Raises UserError where none has that name. Whatever comes later sees one template.
-    """
-    if DEFAULT_TEMPLATE not in templates:
-        raise UserError(
-            f"{name} has {len(templates)} chat templates ({', '.join(sorted(templates))}) and none is the default; "
-            "write the one to train with into a file: ModelSpec(chat_template='my_template.jinja')"
-        )
-    others = ", ".join(sorted(templates.keys() - {DEFAULT_TEMPLATE}))
-    if others:
-        print(f"of the chat templates of {name} the default one is taken, not {others}")
-    return templates[DEFAULT_TEMPLATE]
 
 
 def _refuse_ends_beyond(tokenizer: PreTrainedTokenizerFast, name: str) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from common.adapter.tokenizer_json import SPLITS
 from common.cli import run_command
 from common.data.report import DataReport
 from common.data.rows import read_examples
+from common.model.chat_template import fix_date
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.generation import generate
 from common.run.prompts import load_prompts
@@ -304,6 +306,35 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(adapted, small_model, tmp_path
         of_text = runtime.go_on(prompt.removeprefix("<s>"), 6, ignore_eos=True)
         of_ids = runtime.go_on(ids, 6, ignore_eos=True)
         assert of_text == of_ids, text
+
+
+DATED = TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}It is {{ strftime_now('%d %b %Y') }}.")
+TEMPLATE_FILES = ROOT / "models" / "chat_templates"
+CHAT_TEMPLATES = {
+    "mistral_v3": (TEMPLATE_FILES / "mistral_v3.jinja").read_text(),
+    "mistral_tekken": (TEMPLATE_FILES / "mistral_tekken.jinja").read_text(),
+    "of one date": fix_date(DATED, date(2026, 11, 27)),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_llama_cpp_renders_our_templates_as_transformers_does(adapted, small_model, tmp_path, name):
+    base = tmp_path / "base"
+    shutil.copytree(small_model("llama", initializer_range=0.1), base)
+    tokenizer = TOKENIZERS["llama-bpe"]()
+    tokenizer.chat_template = CHAT_TEMPLATES[name]
+    for old in (*base.glob("*token*"), *base.glob("*.jinja")):
+        old.unlink()
+    tokenizer.save_pretrained(base)
+    runtime = LlamaCpp(export(adapted("llama", base=base), tmp_path / "x.gguf"))
+    turns = [{"role": role, "content": f"{role} says 1"} for role in ("system", "user", "assistant", "user")]
+    for messages in (turns[1:2], turns[:2], turns[1:], turns):
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        request = {"messages": messages, "max_tokens": 6, "temperature": 0, "cache_prompt": False}
+        answer = runtime.server.handle_chat_completions(request)
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+        assert runtime.go_on(ids, 6)[0] == answer["choices"][0]["message"]["content"]
 
 
 def test_marks_of_what_is_trained_leave_the_template(tokenizer):

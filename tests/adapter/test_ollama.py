@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from common.adapter.ollama import build_modelfile, ollama_name, parse_template
 from common.cli import run_command
+from common.model.chat_template import fix_date
 from common.recipe import UserError
 from recipes.tiny import RECIPE
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 from tests.data.test_chat_format import MISTRAL, QWEN3, TEMPLATES, llama3, make_tokenizer, qwen
 
 # Renders a list of {Template, System, Messages} with what ollama gives a template (its template/template.go).
@@ -53,8 +55,13 @@ ROLES = {"s": "system", "u": "user", "a": "assistant"}
 
 def llama(template: str) -> PreTrainedTokenizerFast:
     tokenizer = llama3()
-    tokenizer.chat_template = (TEMPLATES / template).read_text()
+    tokenizer.chat_template = fix_date((TEMPLATES / template).read_text(), date(2026, 11, 27))
     return tokenizer
+
+
+def our_mistral(name: str) -> PreTrainedTokenizerFast:
+    template = (ROOT / "models" / "chat_templates" / f"{name}.jinja").read_text()
+    return make_tokenizer(template, "<s>", "</s>", "[INST]", "[/INST]", bos="<s>", eos="</s>")
 
 
 def mistral(where: str) -> PreTrainedTokenizerFast:
@@ -72,6 +79,9 @@ TOKENIZERS = {
     "Qwen3 (ours)": lambda: qwen(QWEN3),
     "Mistral v0.3": lambda: mistral("loop.last"),
     "Mistral v0.1": lambda: mistral("loop.first"),
+    "Mistral v0.3 (ours)": lambda: our_mistral("mistral_v3"),
+    "Mistral Nemo (ours)": lambda: our_mistral("mistral_tekken"),
+    "Llama 3.2 of one date": lambda: llama("llama3_2.jinja"),
 }
 
 

@@ -202,7 +202,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a completion that is null": ("a.jsonl", '{"prompt": "a", "completion": null}', "completion is missing ({path}:1)"),
     "an instruction that is empty": ("a.jsonl", '{"instruction": "", "output": "a"}', "instruction is empty"),
     "an input that is a number": ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', "input is not text"),
-    "a text that was rendered": ("a.jsonl", '{"text": "<|user|>a<|end|>"}', "the text holds control tokens: it was rendered"),
+    "a text that was rendered": ("a.jsonl", '{"text": "<|user|>a<|end|>"}', "the text holds the control token <|user|>: where the model's own chat template rendered it"),
     # .json
     "an object for a list": ("a.json", GOOD, "{path} holds one dict; a .json file is a list of objects"),
     "two lists in .json": ("a.json", "[" + GOOD + "]\n[" + GOOD + "]", "{path}:2: invalid JSON: Extra data; write one list of objects, or one object a line"),

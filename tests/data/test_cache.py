@@ -149,7 +149,7 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
     spec = DataSpec(source)
     others = {"split": "x", "eval_split": "x", "revision": "x", "config": "x", "eval_source": source, "eval_rows": 9}
-    others |= {"train_on": "everything", "max_bad_share": 0.3, "columns": {"text": "x"}}
+    others |= {"train_on": "everything", "max_bad_share": 0.3, "columns": {"text": "x"}, "rendered": True}
     assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
     assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1

@@ -179,7 +179,7 @@ def test_plain_text_is_trained_whole_between_bos_and_eos():
 
 
 def test_pitfall_2_text_that_was_rendered_already_is_refused():
-    with pytest.raises(BadRow, match="rendered already; give messages"):
+    with pytest.raises(BadRow, match=r"DataSpec\(rendered=True\); else give messages"):
         ChatFormat(llama3()).encode("<|begin_of_text|>Once")
 
 
