@@ -61,7 +61,7 @@ def chat_format(name: str) -> ChatFormat:
 ROLES_ALTERNATE = "the chat template refuses it: Conversation roles must alternate user/assistant/user/assistant/..."
 WANTS_PARTS = "the chat template refuses it: 'str object' has no attribute 'text'"  # of a model that sees images
 NO_TOOLS = "the chat template drops the tools: it has no place for them"
-NO_END = "no answer can be trained: the chat template ends them otherwise than an answer alone"
+NO_END = "the chat template ends the assistant's turn without a control token: nothing would stop it"
 OTHER_PROMPT = "no answer can be trained: the chat template begins them otherwise than its generation prompt"
 NO_THOUGHTS = "no answer can be trained: the chat template drops their thoughts"
 ALWAYS = {OTHER_PROMPT: "deepseek_r1_distill deepseekv3", NO_END: "glm4moe", WANTS_PARTS: "llava_next"}

@@ -11,7 +11,6 @@ import pytest
 
 from common.data.chat_format import ChatFormat
 from common.data.conversation import Conversation, Message, ToolCall
-from common.data.source_row import BadRow
 from tests.data.test_real_templates import ANSWERS, OURS, chat, check
 from tests.mistral_oracle import mistral_ids
 from tests.real_tokenizers import real_tokenizer
@@ -61,6 +60,9 @@ CONVERSATIONS = {
             "1.2.3",
         )
     },
+    "call before the last turn": Conversation(
+        (SYSTEM, QUESTION, SAYS, QUESTION, CALL, RESULT, SAYS, QUESTION, SAYS), tools=(WEATHER,)
+    ),
     "call in the last of several turns": Conversation(
         (SYSTEM, QUESTION, SAYS, QUESTION, CALL, RESULT, SAYS), tools=(WEATHER, WEATHER)
     ),
@@ -102,13 +104,6 @@ def test_the_ids_of_a_conversation_are_mistral_commons(name, conversation):
 @pytest.mark.parametrize("conversation", [each for each in CONVERSATIONS if CONVERSATIONS[each].tools])
 def test_calls_and_the_answers_after_their_results_are_trained(name, conversation):
     check(ChatFormat(real_tokenizer(name, MODELS[name])), CONVERSATIONS[conversation])
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_call_that_mistral_forgets_in_later_turns_is_refused(name):
-    turns = (SYSTEM, QUESTION, SAYS, QUESTION, CALL, RESULT, SAYS, QUESTION, SAYS)
-    with pytest.raises(BadRow, match="drops the tool calls"):
-        ChatFormat(real_tokenizer(name, MODELS[name])).encode(Conversation(turns, tools=(WEATHER,)))
 
 
 @pytest.mark.parametrize("name", ["mistral_v1", *MODELS])
