@@ -133,14 +133,16 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     spec = DataSpec(source)
     others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
     others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3}
-    assert others.keys() | {"source", "sources"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
+    assert others.keys() | {"source", "sources"} == {
+        field.name for field in dataclasses.fields(DataSpec) if field.name != "_"
+    }
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
     assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
 
 
 def test_the_weights_of_a_mixture_are_part_of_the_name(source, small_llama, tmp_path):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
-    other = shutil.copy(source, tmp_path / "other.jsonl")
+    other = str(shutil.copy(source, tmp_path / "other.jsonl"))
     mixtures = [((source, 1), (other, 1)), ((source, 1), (other, 2)), ((other, 1), (source, 1)), ((source, 1),)]
     names = [folder_of(DataSpec(sources=mixture), tokenizer) for mixture in mixtures]
     assert None not in names and len(set(names)) == len(mixtures)
