@@ -23,7 +23,7 @@ def draw_held_out(
     unit_sizes = np.bincount(units)
     unit_sources = np.zeros(len(unit_sizes), dtype=int)
     unit_sources[units[::-1]] = sources[::-1]  # of the unit's first example
-    left = _shares(np.bincount(unit_sources, weights=unit_sizes), count)
+    left = _shares(np.bincount(unit_sources, weights=unit_sizes).astype(float), count)
     drawn = np.zeros(len(unit_sizes), dtype=bool)
     for unit in Random(seed).sample(range(len(unit_sizes)), len(unit_sizes)):
         if not left.any():

@@ -93,7 +93,7 @@ def test_notes_and_unread_columns_are_said_with_their_rows(tmp_path, tokenizer, 
 
     def encode(self, example, train_on="assistant"):
         tokens = ordinary_encode(self, example, train_on)
-        return replace(tokens, notes=("a note",)) if example.messages[0].content in "123" else tokens
+        return replace(tokens, notes=("a note",)) if example.messages[0].content in {"1", "2", "3"} else tokens
 
     ordinary_read, ordinary_encode = RowReader.read, ChatFormat.encode
     monkeypatch.setattr(RowReader, "read", read)
