@@ -7,6 +7,8 @@ the field.
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal, get_args
 
+# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; and what goes with them.
+COLUMN_KEYS = ("user", "assistant", "messages", "text", "system", "tools", "reasoning")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Weights = Literal["pretrained", "random"]
@@ -73,16 +75,21 @@ class ModelSpec:
 class DataSpec:
     """The training data and the held-out data. Row formats are recognised: docs/data.md."""
 
-    source: str = ""  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
+    # A .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file; several of them, "a.jsonl b.jsonl"; a glob,
+    # "data/*.jsonl"; a folder of them, or one that save_to_disk wrote; or the id of a data set on the hub.
+    source: str = ""
     _: KW_ONLY
     # Instead of `source` several ones, each with a weight: (("a.jsonl", 0.8), ("owner/set", 0.2)). The weights are
     # shares of the rows. No row is taken twice: the mixture ends where the first source is used up.
     sources: tuple[tuple[str, float], ...] = ()
     eval_source: str | None = None  # another source, to evaluate on; None holds out rows of `source`
     eval_rows: int = 200  # rows of `source` to hold out, at most a tenth of them; 0 skips evaluation
-    split: str = "train"  # split of `source`, where that is a hub data set
-    eval_split: str = "test"  # split of `eval_source`, where that is a hub data set
+    split: str = "train"  # split of `source`, where that is a hub data set or a folder of save_to_disk
+    eval_split: str = "test"  # split of `eval_source`, likewise
     revision: str | None = None  # branch, tag or commit of a hub data set
+    config: str | None = None  # configuration of a hub data set that has several
+    # Which column is which, where the names are yours: {"user": "frage", "assistant": "antwort"}. Keys: COLUMN_KEYS.
+    columns: dict[str, str] | None = None
     train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
@@ -116,15 +123,34 @@ class DataSpec:
             "DataSpec.sources has the same source twice; give it once, with the sum of the weights",
         )
         require(
-            not pairs or self.revision is None,
-            "DataSpec.revision is one data set's, and DataSpec.sources may name several; leave it out",
+            not pairs or (self.revision is None and self.config is None),
+            "DataSpec.revision and config are one data set's, and DataSpec.sources may name several; leave them out",
         )
         require(self.eval_rows >= 0, f"DataSpec.eval_rows is {self.eval_rows}; 0 skips evaluation")
+        require(self.config is None or bool(self.config.strip()), "DataSpec.config is empty; None is for none")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
+        if self.columns is not None:
+            _check_columns(self.columns)
         require(0 <= self.max_bad_share <= 1, f"DataSpec.max_bad_share is {self.max_bad_share}; it is a share, 0 to 1")
         require(
             0 <= self.max_long_share <= 1, f"DataSpec.max_long_share is {self.max_long_share}; it is a share, 0 to 1"
         )
+
+
+def _check_columns(columns: dict[str, str]) -> None:
+    """Raises UserError unless the keys are those of one row: a text, or messages, or a user's and an assistant's."""
+    keys, choices = set(columns), ", ".join(map(repr, COLUMN_KEYS))
+    for key, name in columns.items():
+        require(key in COLUMN_KEYS, f"DataSpec.columns has {key!r}; choose among {choices}")
+        require(isinstance(name, str) and bool(name.strip()), f"DataSpec.columns[{key!r}] is {name!r}; name a column")
+    require(len(set(columns.values())) == len(columns), "DataSpec.columns names a column twice")
+    is_pair = {"user", "assistant"} <= keys and not keys & {"messages", "text"}
+    is_list = "messages" in keys and not keys & {"user", "assistant", "text", "reasoning"}
+    require(
+        is_pair or is_list or keys == {"text"},
+        f"DataSpec.columns has {', '.join(map(repr, columns)) or 'no key'}; name user and assistant, or messages "
+        "(perhaps with system and tools), or text alone",
+    )
 
 
 @dataclass(frozen=True)

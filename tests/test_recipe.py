@@ -29,7 +29,10 @@ def test_a_mistyped_field_is_refused():
         (lambda: DataSpec(sources="ab"), "DataSpec.sources is a tuple of pairs"),
         (lambda: DataSpec(sources=(("a", 1), ("b", 0))), "the weight of b is 0; it must be above 0"),
         (lambda: DataSpec(sources=(("a", 1), ("a", 2))), "DataSpec.sources has the same source twice"),
-        (lambda: DataSpec(sources=(("a", 1), ("b", 2)), revision="x"), "DataSpec.revision is one data set's"),
+        (
+            lambda: DataSpec(sources=(("a", 1), ("b", 2)), revision="x"),
+            "DataSpec.revision and config are one data set's",
+        ),
         (lambda: DataSpec("d", max_long_share=-0.1), "DataSpec.max_long_share is -0.1; it is a share, 0 to 1"),
         (lambda: DataSpec("d", eval_rows=-1), "0 skips evaluation"),
         (lambda: DataSpec("d", max_bad_share=2), "a share, 0 to 1"),

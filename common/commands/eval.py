@@ -68,7 +68,7 @@ def rows_to_evaluate(
 
     spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
     if data:
-        given = replace(spec, source=data, sources=(), eval_source=None, eval_rows=0, revision=None)
+        given = replace(spec, source=data, sources=(), revision=None, config=None, eval_source=None, eval_rows=0)
         return load_rows(given, tokenizer, seq_len).train, data
     held_out = load_held_out_rows(adapter.folder)
     if held_out is not None:

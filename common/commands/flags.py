@@ -24,7 +24,7 @@ def whole_number(minimum: int) -> Callable[[str], int]:
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a run. A plan and a dry run take them too: they look at the same run."""
-    parser.add_argument("--data", help="train on this file or hub data set instead of the recipe's")
+    parser.add_argument("--data", help="train on these files or hub data set instead of the recipe's")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
     count = whole_number(1)
     parser.add_argument("--gpus", type=count, metavar="N", help="run on N GPUs of this machine, or plan for N")
@@ -38,7 +38,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
     """The recipe with what the flags of add_run_flags say. Raises UserError for a value that is out of range."""
     if flags.data:  # the recipe's own held-out rows belong to the recipe's own data
-        data = replace(recipe.data, source=flags.data, sources=(), eval_source=None, revision=None)
+        data = replace(recipe.data, source=flags.data, sources=(), revision=None, config=None, eval_source=None)
         recipe = replace(recipe, data=data)
     if flags.max_steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))

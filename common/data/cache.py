@@ -38,9 +38,10 @@ def cache_folder(
     Returns None for small files and for data sets of the hub: they are not cached.
     """
     sources = [*(source for source, _ in spec.mixture), spec.eval_source]
-    files = [states.get(source) for source in sources if source is not None]
-    hashes = [file.sha256 for file in files if file is not None]
-    if len(hashes) < len(files) or sum(file.size for file in files if file is not None) < MIN_SOURCE_BYTES:
+    states_of_spec = [states.get(source) for source in sources if source is not None]
+    hashes = [state.sha256 for state in states_of_spec if state is not None]
+    size = sum(state.size for state in states_of_spec if state is not None)
+    if len(hashes) < len(states_of_spec) or size < MIN_SOURCE_BYTES:
         return None
     digest = hashlib.sha256()
     settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}

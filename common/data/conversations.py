@@ -3,168 +3,171 @@
 A row that is neither raises BadRow.
 """
 
-import unicodedata
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from common.data.conversation import Conversation, Example, Message, Role
-from common.data.formats import WANTED_KEYS, match_keys
-from common.data.json_files import parse_json
-from common.data.source_row import BadRow, Row
-from common.data.text_files import is_utf8
+from common.data.conversation import Conversation, Example, Message
+from common.data.formats import (
+    FORMAT_OF,
+    LABEL_KEYS,
+    SYSTEM_KEYS,
+    WANTED_KEYS,
+    MatchedKeys,
+    match_keys,
+    preference_data,
+    quoted,
+)
+from common.data.learn_flags import LEARN_FLAGS, UNCLEAR_FLAGS, is_flag_text
+from common.data.message_fields import ROLES
+from common.data.messages import Notes, is_learnt, read_messages, refuse_media
+from common.data.pairs import read_pair, untrained
+from common.data.source_row import BadRow, NotToLearn, Row, readable
+from common.data.texts import is_nothing, optional_text, parse_cell, require_text
+from common.data.tool_calls import read_tools
 
-ROLES: dict[str, Role] = {
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-    # what ShareGPT calls the user and the assistant
-    "human": "user",
-    "gpt": "assistant",
+_LISTS = ("messages", "conversations", "conversation")  # keys under which all messages are
+# Given to the template by its renderer, so a row cannot set them.
+_RESERVED = {
+    *("messages", "conversation", "tools", "documents", "chat_template", "tokenize", "add_generation_prompt"),
+    *("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs"),
 }
-
-
-# Of Unicode's Default_Ignorable_Code_Point, those that are neither blanks nor of the category Cf (format).
-_WITHOUT_SHAPE = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0x180B, 0x1810)}
-_WITHOUT_SHAPE |= {*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}  # variation selectors
-
-
-def is_blank(text: str) -> bool:
-    """Returns whether nothing of the text can be seen: only blanks, control, zero-width and other such characters."""
-    return not text.strip() or all(
-        c.isspace() or unicodedata.category(c) in ("Cc", "Cf") or ord(c) in _WITHOUT_SHAPE for c in text
-    )
-
-
-def _require_text(value: Any, name: str) -> str:
-    """Returns the value when it is text that can be trained. `name` says in the message of BadRow what it is."""
-    if isinstance(value, list):
-        value = _join_parts(value, name)
-    if not isinstance(value, str):
-        raise BadRow(f"{name} is {'missing' if value is None else 'not text'}")
-    if is_blank(value):
-        raise BadRow(f"{name} is {'of invisible characters alone' if value.strip() else 'empty'}")
-    if not is_utf8(value):
-        raise BadRow(f"{name} holds a lone surrogate, which is not text")
-    return value
-
-
-def _join_parts(parts: list[Any], name: str) -> str | None:
-    """Returns the texts of a message's parts, {"type": "text", "text": ...}, as one. None where a text is missing."""
-    texts = []
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind is None:
-            raise BadRow(f"{name} is a list, and not of parts with a type")
-        if kind != "text":
-            raise BadRow(f"{name} has a part of type {kind!r:.40}; only text can be trained")
-        if part.get("text") is None:
-            return None
-        if not isinstance(part["text"], str):
-            raise BadRow(f"{name} is not text")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-def _read_messages(entries: Any, role_key: str, content_key: str) -> Conversation:
-    """Reads a list of messages: an optional system message, then user and assistant in turn, an assistant last.
-
-    Raises BadRow for any other roles or order.
-    """
-    if isinstance(entries, str):
-        entries = _parse_messages(entries)
-    if entries is None or entries == []:
-        raise BadRow("the list of messages is missing or empty")
-    if not isinstance(entries, list):
-        raise BadRow("the messages are not a list")
-    messages = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise BadRow("a message is not an object")
-        role = ROLES.get(str(entry.get(role_key)))
-        if role is None:
-            raise BadRow(f"role {entry.get(role_key)!r:.40} is not system, user or assistant")
-        messages.append(Message(role, _require_text(entry.get(content_key), f"the {role}'s text")))
-    turns = messages[1:] if messages[0].role == "system" else messages
-    for index, message in enumerate(turns):
-        expected = "assistant" if index % 2 else "user"
-        if message.role != expected:
-            raise BadRow(f"a turn of the {message.role} where the {expected}'s should be")
-    if not turns or turns[-1].role != "assistant":
-        raise BadRow("the last turn is not the assistant's")
-    return Conversation(tuple(messages))
-
-
-def _parse_messages(text: str) -> Any:
-    """Returns the messages that a cell holds as JSON, as it is written to CSV files and to columns of text."""
-    try:
-        return parse_json(text) if text.strip() else None
-    except BadRow as fault:
-        by_python = text.lstrip().startswith("[") and "'" in text
-        hint = ", but a list as Python prints it; write it with json.dumps" if by_python else ""
-        raise BadRow(f"the messages are text, {fault}{hint}") from fault
-
-
-def _from_messages(row: Row) -> Conversation:
-    return _read_messages(row["messages"], "role", "content")
-
-
-def _from_sharegpt(row: Row) -> Conversation:
-    entries = row["conversations"]
-    if isinstance(entries, str):
-        entries = _parse_messages(entries)
-    named = isinstance(entries, list) and entries and isinstance(entries[0], dict) and "role" in entries[0]
-    return _read_messages(entries, "role", "content") if named else _read_messages(entries, "from", "value")
-
-
-def _from_prompt_completion(row: Row) -> Conversation:
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _read_messages(prompt + completion, "role", "content")
-    return _question_and_answer(_require_text(prompt, "prompt"), _require_text(completion, "completion"))
-
-
-def _from_alpaca(row: Row) -> Conversation:
-    user, extra = _require_text(row["instruction"], "instruction"), row.get("input")
-    if extra is not None and not (isinstance(extra, str) and is_blank(extra)):
-        user += f"\n\n{_require_text(extra, 'input')}"
-    return _question_and_answer(user, _require_text(row["output"], "output"))
-
-
-def _question_and_answer(user: str, assistant: str) -> Conversation:
-    return Conversation((Message("user", user), Message("assistant", assistant)))
-
-
-def _from_text(row: Row) -> str:
-    return _require_text(row["text"], "text")
-
-
-_READERS: dict[str, Callable[[Row], Example]] = {
-    "messages": _from_messages,
-    "ShareGPT": _from_sharegpt,
-    "prompt/completion": _from_prompt_completion,
-    "Alpaca": _from_alpaca,
-    "text": _from_text,
-}  # for each of FORMATS
 
 
 class RowReader:
     """Reads the rows of one source. The first good row decides the format of all.
 
-    format_name: the format, where it is known already. unread: how many rows had a key, or a message's field, that was
-    not used, by its name: "id", "messages[].weight".
+    format_name: the format, where it is known already. columns: DataSpec's. unread: how many rows had a key, or a
+    message's field, that was not used, by its name: "id", "messages[].name".
     """
 
-    def __init__(self, format_name: str = "") -> None:
+    def __init__(self, format_name: str = "", columns: dict[str, str] | None = None) -> None:
         self.format_name = format_name
+        self.columns = columns
         self.unread: Counter[str] = Counter()
 
     def read(self, row: Row) -> Example:
-        """Raises BadRow, which says what is wrong, when the row is not a good one."""
-        if (matched := match_keys(tuple(row))) is None:
-            raise BadRow(f"no format has these keys; a row needs {WANTED_KEYS}")
-        self.format_name = self.format_name or matched.format_name
-        if matched.format_name != self.format_name:
+        """Raises BadRow, which says what is wrong, when the row is not a good one.
+
+        Raises NotToLearn where the row says that nothing of it is to be learnt, and PreferenceData where the source is
+        not for these recipes.
+        """
+        matched = match_keys(tuple(row), self.columns)
+        if matched is None:
+            raise BadRow(f"no format has these keys: {quoted(row)}; a row needs {WANTED_KEYS}")
+        if self.format_name and matched.format_name != self.format_name:
             raise BadRow(f"the format is {matched.format_name}, not {self.format_name} as above it")
-        values = list(row.values())
-        return _READERS[self.format_name]({key: values[place] for key, place in matched.places.items()})
+        values, notes = list(row.values()), Notes()
+        for name, place in matched.unread:
+            notes.add_unread(name, values[place])
+        example = _read_format(matched.format_name, _fields(matched.fields, values), notes)
+        if matched.rivals:
+            _refuse_rivals(matched, values, example)
+        self.format_name = matched.format_name
+        if notes.unread:
+            self.unread.update(notes.unread)
+        return example
+
+
+def _fields(places: dict[str, int], values: list[Any]) -> Row:
+    return {key: values[place] for key, place in places.items()}
+
+
+def _read_format(format_name: str, fields: Row, notes: Notes) -> Example:
+    key, *more = FORMAT_OF[format_name].keys
+    if len(fields) > 1 + len(more):
+        _check(fields, notes)
+    if key == "text":
+        if isinstance(role := fields.get("role"), str) and role.strip().lower() in ROLES:
+            raise BadRow("the row is one message, a text with a role: put all messages of a conversation in one row")
+        notes.add_unread("role", fields.get("role"))
+        if not is_learnt(fields):
+            raise NotToLearn("the row says not to learn it")
+        return require_text(fields["text"], "text")
+    messages = read_messages(fields[key], key, notes) if key in _LISTS else read_pair(fields, key, *more, notes=notes)
+    if len(fields) == 1 and notes.tools is None:
+        return Conversation(_to_learn(messages))
+    messages = _with_system(messages, fields)
+    if not is_learnt(fields):
+        messages = untrained(messages)
+    for name in ("tools", "functions"):
+        notes.add_tools(fields.get(name))
+    arguments = _read_template_arguments(fields.get("chat_template_kwargs"))
+    return Conversation(_to_learn(messages), read_tools(notes.tools), arguments)
+
+
+def _check(fields: Row, notes: Notes) -> None:
+    """Refuses media and preferences. Removes flags and labels that are columns of another meaning, as unread."""
+    refuse_media(fields)
+    for name in LABEL_KEYS:
+        label = readable(fields.pop(name, None))
+        if isinstance(label, bool) or (is_flag_text(label) and len(label.strip()) > 3):  # true and false of a CSV file
+            raise preference_data(f"{name!r} is true or false, as KTO takes it")
+        notes.add_unread(name, label)
+    for name in (*LEARN_FLAGS, *UNCLEAR_FLAGS):
+        if isinstance(fields.get(name), str) and not is_flag_text(fields[name]):
+            notes.add_unread(name, fields.pop(name))
+
+
+def _to_learn(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise BadRow("it has no turn of the assistant to learn")
+    if not any(answer.is_trained for answer in answers):
+        raise NotToLearn("the row says not to learn it")
+    return messages
+
+
+def _with_system(messages: tuple[Message, ...], fields: Row) -> tuple[Message, ...]:
+    """The messages after the row's own system message, which may be there too as long as it is the same."""
+    found = [text for key in SYSTEM_KEYS if (text := optional_text(fields.get(key), key)) is not None]
+    if not found:
+        return messages
+    first = messages[0]
+    if first.role == "system":
+        found += [] if is_nothing(first.content) else [first.content]
+        messages = messages[1:]
+    if len({text.strip() for text in found}) > 1:
+        raise BadRow("it has two system messages that differ")
+    return (Message("system", found[0]), *messages)
+
+
+def _read_template_arguments(value: Any) -> dict[str, Any]:
+    value = parse_cell(value, "the chat_template_kwargs") if isinstance(value, str) else value
+    if is_nothing(value):
+        return {}
+    if not isinstance(value, dict):
+        raise BadRow("chat_template_kwargs are not a JSON object")
+    given = {name: argument for name, argument in value.items() if argument is not None and argument not in ([], {})}
+    for name, argument in given.items():
+        if name in _RESERVED:
+            raise BadRow(f"chat_template_kwargs cannot set {name!r}")
+        if not isinstance(readable(argument), str | int | float):
+            raise BadRow(f"chat_template_kwargs has {name!r:.40}, which is not a text, a number, true or false")
+    return given
+
+
+def _refuse_rivals(matched: MatchedKeys, values: list[Any], example: Example) -> None:
+    """Raises BadRow where another format reads the row too, and gives messages that this one does not have.
+
+    A rival whose own values are missing or of another kind says nothing.
+    """
+    assert isinstance(example, Conversation)  # text has no rivals
+    said = {(message.role, message.content.strip()) for message in example.messages}
+    for name, places in matched.rivals.items():
+        try:
+            other = _read_format(name, _fields(places, values), Notes())
+        except BadRow:
+            continue
+        assert isinstance(other, Conversation)
+        if not {(m.role, m.content.strip()) for m in other.messages} <= said:
+            raise BadRow(
+                f"it can be read as {matched.format_name} and as {name}, which differ: say which it is, as in "
+                f"DataSpec(columns={_columns_of(name)}) or DataSpec(columns={_columns_of(matched.format_name)})"
+            )
+
+
+def _columns_of(format_name: str) -> dict[str, str]:
+    """What DataSpec.columns says to take this format."""
+    keys = FORMAT_OF[format_name].keys
+    return {"messages": keys[0]} if keys[0] in _LISTS else dict(zip(("user", "assistant"), keys, strict=True))

@@ -1,18 +1,22 @@
-"""Reads rows from CSV files, as Excel writes them too: with commas, semicolons or tabs, and perhaps a line sep=;."""
+"""Reads rows from CSV and TSV files, as Excel writes them too: with commas, semicolons or tabs, or a line sep=;."""
 
 import csv
+import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from common.data.formats import WANTED_KEYS, match_keys
 from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow
-from common.data.text_files import check_encoding, convert_command, is_utf8
+from common.data.text_files import check_start, convert_command, is_utf8
+from common.data.unpacking import open_data, unpacked_suffix
 from common.process_state import allow_large_csv_cells
 from common.recipe import UserError
 
 DELIMITERS = (",", ";", "\t")
+TSV_DELIMITERS = ("\t",)
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?[,;\t]*[\r\n]*')  # Excel's own first line
 
 
@@ -22,39 +26,57 @@ class Header(NamedTuple):
     places: dict[str, int]  # from a key of the format to its column
 
 
-def csv_rows(path: Path) -> Iterator[PlacedRow]:
-    """Yields the rows of a CSV file, with the columns that its format reads. Rows of empty cells are skipped."""
-    check_encoding(path)
+def csv_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = None) -> Iterator[PlacedRow]:
+    """Yields the rows of a CSV file, with the columns that its format reads. Rows of empty cells are skipped.
+
+    Adds to `unread` how many rows have a text in each of the other columns.
+    """
+    check_start(path)
     allow_large_csv_cells(MAX_ROW_BYTES)
-    header = _find_header(path)
+    header = _find_header(path, columns)
     if header is None:
         return
     records = _records(path, header.delimiter)
     next(records)  # the header
+    others = _other_columns(header)
     for line, cells in records:
-        if len(cells) == len(header.names):
-            yield f"{path}:{line}", {key: cells[place] for key, place in header.places.items()}
-        else:
+        if len(cells) != len(header.names):
             yield f"{path}:{line}", BadRow("a CSV row of another length than the header")
+            continue
+        for place, name in others:
+            if (cell := cells[place]) and not cell.isspace():
+                unread[name] += 1
+        yield f"{path}:{line}", {key: cells[place] for key, place in header.places.items()}
 
 
-def _find_header(path: Path) -> Header | None:
+def _other_columns(header: Header) -> list[tuple[int, str]]:
+    """Places and names of the columns that nobody reads. A number tells those of one name apart."""
+    read, names = header.places.values(), header.names
+    return [
+        (place, name if name.strip() and names.count(name) == 1 else f"{name} (column {place + 1})".strip())
+        for place, name in enumerate(names)
+        if place not in read
+    ]
+
+
+def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
     """Reads the first row with each delimiter, and returns the one reading that fits a format. None without rows.
 
     Raises UserError when no reading fits, or several do, or a column that the format reads is there twice.
     """
-    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         separator = _SEPARATOR_LINE.fullmatch(file.readline(100))
     fitting: dict[tuple[str, ...], Header] = {}
     others: dict[str, tuple[str, ...]] = {}
     faults = []
-    for delimiter in (separator[1],) if separator else DELIMITERS:
+    by_name = TSV_DELIMITERS if unpacked_suffix(path).lower() == ".tsv" else DELIMITERS
+    for delimiter in (separator[1],) if separator else by_name:
         try:
             first = next(_records(path, delimiter), None)
             if first is None:
                 return None
             names = tuple(first[1])
-            if (matched := match_keys(names)) is None:
+            if (matched := match_keys(names, columns)) is None:
                 others[delimiter] = names
             else:
                 fitting.setdefault(names, Header(delimiter, names, matched.places))
@@ -77,9 +99,13 @@ def _find_header(path: Path) -> Header | None:
     )
 
 
+def _open_text(path: Path) -> TextIO:
+    return io.TextIOWrapper(open_data(path), encoding="utf-8-sig", newline="", errors="surrogateescape")
+
+
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yields each row that is not empty, with the number of its last line."""
-    with path.open(encoding="utf-8-sig", newline="", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         reader = csv.reader(_lines_of_text(path, file), delimiter=delimiter, strict=True)
         begins = 1
         try:

@@ -1,42 +1,62 @@
-"""Reads rows from JSONL, JSON, CSV and Parquet files, or of hub data sets, each with the place it comes from."""
+"""Reads the rows of a source, files or a data set of the hub, each with the place it comes from."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from common.data.arrow_files import arrow_rows, saved_rows
 from common.data.csv_files import csv_rows
+from common.data.document_files import document_rows
 from common.data.hub_rows import hub_rows
 from common.data.json_files import json_rows, jsonl_rows
 from common.data.parquet_files import parquet_rows
+from common.data.source_files import find_files, is_file, kind_of
 from common.data.source_row import PlacedRow
-from common.machine.paths import local_path
+from common.data.unpacking import is_compressed
 from common.recipe import UserError
 
-READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-SUFFIXES = tuple(READERS)
+# By the suffix of a file's name. Readers of rows give all that a row has; those of tables the columns of the format.
+ROW_READERS = {".jsonl": jsonl_rows, ".json": json_rows, ".txt": document_rows}
+TABLE_READERS = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows, ".arrow": arrow_rows}
 
 
-def is_file(source: str) -> bool:
-    """Returns whether a source names a file, which may be missing, and not a hub data set."""
-    return local_path(source).exists() or source.lower().endswith(SUFFIXES) or source.startswith((".", "/", "~"))
+def read_rows(
+    source: str,
+    *,
+    split: str = "train",
+    revision: str | None = None,
+    config: str | None = None,
+    columns: dict[str, str] | None = None,
+    unread: Counter[str] | None = None,
+) -> Iterator[PlacedRow]:
+    """Yields every row of a source's files, or of a hub data set's split, in order. A row with a fault is a BadRow.
 
-
-def read_rows(source: str, *, split: str = "train", revision: str | None = None) -> Iterator[PlacedRow]:
-    """Yields every row of a file, or of a hub data set's split, in order. A row that cannot be read is a BadRow.
+    config: of a hub data set, where it has several configurations. columns: DataSpec's. unread: is added to how many
+    rows have a value in each column that the rows come without, because no format reads it; of a Parquet file's lists
+    the most that there can be.
 
     Raises UserError when the source as a whole cannot be read.
     """
+    unread = Counter() if unread is None else unread
     if not is_file(source):
-        yield from hub_rows(source, split, revision)
+        yield from hub_rows(source, split, revision, config, unread, columns)
         return
-    path = local_path(source)
-    if path.is_dir():
-        raise UserError(f"{source} is a folder; name one {', '.join(SUFFIXES)} file")
-    if not path.exists():
-        raise UserError(f"there is no data file {path} (looked in {Path.cwd()})")
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{source} is not one of {', '.join(SUFFIXES)}; unpack what is compressed or in an archive")
+    found = find_files(source)
+    if found.saved is not None:
+        yield from saved_rows(found.saved, split, unread, columns)
+        return
+    readers = {path: kind_of(path) for path in found.files}  # before the first file is read
+    for path, kind in readers.items():
+        yield from _rows_of(path, kind, unread, columns)
+
+
+def _rows_of(path: Path, kind: str, unread: Counter[str], columns: dict[str, str] | None) -> Iterator[PlacedRow]:
     try:
-        yield from reader(path)
+        if kind in ROW_READERS:
+            yield from ROW_READERS[kind](path)
+        else:
+            yield from TABLE_READERS[kind](path, unread, columns)
     except OSError as error:
-        raise UserError(f"{source} cannot be read: {error.strerror or error}") from error
+        if error.errno is None and is_compressed(path):  # which is how Arrow says that it cannot unpack
+            raise UserError(f"{path} is damaged ({error}); download it again, or pack it again") from error
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error

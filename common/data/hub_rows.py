@@ -2,15 +2,26 @@
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
+from common.data.arrow_files import dataset_rows
+from common.data.source_row import PlacedRow
 from common.machine.hub import HubRepository, chain_of, first_line, gated, hub_errors_in_words, not_found
 from common.recipe import UserError
 
 
-def hub_rows(name: str, split: str, revision: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields every row of a hub data set's split, each with its place.
+def hub_rows(
+    name: str,
+    split: str,
+    revision: str | None,
+    config: str | None,
+    unread: Counter[str],
+    columns: dict[str, str] | None = None,
+) -> Iterator[PlacedRow]:
+    """Yields every row of a hub data set's split, each with its place, with the columns that its format reads.
+
+    config: one of the data set's configurations, where it has several. unread: as of read_rows.
 
     Raises UserError when the data set cannot be had, or read as a whole.
     """
@@ -19,9 +30,9 @@ def hub_rows(name: str, split: str, revision: str | None) -> Iterator[tuple[str,
     caches = (str(datasets.config.HF_DATASETS_CACHE),)
     repository = HubRepository("data set", name, revision, "give a file: DATA=my_chats.jsonl", caches)
     with _unusable_in_words(repository), hub_errors_in_words(repository):
-        rows = datasets.load_dataset(name, split=split, revision=revision)
-    for number, row in enumerate(rows, 1):
-        yield f"{name} [{split}], row {number}", row
+        rows = datasets.load_dataset(name, config, split=split, revision=revision)
+    part = f"{config}, {split}" if config else split
+    yield from dataset_rows(rows, f"{name} [{part}]", unread, columns)
 
 
 @contextlib.contextmanager
@@ -65,7 +76,18 @@ def _unusable_in_words(repository: HubRepository) -> Iterator[None]:
                     f"the files of {about} have different columns: {cause.details().rstrip('.')}; {a_file}"
                 ) from error
         if found := re.search(r"available configs: \[(.*?)\]", str(error)):
-            raise UserError(f"{about} has several parts ({found[1]}), and a run takes one: {a_file}") from error
+            raise UserError(
+                f"{about} has several configurations ({found[1]}), and a run takes one: set DataSpec(config=...)"
+            ) from error
+        if found := re.search(r"BuilderConfig (.*) not found. Available: \[(.*)\]", str(error)):
+            raise UserError(
+                f"{about} has no configuration {found[1]}; set DataSpec(config=...) to one of those it has: {found[2]}"
+            ) from error
+        if found := re.search(r"Unknown split \"(.*?)\". Should be one of \[(.*)\]", str(error)):
+            raise UserError(
+                f"{about} has no split {found[1]!r}; set DataSpec(split=...), or eval_split for eval_source, to one "
+                f"of those it has: {found[2]}"
+            ) from error
         if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
             raise UserError(f"{about} has a damaged file: {first_line(chain[1])}; {a_file}") from error
         raise UserError(f"{about} cannot be read: {first_line(error)}") from error

@@ -3,27 +3,30 @@
 import codecs
 import json
 import re
-import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow, Row
-from common.data.text_files import check_encoding, convert_command
+from common.data.source_row import MAX_ROW_BYTES, BadRow, PlacedRow, Row, Unreadable, readable
+from common.data.text_files import check_start, convert_command
+from common.data.unpacking import command_on, open_data
 from common.recipe import UserError
 
 MAX_LIST_BYTES = 256 << 20  # a list is read into memory whole
+NAN = Unreadable("NaN and Infinity are not JSON; write null")
+KEY_TWICE = Unreadable("a key occurs twice in a JSON object")  # it is unclear which value counts
 _OPENS_LIST = re.compile(rb"\s*\[\s*(\{|$)")
 
 
 def jsonl_rows(path: Path) -> Iterator[PlacedRow]:
     """Yields the rows of a .jsonl file. A file that is one list of objects is read as .json."""
-    check_encoding(path)
+    check_start(path)
     first, second = _first_two_lines(path)
     if first.strip() == b"{" and second.lstrip().startswith(b'"'):
         raise UserError(
             f"{path} is pretty-printed: its objects span several lines. Write one object a line: "
-            f"jq -c . {shlex.quote(str(path))} > lines.jsonl"
+            f"{command_on(path, 'jq -c .', 'lines.jsonl')}"
         )
     is_list = _OPENS_LIST.match(first) and not (second and _is_json(first))
     yield from _list_rows(path) if is_list else _line_rows(path)
@@ -31,31 +34,37 @@ def jsonl_rows(path: Path) -> Iterator[PlacedRow]:
 
 def json_rows(path: Path) -> Iterator[PlacedRow]:
     """Yields the rows of a .json file. A file with one object a line is read as .jsonl."""
-    check_encoding(path)
+    check_start(path)
     first, second = _first_two_lines(path)
     is_lines = first.lstrip().startswith(b"{") and second and _is_json(first)
     yield from _line_rows(path) if is_lines else _list_rows(path)
 
 
 def parse_json(text: str) -> Any:
-    """Returns the value. Raises BadRow when the text is not JSON, or when it is unclear which value a key has."""
+    """Returns the value. Raises BadRow when the text is not JSON, or holds a NaN, an Infinity or a key twice."""
+    return readable(_parse(text))
+
+
+def _parse(text: str) -> Any:
+    """Returns the value, with an Unreadable in the place of each NaN and Infinity, and of each key that occurs twice.
+
+    Raises BadRow when the text is not JSON.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRow("invalid JSON") from error
 
 
-def _refuse_constant(name: str) -> Any:
-    """For json.loads, which otherwise accepts NaN and Infinity."""
-    raise BadRow("NaN and Infinity are not JSON; write null")
-
-
 def _object_of_pairs(pairs: list[tuple[str, Any]]) -> Row:
-    """Makes a JSON object for json.loads. Raises BadRow when a key occurs twice: it is unclear which value counts."""
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise BadRow("a key occurs twice in a JSON object")
+        counts = Counter(key for key, _ in pairs)
+        row |= {key: KEY_TWICE for key, count in counts.items() if count > 1}
     return row
+
+
+_DECODER = json.JSONDecoder(parse_constant=lambda name: NAN, object_pairs_hook=_object_of_pairs)
 
 
 def _is_json(text: bytes) -> bool:
@@ -69,7 +78,7 @@ def _is_json(text: bytes) -> bool:
 def _first_two_lines(path: Path) -> tuple[bytes, bytes]:
     """The first two lines that are not blank, at most MAX_ROW_BYTES of each; empty where there are fewer."""
     found: list[bytes] = []
-    with path.open("rb") as file:
+    with open_data(path) as file:
         while len(found) < 2 and (line := file.readline(MAX_ROW_BYTES)):
             line = line.removeprefix(codecs.BOM_UTF8)
             found += [line] if line.strip() else []
@@ -86,7 +95,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _line_rows(path: Path) -> Iterator[PlacedRow]:
-    with path.open("rb") as file:
+    with open_data(path) as file:
         for number, line in enumerate(_lines(file), 1):
             place = f"{path}:{number}"
             try:
@@ -95,7 +104,7 @@ def _line_rows(path: Path) -> Iterator[PlacedRow]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not text.strip():
                     continue
-                yield place, _as_row(parse_json(text))
+                yield place, _as_row(_parse(text))
             except UnicodeDecodeError:
                 yield place, BadRow("not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8")
             except BadRow as fault:
@@ -109,17 +118,16 @@ def _as_row(value: Any) -> Row:
 
 
 def _list_rows(path: Path) -> Iterator[PlacedRow]:
-    if path.stat().st_size > MAX_LIST_BYTES:
+    with open_data(path) as file:
+        content = file.read(MAX_LIST_BYTES + 1)
+    if len(content) > MAX_LIST_BYTES:
+        as_lines = command_on(path, "jq -c '.[]'", "lines.jsonl")
         raise UserError(
             f"{path} is one list of more than {MAX_LIST_BYTES >> 20} MiB, too large to be read whole. Write one object "
-            f"a line: jq -c '.[]' {shlex.quote(str(path))} > lines.jsonl"
+            f"a line: {as_lines}"
         )
     try:
-        entries = json.loads(
-            path.read_text(encoding="utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_object_of_pairs
-        )
-    except BadRow as error:
-        raise UserError(f"{path}: {error}") from error
+        entries = _DECODER.decode(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it: {convert_command(path)}") from error
     except json.JSONDecodeError as error:

@@ -1,21 +1,24 @@
 """Reads rows from Parquet files: the columns of the format alone, whatever the others hold."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common.data.formats import WANTED_KEYS, match_keys
-from common.data.source_row import BadRow, PlacedRow, Row
+from common.data.arrow_rows import BATCH_ROWS, add_unread, batch_rows, count_filled, find_columns
+from common.data.source_row import PlacedRow
 from common.recipe import UserError
 
 if TYPE_CHECKING:
-    import pyarrow
-
-BATCH_ROWS = 1024
+    import pyarrow.parquet
 
 
-def parquet_rows(path: Path) -> Iterator[PlacedRow]:
-    """Yields the rows of a Parquet file, with the columns that its format reads."""
+def parquet_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = None) -> Iterator[PlacedRow]:
+    """Yields the rows of a Parquet file, with the columns that its format reads.
+
+    Adds to `unread` how many rows have a value in each of the other columns. Raises UserError where one of them has
+    pictures or sounds.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -23,61 +26,42 @@ def parquet_rows(path: Path) -> Iterator[PlacedRow]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if file.metadata.num_rows == 0:
                 return
-            columns = _find_columns(path, tuple(file.schema_arrow.names))
+            names = tuple(file.schema_arrow.names)
+            places = find_columns(str(path), names, columns)
+            for name in {name: None for place, name in enumerate(names) if place not in places.values()}:
+                if count := _count_filled_rows(file, name):
+                    add_unread(str(path), name, count, unread)
+            wanted = [names[place] for place in places.values()]
             number = 0
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns.values())):
-                arrays = [batch.column(name) for name in columns.values()]
-                arrays = [array.cast(_without_times(array.type)) for array in arrays]
-                for row in _rows(pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                there = batch.schema.names
+                for row in batch_rows(batch, {key: there.index(names[place]) for key, place in places.items()}):
                     number += 1
                     yield f"{path}, row {number}", row
-    except pyarrow.ArrowException as error:
+    except (ValueError, pyarrow.ArrowException) as error:  # ValueError: a column's name that is no text
         raise UserError(f"{path} is not a readable Parquet file: {str(error).splitlines()[0]}") from error
 
 
-def _find_columns(path: Path, names: tuple[str, ...]) -> dict[str, str]:
-    """From each key of the file's format to the name of its column. Raises UserError when there is no such format."""
-    try:
-        matched = match_keys(names)
-    except BadRow as fault:
-        raise UserError(f"{path}: its columns: {fault}") from fault
-    if matched is None:
-        shown = ", ".join(f"{name!r:.40}" for name in names[:8])
-        raise UserError(f"{path}: no format has its columns: {shown}; name them {WANTED_KEYS}")
-    return {key: names[place] for key, place in matched.places.items()}
+def _count_filled_rows(file: "pyarrow.parquet.ParquetFile", name: str) -> int:
+    """How many rows have a value in a column: from the file's statistics, without the column; of lists at most.
 
-
-def _without_times(kind: "pyarrow.DataType") -> "pyarrow.DataType":
-    """The type with integers in place of dates and times, also in a message's other fields.
-
-    No format reads them, and Python cannot hold all that Parquet can: the year 10000, or a time zone of its own.
+    A file without statistics is read.
     """
-    import pyarrow
-
-    if pyarrow.types.is_temporal(kind):
-        return pyarrow.int32() if kind.bit_width == 32 else pyarrow.int64()
-    if pyarrow.types.is_struct(kind):
-        return pyarrow.struct([field.with_type(_without_times(field.type)) for field in kind])
-    if pyarrow.types.is_list(kind):
-        return pyarrow.list_(kind.value_field.with_type(_without_times(kind.value_type)))
-    if pyarrow.types.is_large_list(kind):
-        return pyarrow.large_list(kind.value_field.with_type(_without_times(kind.value_type)))
-    return kind
-
-
-def _rows(batch: "pyarrow.RecordBatch") -> list[Row | BadRow]:
-    """The rows of a batch. A row with a value that cannot be read is a BadRow."""
-    try:
-        return list(batch.to_pylist())
-    except (ValueError, ArithmeticError, LookupError):
-        return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+    leaves = [place for place in range(len(file.schema)) if _column_of_leaf(file, place) == name]
+    count = 0
+    for number in range(file.metadata.num_row_groups):
+        group, filled = file.metadata.row_group(number), 0
+        for leaf in map(group.column, leaves):
+            if leaf.statistics is None or not leaf.statistics.has_null_count:
+                batches = file.iter_batches(batch_size=BATCH_ROWS, columns=[name])
+                return sum(count_filled(batch.column(0)) for batch in batches)
+            filled = max(filled, leaf.num_values - leaf.statistics.null_count)
+        count += min(group.num_rows, filled)
+    return count
 
 
-def _row(batch: "pyarrow.RecordBatch") -> Row | BadRow:
-    try:
-        row: dict[str, Any] = batch.to_pylist()[0]
-    except UnicodeDecodeError:
-        return BadRow("a value that is not UTF-8")
-    except (ValueError, ArithmeticError, LookupError) as error:
-        return BadRow(f"a value that cannot be read: {str(error).splitlines()[0]:.80}")
-    return row
+def _column_of_leaf(file: "pyarrow.parquet.ParquetFile", place: int) -> str:
+    """The column that a leaf of the schema is part of: "images" for "images.list.element.bytes"."""
+    path = file.schema.column(place).path
+    # A column's own name may have dots.
+    return max((name for name in file.schema_arrow.names if f"{path}.".startswith(f"{name}.")), key=len, default="")

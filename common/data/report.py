@@ -25,6 +25,8 @@ class DataReport:
 
     source: str
     seq_len: int = 1  # tokens of a packed row
+    files: int = 1
+    ignored: tuple[str, ...] = ()  # names of what else lies in the source's folder
     format_name: str = ""
     read: int = 0  # rows of the source
     kept: int = 0  # rows that can be trained or evaluated on
@@ -41,7 +43,7 @@ class DataReport:
     longest: int = 0  # tokens of the longest row, before truncation
     mixed: int | None = None  # rows that a mixture takes; None where the source is not mixed
     mixed_share: float | None = None  # of the mixture's trained tokens
-    sha256: str | None = None  # of the file; None for a data set of the hub
+    sha256: str | None = None  # of the files (SourceState); None for a data set of the hub
 
     @property
     def dropped(self) -> int:
@@ -81,10 +83,14 @@ class DataReport:
     def lines(self) -> list[str]:
         """Returns the report as it is printed."""
         named = f" ({self.format_name})" if self.format_name else ""  # no row told
-        line = f"{self.source}: {self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"
+        files = f"{self.files:,} files, " if self.files > 1 else ""
+        line = f"{self.source}: {files}{self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"
         line += f", {self.too_long.total:,} too long" if self.too_long.total else ""
         line += f", {self.not_to_learn.total:,} not to be learnt" if self.not_to_learn.total else ""
-        lines = [line, *self.faults.lines("dropped")]
+        lines = [line]
+        if self.ignored:
+            lines.append(f"  not read, for they are no data files: {', '.join(self.ignored):.200}")
+        lines += self.faults.lines("dropped")
         lines += [*self.too_long.lines("too long"), *self.not_to_learn.lines("not to be learnt")]
         if fitting := fit_line(self.lengths, self.seq_len):
             lines.append(f"  whole at TrainSpec.seq_len = {fitting}")
@@ -142,7 +148,7 @@ class DataReport:
         values: dict[str, Any] = {name: Counter(record[name]) for name in COUNTERS}
         values["lengths"] = Counter({int(length): count for length, count in record["lengths"].items()})
         values |= {name: Tally(Counter(record[name]["counts"]), record[name]["places"]) for name in TALLIES}
-        return cls(**record | values)
+        return cls(**record | values | {"ignored": tuple(record["ignored"])})
 
 
 TALLIES = ("faults", "too_long", "not_to_learn")

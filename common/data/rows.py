@@ -16,12 +16,11 @@ from transformers import PreTrainedTokenizerFast
 from common.data.cache import cache_folder, load_cached, remove_shared, save_cached, shared_folder
 from common.data.chat_format import ChatFormat
 from common.data.examples import Examples
-from common.data.files import read_rows
 from common.data.fingerprint import FileStates, file_states, refuse_if_changed
 from common.data.packing import pack
 from common.data.report import DataReport, mark_trained
 from common.data.selection import Selection, describe_mixture, select
-from common.data.tokenise import Tokeniser, chunked, tokenise_source
+from common.data.tokenise import Tokeniser, chunked, rows_of, tokenise_source
 from common.machine.collectives import barrier_on_machine, broadcast_on_machine
 from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
@@ -157,8 +156,8 @@ def find_examples(
     """
     chat_format, missing, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, list[str]()
     for source, _ in spec.mixture:
-        tokeniser = Tokeniser(source, chat_format, spec.train_on, seq_len)
-        for rows in chunked(read_rows(source, split=spec.split, revision=spec.revision)):
+        tokeniser = Tokeniser(source, chat_format, spec, seq_len)
+        for rows in chunked(rows_of(spec, source, spec.split)):
             for place, parts in tokeniser.tokenise(rows, DataReport(source, seq_len)):
                 if found := missing & {tuple(part.input_ids) for part in parts}:
                     missing -= found

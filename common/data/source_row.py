@@ -1,5 +1,6 @@
 """A row as it stands in a source, the place it comes from, and the reason why a row cannot be used."""
 
+from dataclasses import dataclass
 from typing import Any
 
 MAX_ROW_BYTES = (
@@ -11,8 +12,40 @@ class BadRow(Exception):
     """A row cannot be used. The message is the kind of fault, without the place: the report counts rows by it."""
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands in a row for a value that nobody can read: a NaN, or that of a key which occurs twice.
+
+    It is no fault of the row where no format reads that field. Nothing else is of this type, so what checks the type of
+    a value refuses it.
+    """
+
+    fault: str
+
+
+def readable_itself(value: Any) -> Any:
+    """Returns the value as it is. Raises BadRow where it is Unreadable."""
+    if isinstance(value, Unreadable):
+        raise BadRow(value.fault)
+    return value
+
+
+def readable(value: Any) -> Any:
+    """Returns the value as it is. Raises BadRow where it, or anything in it, is Unreadable."""
+    waiting = [value]
+    while waiting:
+        part = readable_itself(waiting.pop())
+        if isinstance(part, dict | list):
+            waiting += part.values() if isinstance(part, dict) else part
+    return value
+
+
 class NotToLearn(BadRow):
     """A row that says itself that nothing of it is to be learnt: no fault, so it is counted apart."""
+
+
+class PreferenceData(BadRow):
+    """The row is of data that rank answers, good ones and bad ones. The source as a whole is not to be learnt."""
 
 
 Row = dict[str, Any]

@@ -5,6 +5,7 @@ order of the source, so they are the same whatever the number of processes.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from common.data.examples import Examples
 from common.data.files import read_rows
 from common.data.packing import fit_to_row
 from common.data.report import DataReport
-from common.data.source_row import BadRow, PlacedRow
+from common.data.source_files import find_files, is_file
+from common.data.source_row import BadRow, PlacedRow, PreferenceData
 from common.machine.workers import map_in_order
-from common.recipe import DataSpec, TrainOn
+from common.recipe import DataSpec, TrainOn, UserError
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress
 CHUNK_ROWS = 256  # rows that a process gets at once: fewer where they are long
@@ -36,8 +38,10 @@ def tokenise_source(
     Raises UserError when the source cannot be read, or too many of its rows cannot be used.
     """
     report, examples, printed_at = DataReport(source, seq_len), Examples(), time.monotonic()
-    tokeniser = Tokeniser(source, chat_format, spec.train_on, seq_len)
-    for found, counted in _tokenise_chunks(tokeniser, chunked(read_rows(source, split=split, revision=spec.revision))):
+    if is_file(source) and (files := find_files(source)).saved is None:
+        report.files, report.ignored = len(files.files), files.ignored
+    tokeniser = Tokeniser(source, chat_format, spec, seq_len)
+    for found, counted in _tokenise_chunks(tokeniser, chunked(rows_of(spec, source, split, report.unread))):
         examples.extend(found)
         report.merge(counted)
         if time.monotonic() - printed_at > PROGRESS_SECONDS:
@@ -52,9 +56,9 @@ def tokenise_source(
 class Tokeniser:
     """Turns rows of one source into examples. The first good row that it is given decides the format of all."""
 
-    def __init__(self, source: str, chat_format: ChatFormat, train_on: TrainOn, seq_len: int) -> None:
-        self.source, self.chat_format, self.train_on, self.seq_len = source, chat_format, train_on, seq_len
-        self.reader = RowReader()
+    def __init__(self, source: str, chat_format: ChatFormat, spec: DataSpec, seq_len: int) -> None:
+        self.source, self.chat_format, self.train_on, self.seq_len = source, chat_format, spec.train_on, seq_len
+        self.reader = RowReader(columns=spec.columns)
 
     def __call__(self, rows: Iterable[PlacedRow]) -> tuple[Examples, DataReport]:
         """Returns the examples of these rows, and a report of these rows alone."""
@@ -93,11 +97,19 @@ def encode_batch(chat_format: ChatFormat, examples: Sequence[Example], train_on:
     return encoded
 
 
-def read_examples(
-    source: str, report: DataReport, *, split: str = "train", revision: str | None = None
-) -> Iterator[tuple[str, Example]]:
-    """Yields the usable rows of a source, each with its place. Adds the others to the report."""
-    for place, example in read_each(read_rows(source, split=split, revision=revision), RowReader(), report):
+def rows_of(spec: DataSpec, source: str, split: str, unread: Counter[str] | None = None) -> Iterator[PlacedRow]:
+    """Yields every row of one of the spec's sources, as read_rows."""
+    return read_rows(
+        source, split=split, revision=spec.revision, config=spec.config, columns=spec.columns, unread=unread
+    )
+
+
+def read_examples(source: str, report: DataReport) -> Iterator[tuple[str, Example]]:
+    """Yields the usable rows of a source, each with its place. Adds the others to the report.
+
+    Raises UserError when the source cannot be read, and for preference data.
+    """
+    for place, example in read_each(read_rows(source, unread=report.unread), RowReader(), report):
         if isinstance(example, BadRow):
             report.add_unused(example, place)
         else:
@@ -105,12 +117,17 @@ def read_examples(
 
 
 def read_each(rows: Iterable[PlacedRow], reader: RowReader, report: DataReport) -> Iterator[PlacedExample]:
-    """Yields each row as an example, or as the BadRow that says why it is none. Counts what was read."""
+    """Yields each row as an example, or as the BadRow that says why it is none. Counts what was read.
+
+    Raises UserError for preference data.
+    """
     for place, row in rows:
         report.read += 1
         example: Example | BadRow
         try:
             example = row if isinstance(row, BadRow) else reader.read(row)
+        except PreferenceData as fault:
+            raise UserError(f"{place}: {fault}") from fault
         except BadRow as fault:
             example = fault
         report.format_name = reader.format_name

@@ -10,8 +10,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 
-from common.machine.disk import remove, replace_atomically, sha256_of
-from common.machine.paths import local_path
+from common.data.fingerprint import source_state
+from common.machine.disk import remove, replace_atomically
 from common.recipe import UserError
 from common.run.folder import HELD_OUT_ROWS, SAVING
 
@@ -26,12 +26,13 @@ def save_held_out_rows(rows: Dataset, folder: Path) -> None:
 
 
 def has_changed(source: dict[str, Any]) -> bool:
-    """Whether a file is another one than the run read. False where it is not there, or was not hashed.
+    """Whether the files are others than the run read. False where one is not there, or they were not hashed.
 
     source: an entry of run.json's "data".
     """
-    path, before = local_path(source["source"]), source.get("sha256")
-    return before is not None and path.is_file() and sha256_of(path) != before
+    before = source.get("sha256")
+    now = source_state(source["source"]) if before is not None else None
+    return now is not None and now.sha256 != before
 
 
 def load_held_out_rows(folder: Path) -> Dataset | None:

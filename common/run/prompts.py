@@ -28,8 +28,9 @@ class Prompt:
 
 
 def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
-    """Each conversation in a file or hub data set as a prompt, its last turn the reference; none without a source.
+    """Each conversation in a file or hub data set as a prompt, its last answer the reference; none without a source.
 
+    A conversation without a text of the assistant that is to be learnt, after another message, is left out.
     Raises UserError when the source holds no conversations.
     """
     if source is None:
@@ -41,9 +42,13 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
         if isinstance(example, str):
             continue
         turns = example.messages
+        answers = [n for n, m in enumerate(turns) if n and m.role == "assistant" and m.is_trained and m.content]
+        if not answers:
+            continue
         with suppress(BadRow):  # load_rows has counted and named it
-            asked = replace(example, messages=turns[:-1])
-            prompts.append(Prompt(chat_format.prompt_ids(asked), turns[-2].content, turns[-1].content))
+            asked = replace(example, messages=turns[: answers[-1]])
+            ids = chat_format.prompt_ids(asked)
+            prompts.append(Prompt(ids, asked.messages[-1].content, turns[answers[-1]].content))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
     return prompts

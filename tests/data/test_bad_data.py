@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,24 @@ def parquet(rows: list[dict]) -> bytes:
     return buffer.getvalue()
 
 
+def zstd(content: bytes) -> bytes:
+    return pyarrow.compress(content, codec="zstd", asbytes=True)
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("chats.jsonl"))
+    return buffer.getvalue()
+
+
+def arrow(values: list[dict], rows: int | None = None) -> bytes:
+    table, buffer = pyarrow.Table.from_pylist(values), io.BytesIO()
+    with pyarrow.ipc.new_stream(buffer, table.schema) as writer:
+        writer.write_table(table.slice(0, rows))
+    return buffer.getvalue()
+
+
 def many(bad: str, good: int = 3) -> str:
     return "\n".join([GOOD] * good + [bad]) + "\n"
 
@@ -59,7 +78,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a bad escape": ("a.jsonl", '{"text": "\\x41"}', "invalid JSON ({path}:1)"),
     "NaN": ("a.jsonl", '{"text": NaN}', "NaN and Infinity are not JSON; write null ({path}:1)"),
     "Infinity": ("a.jsonl", '{"text": -Infinity}', "NaN and Infinity are not JSON; write null ({path}:1)"),
-    "NaN in a list": ("a.json", '[{"text": NaN}]', "{path}: NaN and Infinity are not JSON; write null"),
+    "NaN in a list": ("a.json", '[{"text": NaN}]', "NaN and Infinity are not JSON; write null ({path}, entry 1)"),
     "Python's None": ("a.jsonl", '{"text": None}', "invalid JSON ({path}:1)"),
     "a number too long for Python": ("a.jsonl", '{"text": ' + "9" * 5000 + "}", "invalid JSON ({path}:1)"),
     "a key twice": ("a.jsonl", '{"text": "a", "text": "b"}', "a key occurs twice in a JSON object ({path}:1)"),
@@ -85,20 +104,51 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "Latin-1": ("a.jsonl", '{"text": "caf\xe9"}'.encode("latin-1"), "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 ({path}:1)"),
     "a cut character": ("a.jsonl", '{"text": "é"}'.encode().replace(b"\xa9", b""), "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 ({path}:1)"),
     "a lone surrogate": ("a.jsonl", '{"text": "\\ud800"}', "text holds a lone surrogate, which is not text ({path}:1)"),
-    "a lone surrogate in a role": ("a.jsonl", '{"messages": [{"role": "\\ud800", "content": "a"}]}', "is not system, user"),
+    "a lone surrogate in a role": ("a.jsonl", '{"messages": [{"role": "\\ud800", "content": "a"}]}', "role '\\ud800' is none of system"),
     "NUL bytes": ("a.jsonl", b'{"text": "a\x00b"}', "invalid JSON ({path}:1)"),
     "nothing but NUL bytes": ("a.jsonl", b"\x00" * 4096, "invalid JSON ({path}:1)"),
     # files that are no data
     "empty": ("a.jsonl", "", "{path} holds no rows"),
     "blank lines": ("a.jsonl", "\n\n  \n", "{path} holds no rows"),
     "a mark alone": ("a.jsonl", b"\xef\xbb\xbf", "{path} holds no rows"),
-    "gzip": ("a.jsonl", gzip.compress(GOOD.encode()), "{path} is gzip-compressed; unpack it first"),
-    "gzip named .json": ("a.json", gzip.compress(b"[]"), "{path} is gzip-compressed; unpack it first"),
-    "another suffix": ("a.txt", GOOD, "{path} is not one of .jsonl, .json, .csv, .parquet"),
+    "gzip cut short": ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "{path} is damaged (Truncated compressed stream); download it again, or pack it again"),
+    "gzip with another sum": ("a.jsonl", gzip.compress(GOOD.encode())[:-8] + b"1234" + gzip.compress(GOOD.encode())[-4:], "{path} is damaged (zlib inflate failed: incorrect data check)"),
+    "gzip with more behind it": ("a.json", gzip.compress(b"[]") + b"more", "{path} is damaged (zlib inflate failed"),
+    "zstd cut short": ("a.csv.zst", zstd(b"text\na\n")[:-3], "{path} is damaged (Truncated compressed stream)"),
+    "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), "{path} holds no rows"),
+    "gzip in gzip": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD.encode())), "{path} is compressed twice; unpack it once: gunzip -c < {path} | cat > once.gz"),
+    "a bad line in zstd": ("a.jsonl.zst", zstd((GOOD + "\n{").encode()), "invalid JSON ({path}:2)"),
+    "a line of 50 MB in gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"a" * 50_000_000 + b'"}'), "a line of more than 16 MiB ({path}:1)"),
+    "a list of 300 MB in gzip": ("a.json.gz", gzip.compress(b"[" + b" " * 300_000_000 + b"]", 1), "{path} is one list of more than 256 MiB, too large to be read whole. Write one object a line: gunzip -c < {path} | jq -c '.[]' > lines.jsonl"),
+    "a Parquet file in gzip": ("a.parquet.gz", gzip.compress(parquet([json.loads(GOOD)])), "{path}: a compressed .parquet file is not read; unpack it first"),
+    "tar in gzip": ("a.jsonl.gz", gzip.compress(tar()), "{path} is an archive of tar; unpack it, and name the files that were in it"),
+    "another suffix": ("a.md", GOOD, "{path} is no data file by its name; a name ends in .jsonl, .json, .csv"),
+    "a gzip of no kind": ("a.gz", gzip.compress(GOOD.encode()), "{path} is no data file by its name"),
+    "Excel": ("a.xlsx", b"PK\x03\x04", "{path} is a spreadsheet; save it as CSV in UTF-8"),
+    "Excel named .csv": ("a.csv", b"PK\x03\x04" + bytes(9), "{path} is a zip archive, as .xlsx and .docx are: save a table as CSV"),
+    "an older Excel named .csv": ("a.csv", b"\xd0\xcf\x11\xe0" + bytes(9), "{path} is a file of an older Excel or Word: save a table as CSV"),
+    "Word": ("a.docx", b"PK\x03\x04", "{path} is a document; save its text as .txt in UTF-8"),
+    "PDF": ("a.pdf", b"%PDF-1.7", "{path} is a document; save its text as .txt"),
+    "PDF named .txt": ("a.txt", b"%PDF-1.7", "{path} is a PDF; save its text as .txt"),
+    "zip": ("a.zip", b"PK\x03\x04", "{path} is an archive; unpack it, and name the files that were in it"),
+    "tar": ("a.tar", tar(), "{path} is an archive; unpack it"),
+    "tar.gz": ("a.tar.gz", gzip.compress(tar()), "{path} is an archive; unpack it"),
+    "bzip2": ("a.jsonl.bz2", b"BZh9", "{path} is packed in a way that is not read; unpack it first, or pack it with gzip or zstd"),
+    "xz named .jsonl": ("a.jsonl", b"\xfd7zXZ\0", "{path} is packed in a way that is not read"),
+    "a pickle": ("a.pkl", b"\x80\x04.", "{path} is a pickle, which is a program; write its rows as .jsonl or .parquet"),
+    "Parquet named .jsonl": ("a.jsonl", parquet([json.loads(GOOD)]), "{path} is a Parquet file by its first bytes; name it .parquet"),
+    "Arrow named .json": ("a.json", b"ARROW1\0\0", "{path} is an Arrow file by its first bytes; name it .arrow"),
+    # plain text
+    "an empty .txt": ("a.txt", "", "{path} holds no rows"),
+    "a .txt of blanks": ("a.txt", " \n\n", "text is empty ({path})"),
+    "a .txt in Latin-1": ("a.txt", "caf\xe9".encode("latin-1"), "{path} is not UTF-8 (byte 3); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.txt"),
+    "a .txt in UTF-16": ("a.txt", "Hello".encode("utf-16"), "{path} is UTF-16; convert it: iconv -f UTF-16 -t UTF-8 {path} > utf8.txt"),
+    "a .txt of 20 MB": ("a.txt", "word\n" * 4_000_000, "{path} is one text of more than 16 MiB: a .txt file is one document."),
+    "a .txt of 300 MB in gzip": ("a.txt.gz", gzip.compress(bytes(300_000_000), 1), "{path} is one text of more than 16 MiB"),
     "a picture": ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 ({path}:1"),
     "a line of 50 MB": ("a.jsonl", '{"text": "' + "a" * 50_000_000 + '"}', "a line of more than 16 MiB ({path}:1)"),
     # rows of no format, or of two
-    "no key that is known": ("a.jsonl", '{"body": "a"}', "no format has these keys; a row needs messages, or"),
+    "no key that is known": ("a.jsonl", '{"body": "a"}', "no format has these keys: 'body'; a row needs messages, or"),
     "a prompt alone": ("a.jsonl", '{"prompt": "a"}', "no format has these keys"),
     "an empty object": ("a.jsonl", "{}", "no format has these keys"),
     "two formats": ("a.jsonl", GOOD + '\n{"text": "b"}', "the format is text, not messages as above it ({path}:2)"),
@@ -111,15 +161,24 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "messages are empty": ("a.jsonl", '{"messages": []}', "the list of messages is missing or empty"),
     "a message is a text": ("a.jsonl", '{"messages": ["Hello"]}', "a message is not an object ({path}:1)"),
     "a message is null": ("a.jsonl", '{"messages": [null]}', "a message is not an object"),
-    "an unknown role": ("a.jsonl", chat(ASK, ("bot", "Hi")), "role 'bot' is not system, user or assistant ({path}:1)"),
-    "a role in capitals": ("a.jsonl", chat(("User", "Hello"), SAY), "role 'User' is not system"),
-    "a role that is a number": ("a.jsonl", chat((1, "Hello"), SAY), "role 1 is not system"),
-    "no role": ("a.jsonl", chat((None, "Hello"), SAY), "role None is not system"),
-    "a tool's turn": ("a.jsonl", chat(ASK, ("tool", "42"), SAY), "role 'tool' is not system"),
+    "an unknown role": ("a.jsonl", chat(ASK, ("bard", "Hi")), "role 'bard' is none of system, developer, user, human, "),
+    "a role that is a number": ("a.jsonl", chat((1, "Hello"), SAY), "role 1 is none of"),
+    "no role": ("a.jsonl", chat((None, "Hello"), SAY), "a message has no role; its keys are 'content'"),
+    "a call that is no JSON": ("a.jsonl", chat(ASK, ("function_call", "look()"), SAY), "the tool calls are text, invalid JSON ({path}:1)"),
+    "a call whose arguments are no object": ("a.jsonl", chat(ASK, ("function_call", '{"name": "f", "arguments": "1"}'), SAY), "the arguments of 'f' are not a JSON object ({path}:1)"),
+    "tools that are no JSON": ("a.jsonl", GOOD[:-1] + ', "tools": "f"}', "the tools are text, invalid JSON ({path}:1)"),
+    "a weight in between": ("a.jsonl", GOOD.replace('"Hi"', '"Hi", "weight": 0.5'), "'weight' is 0.5; an answer is learnt or not, and weights other than 0 and 1 are not supported"),
+    "pictures": ("a.jsonl", GOOD[:-1] + ', "images": ["a.png"]}', "it has images; only text can be trained ({path}:1)"),
+    "one message a row": ("a.jsonl", '{"text": "Hello", "role": "prompter"}', "the row is one message, a text with a role"),
+    "rows of two formats that differ": ("a.jsonl", '{"question": "a", "answer": "b", "response": "c"}', "it can be read as question/answer and as question/response, which differ"),
+    "a preference label": ("a.jsonl", GOOD + "\n" + GOOD[:-1] + ', "label": false}', "{path}:2: this is preference data ('label' is true or false, as KTO takes it)"),
+    "better and worse answers": ("a.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}', "{path}:1: this is preference data (it has 'chosen' and 'rejected', as DPO takes them)"),
+    "better and worse answers in CSV": ("a.csv", "prompt,chosen,rejected\na,b,c\n", "{path}: its header: this is preference data"),
+    "better and worse answers in Parquet": ("a.parquet", parquet([{"prompt": "a", "chosen": "b", "rejected": "c"}]), "{path}: its columns: this is preference data"),
     "the content is missing": ("a.jsonl", chat(ASK, ("assistant", None)), "the assistant's text is missing ({path}:1)"),
     "the content is null": ("a.jsonl", GOOD.replace('"Hi"', "null"), "the assistant's text is missing"),
     "the content is a number": ("a.jsonl", chat(ASK, ("assistant", 42)), "the assistant's text is not text"),
-    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", ["Hi"])), "the assistant's text is a list, and not of parts with a type ({path}:1)"),
+    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", [["Hi"]])), "the assistant's text is a list, and not of texts or of parts with a type ({path}:1)"),
     "a part without its text": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text"}])), "the assistant's text is missing ({path}:1)"),
     "a part with a number": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text", "text": 4}])), "the assistant's text is not text ({path}:1)"),
     "a part that is a picture": ("a.jsonl", chat(("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]), SAY), "the user's text has a part of type 'image_url'; only text can be trained ({path}:1)"),
@@ -133,15 +192,11 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "an answer of NUL": ("a.jsonl", chat(ASK, ("assistant", "\0")), "the assistant's text is of invisible characters alone"),
     "a zero-width text in CSV": ("a.csv", "prompt,completion\na,\u200b\n", "completion is of invisible characters alone ({path}:2)"),
     "an empty question": ("a.jsonl", chat(("user", ""), SAY), "the user's text is empty"),
-    "the assistant begins": ("a.jsonl", chat(SAY, ASK, SAY), "a turn of the assistant where the user's should be"),
-    "two questions": ("a.jsonl", chat(ASK, ASK, SAY), "a turn of the user where the assistant's should be"),
-    "two answers": ("a.jsonl", chat(ASK, SAY, SAY), "a turn of the assistant where the user's should be"),
-    "no answer at the end": ("a.jsonl", chat(ASK, SAY, ASK), "the last turn is not the assistant's ({path}:1)"),
-    "a system's text alone": ("a.jsonl", chat(("system", "Be brief.")), "the last turn is not the assistant's"),
-    "a system's text in the middle": ("a.jsonl", chat(ASK, ("system", "a"), SAY), "a turn of the system where"),
+    "no answer": ("a.jsonl", chat(ASK, ASK), "it has no turn of the assistant to learn ({path}:1)"),
+    "a system's text alone": ("a.jsonl", chat(("system", "Be brief.")), "it has no turn of the assistant to learn"),
     "an answer longer than a row": ("a.jsonl", chat(ASK, ("assistant", "word " * 500)), "its first answer ends after 128 tokens"),
     # the other formats
-    "ShareGPT with an unknown name": ("a.jsonl", '{"conversations": [{"from": "bard", "value": "a"}]}', "role 'bard' is not"),
+    "ShareGPT with an unknown name": ("a.jsonl", '{"conversations": [{"from": "bard", "value": "a"}]}', "role 'bard' is none of"),
     "ShareGPT without a value": ("a.jsonl", '{"conversations": [{"from": "human"}]}', "the user's text is missing"),
     "a completion that is null": ("a.jsonl", '{"prompt": "a", "completion": null}', "completion is missing ({path}:1)"),
     "an instruction that is empty": ("a.jsonl", '{"instruction": "", "output": "a"}', "instruction is empty"),
@@ -155,7 +210,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a list cut short": ("a.json", "[" + GOOD + ",\n", "{path}:2: invalid JSON"),
     "a list of texts": ("a.json", '["a", "b"]', "not a JSON object ({path}, entry 1 and 1 more)"),
     "an empty list": ("a.json", "[]", "{path} holds no rows"),
-    "a key twice in a list": ("a.json", '[{"text": "a", "text": "b"}]', "{path}: a key occurs twice in a JSON object"),
+    "a key twice in a list": ("a.json", '[{"text": "a", "text": "b"}]', "a key occurs twice in a JSON object ({path}, entry 1)"),
     "a deep list": ("a.json", "[" * 100_000, "{path}: invalid JSON"),
     # .csv
     "an open quote": ("a.csv", 'prompt,completion\n"a,b\n', "{path}:2: broken CSV"),
@@ -175,7 +230,19 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a CSV in Latin-1": ("a.csv", "prompt,completion\na,caf\xe9\n".encode("latin-1"), "{path} is not UTF-8 (line 2); if Excel saved it, convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.csv"),
     "a cell of 20 MB": ("a.csv", f"prompt,completion\na,{'b' * 20_000_000}\n", "{path}:2: broken CSV: a line of more than 16 MiB"),
     "an open quote in a large file": ("a.csv", 'prompt,completion\na,"b\n' + "c,d\n" * 5_000_000, "broken CSV: field larger than field limit (16777216) (the row begins in line 2)"),
+    # .tsv
+    "a .tsv with commas": ("a.tsv", "prompt,completion\na,b\n", "{path}: no format has the columns of its first line: 'prompt,completion' (delimiter '\\t')"),
+    "a .tsv with a cell too few": ("a.tsv", "prompt\tcompletion\na\n", "a CSV row of another length than the header ({path}:2)"),
+    # .arrow
+    "an empty .arrow": ("a.arrow", b"", "{path} is not a readable Arrow file: "),
+    "text named .arrow": ("a.arrow", GOOD, "{path} is not a readable Arrow file: "),
+    "an .arrow cut short": ("a.arrow", arrow([json.loads(GOOD)] * 50)[:-900], "{path} is not a readable Arrow file: "),
+    "an .arrow with offsets that lie": ("a.arrow", arrow([{"text": "abcdefgh"}]).replace(b"\0\0\0\0\x08\0\0\0", b"\0\0\0\0\xff\xff\xff\x7f"), "{path} is not a readable Arrow file: "),
+    "other columns in .arrow": ("a.arrow", arrow([{"promt": "a"}]), "{path}: no format has its columns: 'promt'; name them messages, or"),
+    "nulls in .arrow": ("a.arrow", arrow([{"text": None}]), "text is missing ({path}, row 1)"),
+    "an .arrow without rows": ("a.arrow", arrow([{"text": "a"}], rows=0), "{path} holds no rows"),
     # .parquet
+    "pictures in Parquet": ("a.parquet", parquet([{"text": "a", "images": [b"1"]}, {"text": "a", "images": []}]), "{path} has values in its column 'images', and only text can be trained: leave out the rows that have one, then the column"),
     "a Parquet file cut short": ("a.parquet", parquet([json.loads(GOOD)])[:-20], "{path} is not a readable Parquet file"),
     "a Parquet file without its head": ("a.parquet", parquet([json.loads(GOOD)])[20:-9] + b"!", "{path} is not a readable"),
     "numbers in Parquet": ("a.parquet", parquet([{"prompt": 1, "completion": 2}]), "prompt is not text ({path}, row 1)"),
@@ -220,7 +287,7 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     main, recipe = story
     (tmp_path / "folder.jsonl").mkdir()
     assert run(main, recipe, ["--data", str(tmp_path / "folder.jsonl")]) == ERROR_STATUS
-    assert "folder.jsonl is a folder; name one .jsonl" in capsys.readouterr().err
+    assert "folder.jsonl has no data files; a name ends in .jsonl" in capsys.readouterr().err
     # Root may read everything, so the test raises the error that another user would get.
     (tmp_path / "secret.jsonl").write_text(GOOD)
     ordinary_open = Path.open
@@ -235,7 +302,18 @@ def test_a_folder_and_an_unreadable_file_are_refused_too(story, tmp_path, capsys
     assert "secret.jsonl cannot be read: Permission denied" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["a line of 50 MB", "brackets 100,000 deep", "nothing but NUL bytes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a line of 50 MB",
+        "brackets 100,000 deep",
+        "nothing but NUL bytes",
+        "a line of 50 MB in gzip",
+        "a list of 300 MB in gzip",
+        "a .txt of 300 MB in gzip",
+        "an .arrow with offsets that lie",
+    ],
+)
 def test_no_malformed_file_takes_a_GiB_of_memory(name, story, tmp_path):
     main, recipe = story
     file, content, _ = CORPUS[name]
@@ -259,8 +337,20 @@ def test_no_malformed_file_takes_a_GiB_of_memory(name, story, tmp_path):
         b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n" + GOOD.encode() + b"\r\n",
         (GOOD + "\n\n" + GOOD).encode(),
         chat(("user", "Say <|end|> and </s>"), ("assistant", "<|end|></s><s>")).encode(),
+        chat(("User", "Hello"), ("Bot", "Hi")).encode(),
+        chat(SAY, ASK, SAY).encode(),
+        chat(ASK, ASK, SAY, SAY).encode(),
+        chat(ASK, SAY, ASK).encode(),
     ],
-    ids=["a mark and CRLF", "no line end at the end", "control tokens in the text"],
+    ids=[
+        "a mark and CRLF",
+        "no line end at the end",
+        "control tokens in the text",
+        "roles in capitals",
+        "the assistant begins",
+        "two turns of one side",
+        "no answer at the end",
+    ],
 )
 def test_what_only_looks_malformed_is_taken(content, story, tmp_path):
     main, recipe = story

@@ -95,6 +95,23 @@ def test_all_code_that_makes_rows_is_in_the_package_whose_modules_are_hashed():
     assert elsewhere <= {"common", "common.recipe", "common.process_state", "common.cpu_quota", "common.output_stream"}
 
 
+@pytest.mark.parametrize("named", ["{}", "{}/*.jsonl", "{0}/a.jsonl {0}/b.jsonl"])
+def test_rows_of_several_files_are_kept_until_one_of_them_changes(named, source, small_llama, capsys, tmp_path):
+    lines = Path(source).read_text().splitlines(keepends=True)
+    (tmp_path / "shards").mkdir()
+    for name, part in (("a", lines[:40]), ("b", lines[40:100])):
+        (tmp_path / "shards" / f"{name}.jsonl").write_text("".join(part))
+    spec = DataSpec(named.format(tmp_path / "shards"), eval_rows=5)
+    load(spec, small_llama)
+    first = capsys.readouterr().out
+    load(spec, small_llama)
+    *again, last = capsys.readouterr().out.splitlines()
+    assert again == first.splitlines() and "2 files, 100 rows read" in again[0] and "taken from" in last
+    (tmp_path / "shards" / "b.jsonl").write_text("".join(lines[40:90]))
+    load(spec, small_llama)
+    assert "taken from" not in capsys.readouterr().out
+
+
 def test_half_an_entry_is_made_anew(source, small_llama, capsys):
     spec = DataSpec(source, eval_rows=5)
     first = load(spec, small_llama)
@@ -131,11 +148,10 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     """Fails for a new field of DataSpec that this test does not list."""
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
     spec = DataSpec(source)
-    others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
-    others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3}
-    assert others.keys() | {"source", "sources"} == {
-        field.name for field in dataclasses.fields(DataSpec) if field.name != "_"
-    }
+    others = {"split": "x", "eval_split": "x", "revision": "x", "config": "x", "eval_source": source, "eval_rows": 9}
+    others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3, "columns": {"text": "x"}}
+    fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_"}
+    assert others.keys() | {"source", "sources"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
     assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
 

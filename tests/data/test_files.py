@@ -40,15 +40,15 @@ def test_every_file_format_gives_the_same_rows(tmp_path, name):
 def test_a_hub_data_set_gives_the_same_rows(tmp_path, monkeypatch):
     asked = {}
 
-    def load_dataset(name, split, revision):
-        asked.update(name=name, split=split, revision=revision)
+    def load_dataset(name, config, split, revision):
+        asked.update(name=name, config=config, split=split, revision=revision)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    placed = list(read_rows("owner/chats", split="train_sft", revision="v2"))
+    placed = list(read_rows("owner/chats", split="train_sft", revision="v2", config="main"))
     assert [row for _, row in placed] == ROWS
-    assert placed[1][0] == "owner/chats [train_sft], row 2"
-    assert asked == {"name": "owner/chats", "split": "train_sft", "revision": "v2"}
+    assert placed[1][0] == "owner/chats [main, train_sft], row 2"
+    assert asked == {"name": "owner/chats", "config": "main", "split": "train_sft", "revision": "v2"}
 
 
 def test_places_name_file_and_line(tmp_path):
@@ -62,16 +62,13 @@ def test_bad_lines_come_as_bad_rows_and_the_rest_is_read(tmp_path):
         b"{broken",
         b'"text"',
         b'{"text": "\xff"}',
-        b'{"n": NaN}',
+        b'{"n": NaN',
         b"[" * 100_000,
         b'{"text": "ok"}',
     ]
     source = write(tmp_path, "a.jsonl", b"\n".join(lines))
-    not_utf8, nan = (
-        "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8",
-        "NaN and Infinity are not JSON; write null",
-    )
-    assert kinds(source) == ["invalid JSON", "not a JSON object", not_utf8, nan, "invalid JSON"]
+    not_utf8 = "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8"
+    assert kinds(source) == ["invalid JSON", "not a JSON object", not_utf8, "invalid JSON", "invalid JSON"]
     assert len(list(read_rows(source))) == 7
 
 
@@ -84,13 +81,17 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16; convert it: iconv"),
-        ("a.jsonl", b"\x1f\x8b\x08\x00", "gzip-compressed; unpack it first"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "is damaged (Truncated compressed stream)"),
         ("a.json", b"[]\n[]", "a.json:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
         ("a.json", b'{"text": "a"}', "holds one dict; a .json file is a list"),
         ("a.json", b"[\xff]", "is not UTF-8"),
         ("a.csv", b'text\n"a" b\n', "a.csv:2: broken CSV"),
         ("a.parquet", b"PAR1....", "is not a readable Parquet file"),
-        ("a.txt", b"text", "is not one of .jsonl, .json, .csv, .parquet"),
+        (
+            "a.md",
+            b"text",
+            "is no data file by its name; a name ends in .jsonl, .json, .csv, .tsv, .txt (each also with",
+        ),
     ],
 )
 def test_a_source_that_cannot_be_read_says_why(tmp_path, name, content, message):
@@ -105,10 +106,10 @@ def test_a_csv_row_of_another_length_is_named(tmp_path):
     assert kinds(source) == ["a CSV row of another length than the header"] * 2
 
 
-def test_a_missing_file_and_a_folder_are_named(tmp_path):
+def test_a_missing_file_and_an_empty_folder_are_named(tmp_path):
     with pytest.raises(UserError, match="there is no data file nowhere.jsonl"):
         list(read_rows("nowhere.jsonl"))
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="the folder .* has no data files"):
         list(read_rows(str(tmp_path)))
 
 
@@ -116,7 +117,10 @@ def test_a_missing_file_and_a_folder_are_named(tmp_path):
     ("error", "message"),
     [
         (datasets.exceptions.DatasetNotFoundError("no"), "the hub has no data set owner/x that you may read"),
-        (ValueError("Unknown split \"tran\". Should be one of ['train']."), "Unknown split"),
+        (
+            ValueError("Unknown split \"tran\". Should be one of ['train']."),
+            "data set owner/x has no split 'tran'; set DataSpec(split=...), or eval_split for",
+        ),
         (ConnectionError("no route"), "the hub cannot be reached"),
     ],
 )

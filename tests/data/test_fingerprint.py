@@ -6,27 +6,35 @@ import shutil
 import time
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
 from common.data import cache
+from common.data.fingerprint import source_state
 from common.data.rows import load_rows
+from common.machine.disk import sha256_of
 from common.recipe import DataSpec, UserError
 from tests.conftest import TINY
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".tsv", ".jsonl.gz", ".csv.zst")
 
 
 def write_rows(path: Path, answer: str) -> None:
     rows = [{"prompt": f"Question {number}", "completion": answer} for number in range(40)]
-    if path.suffix == ".parquet":
+    kind = path.suffixes[0]
+    if kind == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        path.write_text("prompt,completion\n" + "".join(f"{row['prompt']},{answer}\n" for row in rows))
-    else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
+        return
+    mark = "\t" if kind == ".tsv" else ","
+    text = {
+        ".json": json.dumps(rows),
+        ".jsonl": "\n".join(map(json.dumps, rows)),
+    }.get(kind) or f"prompt{mark}completion\n" + "".join(f"{row['prompt']}{mark}{answer}\n" for row in rows)
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    path.write_bytes(pyarrow.compress(text.encode(), codec, asbytes=True) if codec else text.encode())
 
 
 def write_anew(path: Path) -> None:
@@ -128,3 +136,39 @@ def test_to_read_a_file_is_no_change_of_it(while_it_is_read, tmp_path, capsys):
     while_it_is_read(DataSpec("chats.csv"), (tmp_path / "chats.csv").read_bytes)
     while_it_is_read(DataSpec("chats.csv"))
     assert "taken from .cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["shards", "shards/*.jsonl", "shards/1.jsonl shards/2.jsonl"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_every_file_of_a_source_is_watched(change, source, while_it_is_read, tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number in (1, 2):
+        write_rows(tmp_path / "shards" / f"{number}.jsonl", "yes")
+    with pytest.raises(UserError, match="shards.* changed while it was read; start again"):
+        while_it_is_read(DataSpec(source), lambda: change(tmp_path / "shards" / "2.jsonl"))
+
+
+def test_a_file_that_comes_while_its_folder_is_read_is_a_change(while_it_is_read, tmp_path):
+    (tmp_path / "shards").mkdir()
+    write_rows(tmp_path / "shards" / "1.jsonl", "yes")
+    with pytest.raises(UserError, match="shards changed while it was read"):
+        while_it_is_read(DataSpec("shards"), lambda: write_rows(tmp_path / "shards" / "2.jsonl", "yes"))
+
+
+def test_a_saved_data_set_is_watched(while_it_is_read, tmp_path):
+    datasets.Dataset.from_list([{"prompt": "a", "completion": "yes"}] * 40).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(UserError, match="saved changed while it was read"):
+        while_it_is_read(DataSpec("saved"), lambda: append(tmp_path / "saved" / "state.json"))
+
+
+def test_the_sha256_of_one_file_is_the_files_own_and_of_several_that_of_all_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, answer in (("a.jsonl", "yes"), ("b.jsonl", "no"), ("c.jsonl", "no")):
+        write_rows(tmp_path / name, answer)
+    assert source_state("a.jsonl").sha256 == sha256_of(tmp_path / "a.jsonl")
+    both = source_state("a.jsonl b.jsonl")
+    assert both.size == (tmp_path / "a.jsonl").stat().st_size + (tmp_path / "b.jsonl").stat().st_size
+    assert both.sha256 == source_state("a.jsonl c.jsonl").sha256
+    sources = ("a.jsonl", "b.jsonl", "a.jsonl b.jsonl", "b.jsonl a.jsonl", "*.jsonl")
+    assert len({source_state(source).sha256 for source in sources}) == len(sources)
+    assert source_state("a.jsonl none.jsonl") is None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+from collections import Counter
 from pathlib import Path
 from urllib.parse import parse_qs, unquote
 
@@ -146,10 +147,10 @@ def test_the_rows_come_with_their_places(hub):
         ({"README_md": "---\nconfigs: [: \n---\n", "train_jsonl": LINES}, "data set owner/chats cannot be read: while"),
         (
             {"README_md": PARTS, "a_jsonl": LINES, "b_jsonl": LINES},
-            "data set owner/chats has several parts ('a', 'b'), and a run takes one: take one file of it: hf download",
+            "data set owner/chats has several configurations ('a', 'b'), and a run takes one: set DataSpec(config=...)",
         ),
     ],
-    ids=["script", "empty", "no data", "columns", "jsonl", "csv", "parquet", "card", "parts"],
+    ids=["script", "empty", "no data", "columns", "jsonl", "csv", "parquet", "card", "configurations"],
 )
 def test_a_data_set_that_cannot_be_used_says_why(hub, files, message):
     hub.serve(**files)
@@ -162,7 +163,8 @@ def test_a_data_set_that_cannot_be_used_says_why(hub, files, message):
         (
             "owner/chats",
             "tran",
-            "data set owner/chats cannot be read: Unknown split \"tran\". Should be one of ['train'].",
+            "data set owner/chats has no split 'tran'; set DataSpec(split=...), or eval_split for eval_source, to one "
+            "of those it has: 'train'",
         ),
         (
             "owner/none",
@@ -175,6 +177,35 @@ def test_a_data_set_that_cannot_be_used_says_why(hub, files, message):
 )
 def test_a_wrong_name_is_said(hub, name, split, message):
     assert refusal(name, split=split).startswith(message)
+
+
+@pytest.mark.parametrize("config", ["a", "b"])
+def test_a_configuration_is_read_by_its_name(hub, config):
+    hub.serve(README_md=PARTS, a_jsonl=LINES, b_jsonl=WITH_SCORES)
+    unread = Counter()
+    placed = list(read_rows("owner/chats", config=config, unread=unread))
+    assert [row for _, row in placed] == CHATS
+    assert placed[0][0] == f"owner/chats [{config}, train], row 1"
+    assert unread == ({} if config == "a" else {"score": 40})
+
+
+def test_a_configuration_that_is_not_there_is_named_with_all_there_are(hub):
+    names = [f"part{number}" for number in range(40)]
+    parts = "".join(f"- config_name: {name}\n  data_files: a.jsonl\n" for name in names)
+    hub.serve(README_md=f"---\nconfigs:\n{parts}---\n", a_jsonl=LINES)
+    assert refusal() == (
+        f"data set owner/chats has several configurations ({', '.join(map(repr, names))}), and a run takes one: "
+        "set DataSpec(config=...)"
+    )
+    assert refusal(config="part").startswith(
+        f"data set owner/chats has no configuration 'part'; set DataSpec(config=...) to one of those it has: "
+        f"{', '.join(map(repr, names))}"
+    )
+
+
+def test_columns_of_no_format_are_one_line(hub):
+    hub.serve(train_jsonl='{"frage": "a", "antwort": "b"}')
+    assert refusal().startswith("owner/chats [train]: no format has its columns: 'frage', 'antwort'; name them ")
 
 
 @pytest.mark.parametrize("path", ["", "train.jsonl"], ids=["at once", "in the middle"])

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from common.data import json_files
+from common.data.conversations import RowReader
 from common.data.files import read_rows
+from common.data.source_row import BadRow
 from common.recipe import UserError
 from tests.data.test_files import write
 
@@ -38,3 +40,64 @@ def test_a_list_in_jsonl_that_is_too_large_says_how_to_write_lines(tmp_path, mon
     monkeypatch.setattr(json_files, "MAX_LIST_BYTES", 10)
     with pytest.raises(UserError, match=r"is one list of more than 0 MiB, .* jq -c '\.\[\]' .*a\.jsonl > lines\.jsonl"):
         list(read_rows(write(tmp_path, "a.jsonl", json.dumps(ROWS))))
+
+
+CALL = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
+    {"type": "function", "function": {"name": "f", "arguments": %s}}]}]}""".replace("\n", "")
+UNREAD = [
+    '"score": NaN',
+    '"score": [1, {"a": -Infinity}]',
+    '"score": 1, "score": 2',
+    '"score": {"a": 1, "a": 2}',
+    '"Score": Infinity, "other": NaN',
+]
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_value_that_no_format_reads_may_be_anything(unread, name, tmp_path):
+    row = f'{{"prompt": "a", {unread}, "completion": "b"}}'
+    content = f"[{row}, {row}]" if name == "a.json" else f"{row}\n{row}\n"
+    reader = RowReader()
+    for _, found in read_rows(write(tmp_path, name, content)):
+        assert [message.content for message in reader.read(found).messages] == ["a", "b"]
+
+
+@pytest.mark.parametrize("unread", UNREAD)
+def test_a_field_of_a_message_that_no_format_reads_too(unread, tmp_path):
+    user, answer = f'{{"role": "user", {unread}, "content": "a"}}', f'{{"role": "assistant", "content": "b", {unread}}}'
+    ((_, found),) = read_rows(write(tmp_path, "a.jsonl", f'{{"messages": [{user}, {answer}]}}'))
+    assert [message.content for message in RowReader().read(found).messages] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ('{"text": NaN}', "NaN and Infinity are not JSON; write null"),
+        ('{"text": "a", "text": "a"}', "a key occurs twice in a JSON object"),
+        ('{"prompt": Infinity, "completion": "b"}', "NaN and Infinity"),
+        ('{"instruction": "a", "input": NaN, "output": "b"}', "NaN and Infinity"),
+        ('{"messages": NaN}', "NaN and Infinity"),
+        ('{"messages": [], "messages": []}', "a key occurs twice"),
+        ('{"messages": [{"role": NaN, "content": "a"}]}', "NaN and Infinity"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "a key occurs twice"),
+        ('{"conversations": [{"from": "human", "value": NaN}]}', "NaN and Infinity"),
+        ('{"messages": [{"role": "user", "content": [{"type": "text", "text": NaN}]}]}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "system": NaN}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "weight": NaN}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "weight": 0, "weight": 1}', "a key occurs twice"),
+        ('{"prompt": "a", "completion": "b", "label": true, "label": false}', "a key occurs twice"),
+        ('{"prompt": "a", "completion": "b", "history": NaN}', "the history is not a list"),
+        ('{"prompt": "a", "completion": "b", "chat_template_kwargs": {"depth": NaN}}', "NaN and Infinity"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f", "parameters": {"minimum": NaN}}]}', "NaN and"),
+        ('{"prompt": "a", "completion": "b", "tools": [{"name": "f", "name": "g"}]}', "a key occurs twice"),
+        (CALL % '{"x": NaN}', "NaN and Infinity"),
+        (CALL % '{"x": 1, "x": 2}', "a key occurs twice"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_one_that_is_read_is_a_fault_of_its_row_by_name(row, fault, name, tmp_path):
+    content = f"[{row}]" if name == "a.json" else row
+    ((_, found),) = read_rows(write(tmp_path, name, content))
+    with pytest.raises(BadRow, match=fault):
+        RowReader().read(found)

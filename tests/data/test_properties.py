@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from common.data.batches import collate, split_into_examples
 from common.data.chat_format import IGNORED, ChatFormat
 from common.data.conversation import Conversation
-from common.data.conversations import RowReader, is_blank
+from common.data.conversations import RowReader
 from common.data.packing import pack
+from common.data.texts import is_blank
 from tests.data.test_chat_format import TOKENIZERS
 
 FORMATS = {name: ChatFormat(make()) for name, make in TOKENIZERS.items()}

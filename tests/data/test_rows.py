@@ -37,7 +37,7 @@ def test_held_out_rows_are_not_trained(tmp_path, tokenizer):
 
 
 def test_a_hub_data_set_may_hold_its_own_split_out(tokenizer, monkeypatch):
-    def load_dataset(name, split, revision):
+    def load_dataset(name, config, split, revision):
         return datasets.Dataset.from_list([{"prompt": split, "completion": str(n)} for n in range(20)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

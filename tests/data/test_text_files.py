@@ -11,7 +11,9 @@ from common.recipe import UserError
 
 LINES = '{"text": "café"}\n{"text": "two"}\n'
 REFUSED = {
-    "gzip": ("my rows.jsonl", gzip.compress(LINES.encode()), "gunzip"),
+    "gzip twice": ("my rows.jsonl", gzip.compress(gzip.compress(LINES.encode())), "gunzip"),
+    "UTF-16 in gzip": ("my rows.jsonl.gz", gzip.compress(LINES.encode("utf-16")), "gunzip"),
+    "pretty-printed in gzip": ("my rows.jsonl.gz", gzip.compress(LINES.replace("{", "{\n ").encode()), "gunzip"),
     "UTF-16": ("my rows.jsonl", LINES.encode("utf-16"), "iconv"),
     "WINDOWS-1252": ("my rows.csv", "text\r\ncafé\r\ntwo\r\n".encode("cp1252"), "iconv"),
     "pretty-printed": ("my rows.jsonl", LINES.replace("{", "{\n ").encode(), "jq"),

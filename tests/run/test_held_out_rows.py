@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from common.cli import run_command
+from common.data.fingerprint import source_state
 from common.data.rows import load_rows
 from common.recipe import UserError
-from common.run.held_out_rows import load_held_out_rows, save_held_out_rows
+from common.run.held_out_rows import has_changed, load_held_out_rows, save_held_out_rows
 from common.run.training import train
 from tests.conftest import small_recipe
 from tests.run.test_training import prepare
@@ -58,6 +59,19 @@ def test_make_eval_takes_the_rows_that_were_never_trained_on(trained, ended, cha
     told = json.loads((Path(ended.out) / "eval.json").read_text())
     assert told["adapter"]["loss"] == pytest.approx(trained[1]["eval_loss"], rel=1e-4)
     assert told["base"]["loss"] == pytest.approx(trained[1]["eval_loss_before"], rel=1e-4)
+
+
+@pytest.mark.parametrize("source", ["{0}/a.jsonl {0}/b.jsonl", "{0}", "{0}/*.jsonl"])
+def test_of_several_files_any_may_have_changed(source, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(name)
+    source = source.format(tmp_path)
+    entry = {"source": source, "sha256": source_state(source).sha256}
+    assert not has_changed(entry)
+    (tmp_path / "b.jsonl").write_text("c")
+    assert has_changed(entry) and not has_changed(entry | {"sha256": None})
+    (tmp_path / "b.jsonl").unlink()
+    assert has_changed(entry) == (" " not in source)  # a file that was named is not there: nobody knows
 
 
 def test_the_rows_are_there_from_before_the_first_step_and_as_they_were(recipe, tmp_path):

@@ -57,6 +57,10 @@ CHANGES = {
         "TrainSpec.optimizer was 'adamw_torch_fused' and is 'adamw_8bit'",
     ),
     "data": (other_data, "DataSpec.source was "),
+    "configuration": (
+        lambda recipe, _: replace(recipe, data=replace(recipe.data, config="main")),
+        "DataSpec.config was None and is 'main'",
+    ),
 }
 
 
@@ -192,6 +196,15 @@ def test_a_run_goes_on_with_its_data_and_its_base_under_other_names(stopped, tmp
     line = f"DataSpec.source was {stopped.data.source!r} and is {recipe.data.source!r}: its content is the same"
     assert out.count(line) == 1 and "ModelSpec.name" not in out
     assert "going on from" in out
+
+
+def test_a_run_goes_on_with_its_data_cut_into_shards(stopped, tmp_path, capsys):
+    lines = Path(stopped.data.source).read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join(lines[:50]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[50:]))
+    source = f"{tmp_path}/a.jsonl {tmp_path}/b.jsonl"
+    train(*prepare(replace(stopped, data=replace(stopped.data, source=source))))
+    assert f"and is {source!r}: its content is the same" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
