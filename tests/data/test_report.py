@@ -107,7 +107,7 @@ def test_notes_and_unread_columns_are_said_with_their_rows(tmp_path, tokenizer, 
 
 
 def test_a_report_is_the_same_after_it_was_stored_as_json():
-    report = DataReport("a.jsonl", 64, "messages", read=9, kept=4, sha256="0" * 64)
+    report = DataReport("a.jsonl", 64, format_name="messages", read=9, kept=4, sha256="0" * 64)
     report.add_unused(BadRow("invalid JSON"), "a.jsonl:3")
     report.add_unused(TooLong("too long"), "a.jsonl:4")
     report.add_unused(NotToLearn("its weight is 0"), "a.jsonl:5")
