@@ -38,7 +38,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
     """The recipe with what the flags of add_run_flags say. Raises UserError for a value that is out of range."""
     if flags.data:  # the recipe's own held-out rows belong to the recipe's own data
-        data = replace(recipe.data, source=flags.data, eval_source=None, revision=None, config=None)
+        data = replace(recipe.data, source=flags.data, sources=(), revision=None, config=None, eval_source=None)
         recipe = replace(recipe, data=data)
     if flags.max_steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))

@@ -238,6 +238,42 @@ def test_what_moved_is_refused_unless_it_is_known_to_be_the_same(identity, capsy
         assert f"{field} was " in capsys.readouterr().out
 
 
+def mixed(recipe, *weights: float):
+    """The recipe with a mixture of its data and a copy of it."""
+    path = Path(recipe.data.source).with_name("copy.jsonl")
+    shutil.copy(recipe.data.source, path)
+    sources = ((recipe.data.source, weights[0]), (str(path), weights[1]))
+    return replace(recipe, data=replace(recipe.data, source="", sources=sources))
+
+
+def test_a_mixture_goes_on_exactly_and_no_other_one_does(finished, tmp_path, capsys):
+    constant = edited(mixed(finished, 1, 2), lr_schedule="constant", warmup_ratio=0.0)  # whatever the last step is
+    begun = replace(edited(constant, max_steps=2), out=str(tmp_path / "run"))
+    begun = replace(begun, existing_run="refuse")
+    train(*prepare(begun))
+    more = edited(begun, max_steps=3)
+    whole = replace(more, out=str(tmp_path / "whole"))
+    train(*prepare(whole))
+    with pytest.raises(UserError, match=r"DataSpec.sources was \[\[.* 2\]\] and is \[\[.* 4\]\]"):
+        train(*prepare(replace(mixed(finished, 1, 4), train=more.train, out=more.out, existing_run="resume")))
+    train(*prepare(replace(more, existing_run="resume")))
+    assert "going on from" in capsys.readouterr().out
+    steps = [read_steps(folder) for folder in (more.out, whole.out)]
+    assert steps[0][-1] == steps[1][-1]
+
+
+def read_steps(folder: str) -> list[float]:
+    lines = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_a_checkpoint_of_a_version_that_did_not_know_a_field_has_its_default(identity, capsys):
+    old = renamed(identity, "x", None)
+    old["recipe"] = {name: value for name, value in identity["recipe"].items() if name != "DataSpec.sources"}
+    refuse_another_run(old, identity, "checkpoint-3")
+    assert capsys.readouterr().out == ""
+
+
 def test_a_checkpoint_without_a_hash_of_the_held_out_rows_is_no_proof(identity, capsys):
     old = {name: value for name, value in identity.items() if name != "held_out"}
     refuse_another_run(old, identity, "checkpoint-3")

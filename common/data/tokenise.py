@@ -1,0 +1,158 @@
+"""Tokenises the rows of a source, over all cores, and counts and names those that cannot be used.
+
+This process reads the rows; others turn them into examples, some hundred at a time. The results are put together in the
+order of the source, so they are the same whatever the number of processes.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from common.cpu_quota import available_cpus
+from common.data.chat_format import ChatFormat, Tokens
+from common.data.conversation import Example
+from common.data.conversations import RowReader
+from common.data.cutting import fit_example
+from common.data.examples import Examples
+from common.data.files import read_rows
+from common.data.report import DataReport
+from common.data.source_files import find_files, is_file
+from common.data.source_row import BadRow, PlacedRow, PreferenceData
+from common.machine.workers import map_in_order
+from common.recipe import DataSpec, UserError
+
+PROGRESS_SECONDS = 10.0  # between two lines of progress
+CHUNK_ROWS = 256  # rows that a process gets at once: fewer where they are long
+CHUNK_CHARACTERS = 1 << 20
+CHUNKS_HERE = 8  # are tokenised in this process, before it starts others: a small source has no more
+
+PlacedExample = tuple[str, Example | BadRow]
+
+
+def tokenise_source(
+    spec: DataSpec, source: str, split: str, chat_format: ChatFormat, seq_len: int
+) -> tuple[Examples, DataReport]:
+    """Tokenises every usable row of a source, into examples of at most seq_len tokens. Prints the report.
+
+    Raises UserError when the source cannot be read, or too many of its rows cannot be used.
+    """
+    report, examples, printed_at = DataReport(source, seq_len), Examples(), time.monotonic()
+    if is_file(source) and (files := find_files(source)).saved is None:
+        report.files, report.ignored = len(files.files), files.ignored
+    tokeniser = Tokeniser(source, chat_format, spec, seq_len)
+    for found, counted in _tokenise_chunks(tokeniser, chunked(rows_of(spec, source, split, report.unread))):
+        examples.extend(found)
+        report.merge(counted)
+        if time.monotonic() - printed_at > PROGRESS_SECONDS:
+            print(f"  {report.read:,} rows of {source} read, {report.tokens:,} tokens", flush=True)
+            printed_at = time.monotonic()
+    report.copies = examples.copies()
+    print("\n".join(report.lines()))
+    report.refuse_unusable(spec.max_bad_share, spec.max_long_share)
+    return examples, report
+
+
+class Tokeniser:
+    """Turns rows of one source into examples. The first good row that it is given decides the format of all."""
+
+    def __init__(self, source: str, chat_format: ChatFormat, spec: DataSpec, seq_len: int) -> None:
+        self.source, self.chat_format, self.train_on, self.seq_len = source, chat_format, spec.train_on, seq_len
+        # Rendered texts stand in the column text, whatever the others would make of a row.
+        self.reader = RowReader(columns=spec.columns or ({"text": "text"} if spec.rendered else None))
+
+    def __call__(self, rows: Iterable[PlacedRow]) -> tuple[Examples, DataReport]:
+        """Returns the examples of these rows, and a report of these rows alone."""
+        examples, report = Examples(), DataReport(self.source, self.seq_len)
+        for _, parts in self.tokenise(rows, report):
+            examples.append(parts)
+        return examples, report
+
+    def tokenise(self, rows: Iterable[PlacedRow], report: DataReport) -> Iterator[tuple[str, list[Tokens]]]:
+        """Yields the place of each usable row, and the examples that it becomes. Counts all rows in the report."""
+        read = list(read_each(rows, self.reader, report))
+        usable = [example for _, example in read if not isinstance(example, BadRow)]
+        encoded = iter(self.chat_format.encode_batch(usable, self.train_on))
+        for place, example in read:
+            try:
+                if isinstance(example, BadRow):
+                    raise example
+                if isinstance(tokens := next(encoded), BadRow):
+                    raise tokens
+                report.add_length(len(tokens.input_ids))
+                parts = fit_example(example, tokens, self.seq_len, self.chat_format, self.train_on)
+            except BadRow as fault:
+                report.add_unused(fault, place)
+            else:
+                report.add_kept(tokens, parts)
+                yield place, parts
+
+
+def rows_of(spec: DataSpec, source: str, split: str, unread: Counter[str] | None = None) -> Iterator[PlacedRow]:
+    """Yields every row of one of the spec's sources, as read_rows."""
+    return read_rows(
+        source, split=split, revision=spec.revision, config=spec.config, columns=spec.columns, unread=unread
+    )
+
+
+def read_examples(source: str, report: DataReport) -> Iterator[tuple[str, Example]]:
+    """Yields the usable rows of a source, each with its place. Adds the others to the report.
+
+    Raises UserError when the source cannot be read, and for preference data.
+    """
+    for place, example in read_each(read_rows(source, unread=report.unread), RowReader(), report):
+        if isinstance(example, BadRow):
+            report.add_unused(example, place)
+        else:
+            yield place, example
+
+
+def read_each(rows: Iterable[PlacedRow], reader: RowReader, report: DataReport) -> Iterator[PlacedExample]:
+    """Yields each row as an example, or as the BadRow that says why it is none. Counts what was read.
+
+    Raises UserError for preference data.
+    """
+    for place, row in rows:
+        report.read += 1
+        example: Example | BadRow
+        try:
+            example = row if isinstance(row, BadRow) else reader.read(row)
+        except PreferenceData as fault:
+            raise UserError(f"{place}: {fault}") from fault
+        except BadRow as fault:
+            example = fault
+        report.format_name = reader.format_name
+        yield place, example
+    report.unread += reader.unread
+    reader.unread.clear()
+
+
+def chunked(rows: Iterable[PlacedRow]) -> Iterator[list[PlacedRow]]:
+    """Yields the rows in lists of up to CHUNK_ROWS, and of about CHUNK_CHARACTERS at most."""
+    chunk, size = list[PlacedRow](), 0
+    for placed in rows:
+        chunk.append(placed)
+        size += _characters(placed[1])
+        if len(chunk) == CHUNK_ROWS or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _characters(value: Any) -> int:
+    """About how many characters a row has in its texts."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    return sum(map(_characters, value)) if isinstance(value, list) else 8
+
+
+def _tokenise_chunks(tokeniser: Tokeniser, chunks: Iterator[list[PlacedRow]]) -> Iterator[tuple[Examples, DataReport]]:
+    """Yields the examples and the report of each chunk. The processes for the later ones know the format."""
+    for number, chunk in enumerate(chunks, 1):
+        yield tokeniser(chunk)
+        if number >= CHUNKS_HERE and tokeniser.reader.format_name:
+            break
+    yield from map_in_order(tokeniser, chunks, available_cpus())
