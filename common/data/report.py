@@ -9,10 +9,18 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import Tokens
 from common.data.labels import IGNORED
+from common.data.trained_text import escape
 from common.recipe import UserError
 
 MAX_PLACES_PER_FAULT = 5  # that are printed
-JOINERS = "\u200c\u200d"  # invisible parts of emoji and of words in several scripts
+
+
+class UnusableRows(UserError):
+    """Too many rows of a source cannot be used. report: what was found in it."""
+
+    def __init__(self, message: str, report: "DataReport") -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass
@@ -62,16 +70,17 @@ class DataReport:
         return lines
 
     def refuse_if_bad(self, limit: float) -> None:
-        """Raises UserError when a larger share of the rows than `limit` was dropped, or none is left."""
+        """Raises UnusableRows when a larger share of the rows than `limit` was dropped, or none is left."""
         if not self.read:
-            raise UserError(f"{self.source} holds no rows")
+            raise UnusableRows(f"{self.source} holds no rows", self)
         if self.kept and self.dropped <= limit * self.read:
             return
         kind, count = self.fault_counts.most_common(1)[0]
-        raise UserError(
+        raise UnusableRows(
             f"{self.dropped:,} of {self.read:,} rows of {self.source} cannot be used ({self.dropped / self.read:.1%}, "
             f"limit {limit:.1%}), most of them: {kind} ({self.faults[kind][0]}"
-            f"{f' and {count - 1:,} more' if count > 1 else ''}). Mend them, or set DataSpec(max_bad_share=...)"
+            f"{f' and {count - 1:,} more' if count > 1 else ''}). Mend them, or set DataSpec(max_bad_share=...)",
+            self,
         )
 
 
@@ -88,6 +97,6 @@ def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int 
     text = "…" if start else ""
     for is_trained, run in groupby(shown, key=lambda pair: pair[1] != IGNORED):
         decoded = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
-        piece = "".join(c if c.isprintable() or c in JOINERS else repr(c)[1:-1] for c in decoded)
+        piece = escape(decoded)
         text += f"{on}{piece}{off}" if is_trained else piece
     return text + ("…" if stop < len(tokens.input_ids) else "")
