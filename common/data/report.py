@@ -4,6 +4,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -68,6 +69,10 @@ class DataReport:
                 f"{self.truncated:,} cut ({self.truncated / max(self.kept, 1):.1%})"
             )
         return lines
+
+    def record(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return vars(self) | {"dropped": self.dropped}
 
     def refuse_if_bad(self, limit: float) -> None:
         """Raises UnusableRows when a larger share of the rows than `limit` was dropped, or none is left."""
