@@ -73,8 +73,11 @@ class ModelSpec:
 class DataSpec:
     """The training data and the held-out data. Row formats are recognised: docs/data.md."""
 
-    source: str  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
+    source: str = ""  # a .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub
     _: KW_ONLY
+    # Instead of `source` several ones, each with a weight: (("a.jsonl", 0.8), ("owner/set", 0.2)). The weights are
+    # shares of the rows. No row is taken twice: the mixture ends where the first source is used up.
+    sources: tuple[tuple[str, float], ...] = ()
     eval_source: str | None = None  # another source, to evaluate on; None holds out rows of `source`
     eval_rows: int = 200  # rows of `source` to hold out, at most a tenth of them; 0 skips evaluation
     split: str = "train"  # split of `source`, where that is a hub data set
@@ -82,12 +85,46 @@ class DataSpec:
     revision: str | None = None  # branch, tag or commit of a hub data set
     train_on: TrainOn = "assistant"  # tokens in the loss: the assistant's, or "everything"; plain text counts whole
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
+    max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
+
+    @property
+    def mixture(self) -> tuple[tuple[str, float], ...]:
+        """The sources to train on, each with its weight: `sources`, or `source` alone."""
+        return self.sources or ((self.source, 1.0),)
+
+    @property
+    def name(self) -> str:
+        """The sources to train on, in words."""
+        return ", ".join(source for source, _ in self.mixture)
 
     def __post_init__(self) -> None:
-        require(bool(self.source.strip()), "DataSpec.source is empty; give a file or the id of a hub data set")
+        pairs = tuple(tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in self.sources)
+        object.__setattr__(self, "sources", pairs)  # run.json holds lists
+        require(
+            all(len(pair) == 2 and isinstance(pair[0], str) and not isinstance(pair[1], str) for pair in pairs),
+            "DataSpec.sources is a tuple of pairs, each a source and its weight: (('a.jsonl', 0.8), ('b.jsonl', 0.2))",
+        )
+        require(not (self.source and pairs), "DataSpec has a source and sources; give one of the two")
+        require(
+            all(source.strip() for source, _ in self.mixture),
+            "DataSpec.source is empty; give a file or the id of a hub data set",
+        )
+        for source, weight in self.mixture:
+            require(weight > 0, f"DataSpec.sources: the weight of {source} is {weight}; it must be above 0")
+        require(
+            len({source for source, _ in self.mixture}) == len(self.mixture),
+            "DataSpec.sources has the same source twice; give it once, with the sum of the weights",
+        )
+        require(
+            not pairs or self.revision is None,
+            "DataSpec.revision is one data set's, and DataSpec.sources may name several; leave it out",
+        )
         require(self.eval_rows >= 0, f"DataSpec.eval_rows is {self.eval_rows}; 0 skips evaluation")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
         require(0 <= self.max_bad_share <= 1, f"DataSpec.max_bad_share is {self.max_bad_share}; it is a share, 0 to 1")
+        require(
+            0 <= self.max_long_share <= 1, f"DataSpec.max_long_share is {self.max_long_share}; it is a share, 0 to 1"
+        )
 
 
 @dataclass(frozen=True)

@@ -109,8 +109,8 @@ def test_the_json_has_all_of_it(weightless, tmp_path):
     told = values(replace(weightless, data=replace(weightless.data, max_bad_share=0.1, eval_rows=5)), tmp_path)
     report = told["reports"][0]
     assert (report["read"], report["kept"], report["dropped"]) == (40, 39, 1)
-    assert report["faults"] == {"invalid JSON": [f"{weightless.data.source}:7"]}
-    assert report["fault_counts"] == {"invalid JSON": 1}
+    places = {"invalid JSON": [f"{weightless.data.source}:7"]}
+    assert report["faults"] == {"counts": {"invalid JSON": 1}, "places": places}
     assert told["refused"] is None and told["seq_len"] == 128
     assert told["packing"]["examples"] + told["packing"]["held_out_examples"] == 39
     assert sum(bar["examples"] for bar in told["lengths"]["histogram"]) == 39
@@ -140,7 +140,7 @@ def test_data_that_the_run_refuses_is_shown_all_the_same(weightless, tmp_path, c
     assert out.count("\nexample ") == 3 and "⟦Answer " in out
     assert err.startswith("\nerror: 2 of 40 rows of ")
     told = json.loads(file.read_text())
-    assert told["refused"] in err and told["reports"][0]["fault_counts"] == {"invalid JSON": 2}
+    assert told["refused"] in err and told["reports"][0]["faults"]["counts"] == {"invalid JSON": 2}
     assert len(told["examples"]) == 3 and told["packing"] is None and told["lengths"] is None
 
 
@@ -149,7 +149,29 @@ def test_data_of_which_nothing_can_be_used_has_its_faults_in_the_json(weightless
     write(tmp_path, *lines)
     told = values(weightless, tmp_path)
     assert told["examples"] == [] and told["refused"]
-    assert sum(told["reports"][0]["fault_counts"].values()) == (5 if lines[0] else 0)
+    assert sum(told["reports"][0]["faults"]["counts"].values()) == (5 if lines[0] else 0)
+
+
+def test_rows_that_are_too_long_are_shown_with_the_lengths_that_would_do(weightless, tmp_path, capsys):
+    lines = Path(weightless.data.source).read_text().splitlines()
+    lines[:8] = [conversation("word " * 300)] * 8
+    write(tmp_path, *lines)
+    told = values(weightless, tmp_path)
+    out, err = capsys.readouterr()
+    assert "8 too long" in out and "whole at TrainSpec.seq_len = 128: 32 of 40 rows" in out
+    assert "8 of 40 rows of " in err and told["refused"] in err
+    assert sum(told["reports"][0]["too_long"]["counts"].values()) == 8 and len(told["examples"]) == 3
+    assert look(weightless, "--seq-len", "1024") == 0
+
+
+def test_a_mixture_is_shown(weightless, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other", *[conversation(f"Other {n}") for n in range(40)])
+    sources = ((weightless.data.source, 3.0), (other, 1.0))
+    told = values(replace(weightless, data=DataSpec(sources=sources)), tmp_path)
+    assert [report["mixed"] for report in told["reports"]] == [40, 13]
+    assert sum(report["mixed_share"] for report in told["reports"]) == pytest.approx(1)
+    assert "  mixed by weight: 40 of 40 rows of " in capsys.readouterr().out
 
 
 def test_a_held_out_source_that_the_run_refuses_is_named(weightless, tmp_path, capsys):

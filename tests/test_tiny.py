@@ -5,7 +5,7 @@ import re
 from random import Random
 
 from common.data.report import DataReport
-from common.data.rows import read_examples
+from common.data.tokenise import read_examples
 from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations
 from models.tiny_world import base_document
 from tests.conftest import ROOT, TINY

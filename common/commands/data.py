@@ -32,7 +32,7 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
         recipe = replace_data(recipe, flags.data)
     if flags.seq_len is not None:
         recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
-    print(f"reading {recipe.data.source} as {recipe.model.name} would be trained on it", flush=True)
+    print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
     from common.data.chat_format import ChatFormat
     from common.data.overview import Lengths, Packing, example_lines, overview_values
     from common.data.report import UnusableRows

@@ -68,14 +68,16 @@ def rows_to_evaluate(
 
     spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
     if data:
-        given = replace(spec, source=data, eval_source=None, eval_rows=0, revision=None)
+        given = replace(spec, source=data, sources=(), eval_source=None, eval_rows=0, revision=None)
         return load_rows(given, tokenizer, seq_len).train, data
     held_out = load_held_out_rows(adapter.folder)
     if held_out is not None:
-        if any(has_changed(source) for source in adapter.run.get("data", [])[-1:]):  # the last one has held-out rows
-            print(f"{spec.eval_source or spec.source} has changed since the run: the rows are those that it held out")
-        return held_out, spec.eval_source or f"held out of {spec.source}"
+        sources = adapter.run.get("data", [])
+        if any(has_changed(source) for source in (sources[-1:] if spec.eval_source else sources)):
+            print(f"{spec.eval_source or spec.name} has changed since the run: the rows are those that it held out")
+        return held_out, spec.eval_source or f"held out of {spec.name}"
     if spec.eval_source and not adapter.run:
-        whole = replace(spec, source=spec.eval_source, split=spec.eval_split, eval_source=None, eval_rows=0)
-        return load_rows(whole, tokenizer, seq_len).train, spec.eval_source
+        own, split = spec.eval_source, spec.eval_split
+        whole = replace(spec, source=own, sources=(), split=split, eval_source=None, eval_rows=0)
+        return load_rows(whole, tokenizer, seq_len).train, own
     raise UserError(f"{adapter.folder} has no held-out rows; name a file or a hub data set: DATA=held_out.jsonl")

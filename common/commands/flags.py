@@ -47,7 +47,7 @@ def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
 
 def replace_data(recipe: Recipe, source: str) -> Recipe:
     """The recipe with another source. Its own held-out rows belong to its own data."""
-    return replace(recipe, data=replace(recipe.data, source=source, eval_source=None, revision=None))
+    return replace(recipe, data=replace(recipe.data, source=source, sources=(), eval_source=None, revision=None))
 
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:

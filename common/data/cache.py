@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ CACHE = Path(".cache") / "rows"  # in the working directory
 MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
+SHARED = "of-one-run"  # beginning of the names of entries that only the processes of one run read
 CODE = Path(__file__).parent  # the modules that make rows
 
 
@@ -35,7 +37,8 @@ def cache_folder(
 
     Returns None for small files and for data sets of the hub: they are not cached.
     """
-    files = [states.get(source) for source in (spec.source, spec.eval_source) if source is not None]
+    sources = [*(source for source, _ in spec.mixture), spec.eval_source]
+    files = [states.get(source) for source in sources if source is not None]
     hashes = [file.sha256 for file in files if file is not None]
     if len(hashes) < len(files) or sum(file.size for file in files if file is not None) < MIN_SOURCE_BYTES:
         return None
@@ -66,12 +69,24 @@ def load_cached(folder: Path) -> tuple[Dataset, Dataset | None, dict[str, Any]] 
     return train, evaluation, metadata
 
 
-def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> None:
-    """Writes the entry atomically, and removes all entries but the newest MAX_ENTRIES.
+def shared_folder() -> Path:
+    """The folder of an entry that only the processes of this run will read: of rows that are not cached."""
+    return CACHE / f"{SHARED}-{socket.gethostname()}-{os.getpid()}"
+
+
+def remove_shared(folder: Path) -> None:
+    """Removes an entry of shared_folder, and no other. Who has loaded it keeps its rows: they are mapped."""
+    if folder.name.startswith(SHARED):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> bool:
+    """Writes the entry atomically, and removes all entries but the newest MAX_ENTRIES. Returns whether it is written.
 
     Prints a warning where the disk cannot be written to: the run needs no cache.
     """
-    aside = folder.with_name(f"{folder.name}-{os.getpid()}.writing")  # every process of a run may write this entry
+    # Several runs, on several machines, may write this entry.
+    aside = folder.with_name(f"{folder.name}-{socket.gethostname()}-{os.getpid()}.writing")
     try:
         with write_aside(folder, aside=aside):
             train.save_to_disk(str(aside / "train"))
@@ -83,6 +98,7 @@ def save_cached(folder: Path, train: Dataset, evaluation: Dataset | None, metada
         if (reason := failure_while_writing(error)) is None:
             raise
         print(f"warning: the rows are not kept for the next start: {reason}")
-        return
+        return False
     for old in entries[:-MAX_ENTRIES]:
         shutil.rmtree(old, ignore_errors=True)
+    return True

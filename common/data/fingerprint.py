@@ -19,9 +19,9 @@ FileStates = dict[str, FileState | None]  # by source
 
 
 def file_states(spec: DataSpec) -> FileStates:
-    """The state of the source and the eval_source, where they are files. None for one that cannot be read."""
-    sources = [source for source in (spec.source, spec.eval_source) if source is not None]
-    return {source: _file_state(local_path(source)) for source in sources if is_file(source)}
+    """The state of the sources and the eval_source, where they are files. None for one that cannot be read."""
+    sources = [*(source for source, _ in spec.mixture), spec.eval_source]
+    return {source: _file_state(local_path(source)) for source in sources if source is not None and is_file(source)}
 
 
 def refuse_if_changed(states: FileStates) -> None:

@@ -134,7 +134,7 @@ def overview_values(
         "seq_len": recipe.train.seq_len,
         "seed": recipe.train.seed,
         "refused": refusal,
-        "reports": [report.record() for report in reports],
+        "reports": [report.record() | {"dropped": report.dropped} for report in reports],
         "packing": None if rows is None else asdict(Packing.of_rows(rows, recipe.train)),
         "lengths": None if rows is None else Lengths.of_rows(rows).values(),
         "examples": [_example_values(example, tokenizer) for example in examples],

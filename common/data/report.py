@@ -1,7 +1,7 @@
 """What is printed about the rows of a data source: how many were used, which were not and why, and one example."""
 
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import Tokens
 from common.data.labels import IGNORED
+from common.data.lengths import fit_line, shortest_fit
+from common.data.packing import TooLong
+from common.data.source_row import BadRow, NotToLearn
+from common.data.tally import Tally
 from common.data.trained_text import escape
 from common.recipe import UserError
-
-MAX_PLACES_PER_FAULT = 5  # that are printed
 
 
 class UnusableRows(UserError):
@@ -26,42 +28,80 @@ class UnusableRows(UserError):
 
 @dataclass
 class DataReport:
-    """Counts the rows of one source, and names the first places of each kind of fault."""
+    """Counts the rows of one source, and names the first places of what was not used."""
 
     source: str
+    seq_len: int = 1  # tokens of a packed row
     format_name: str = ""
     read: int = 0  # rows of the source
-    kept: int = 0  # rows that are trained or evaluated on
-    faults: dict[str, list[str]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # from the kind of fault to its first places
-    fault_counts: Counter[str] = field(default_factory=Counter)
+    kept: int = 0  # rows that can be trained or evaluated on
+    faults: Tally = field(default_factory=Tally)  # rows that cannot be read or rendered
+    too_long: Tally = field(default_factory=Tally)  # rows whose first answer does not fit
+    not_to_learn: Tally = field(default_factory=Tally)  # rows that say so themselves
+    unread: Counter[str] = field(default_factory=Counter)  # rows by a column or field of theirs that was not used
+    notes: Counter[str] = field(default_factory=Counter)  # rows by what a user should know of them
+    lengths: Counter[int] = field(default_factory=Counter)  # rows, also too long ones, by shortest_fit
     truncated: int = 0  # rows: conversations that lost their last turns, and texts that were split
+    copies: int = 0  # examples with the token ids of an earlier one
     tokens: int = 0  # of the rows that are kept, after truncation
     trained_tokens: int = 0
     longest: int = 0  # tokens of the longest row, before truncation
+    mixed: int | None = None  # rows that a mixture takes; None where the source is not mixed
+    mixed_share: float | None = None  # of the mixture's trained tokens
     sha256: str | None = None  # of the file; None for a data set of the hub
 
     @property
     def dropped(self) -> int:
-        return self.fault_counts.total()
+        return self.faults.total
 
-    def add_fault(self, kind: str, place: str) -> None:
-        self.fault_counts[kind] += 1
-        if len(self.faults[kind]) < MAX_PLACES_PER_FAULT:
-            self.faults[kind].append(place)
+    def add_unused(self, fault: BadRow, place: str) -> None:
+        """Counts a row that is not used."""
+        kinds = {TooLong: self.too_long, NotToLearn: self.not_to_learn}
+        tally = next((tally for kind, tally in kinds.items() if isinstance(fault, kind)), self.faults)
+        tally.add(str(fault), [place])
 
-    def add_tokens(self, tokens: Tokens) -> None:
-        self.tokens += len(tokens.input_ids)
-        self.trained_tokens += sum(label != IGNORED for label in tokens.labels)
+    def add_length(self, tokens: int) -> None:
+        """Counts the length of a row that could be tokenised."""
+        self.lengths[shortest_fit(tokens, self.seq_len)] += 1
+        self.longest = max(self.longest, tokens)
+
+    def add_kept(self, whole: Tokens, parts: list[Tokens]) -> None:
+        """Counts a row. whole: as it was tokenised; parts: the examples that it became."""
+        self.kept += 1
+        self.truncated += len(whole.input_ids) > self.seq_len
+        self.notes.update(set(whole.notes))
+        for part in parts:
+            self.tokens += len(part.input_ids)
+            self.trained_tokens += len(part.labels) - part.labels.count(IGNORED)
+
+    def merge(self, later: "DataReport") -> None:
+        """Adds what was counted of rows that stand behind these in the same source."""
+        self.format_name = self.format_name or later.format_name
+        self.longest = max(self.longest, later.longest)
+        for name in ("read", "kept", "truncated", "copies", "tokens", "trained_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(later, name))
+        for name in COUNTERS:
+            getattr(self, name).update(getattr(later, name))
+        for name in TALLIES:
+            getattr(self, name).merge(getattr(later, name))
 
     def lines(self) -> list[str]:
         """Returns the report as it is printed."""
         named = f" ({self.format_name})" if self.format_name else ""  # no row told
-        lines = [f"{self.source}: {self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"]
-        for kind, count in self.fault_counts.most_common():
-            more = f" and {count - MAX_PLACES_PER_FAULT:,} more" if count > MAX_PLACES_PER_FAULT else ""
-            lines.append(f"  dropped {count:,}: {kind} ({'; '.join(self.faults[kind])}{more})")
+        line = f"{self.source}: {self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"
+        line += f", {self.too_long.total:,} too long" if self.too_long.total else ""
+        line += f", {self.not_to_learn.total:,} not to be learnt" if self.not_to_learn.total else ""
+        lines = [line, *self.faults.lines("dropped")]
+        lines += [*self.too_long.lines("too long"), *self.not_to_learn.lines("not to be learnt")]
+        if fitting := fit_line(self.lengths, self.seq_len):
+            lines.append(f"  whole at TrainSpec.seq_len = {fitting}")
+        if self.unread:
+            names = [f"{name} ({count:,} {_row_or_rows(count)})" for name, count in sorted(self.unread.items())]
+            lines.append(f"  not read: {', '.join(names)}")
+        lines += [f"  {count:,} {_row_or_rows(count)}: {note}" for note, count in self.notes.most_common()]
+        if self.copies:
+            copies = "example is an exact copy" if self.copies == 1 else "examples are exact copies"
+            lines.append(f"  {self.copies:,} {copies} of another one")
         if self.tokens:
             share = self.trained_tokens / self.tokens
             lines.append(
@@ -70,23 +110,54 @@ class DataReport:
             )
         return lines
 
+    def refuse_unusable(self, max_bad_share: float, max_long_share: float) -> None:
+        """Raises UserError when a larger share of the rows was dropped or is too long, or none is left."""
+        if not self.read:
+            raise UserError(f"{self.source} holds no rows")
+        if self._is_over(self.faults, max_bad_share):
+            raise UserError(
+                f"{self._share_of(self.faults, 'cannot be used', max_bad_share)}, most of them: "
+                f"{self.faults.most_frequent()}. Mend them, or set DataSpec(max_bad_share=...)"
+            )
+        if self._is_over(self.too_long, max_long_share):
+            raise UserError(
+                f"{self._share_of(self.too_long, 'are too long', max_long_share)}: {self.too_long.most_frequent()}. "
+                f"Whole at TrainSpec.seq_len = {fit_line(self.lengths, self.seq_len)}. "
+                "Raise it, or set DataSpec(max_long_share=...)"
+            )
+        if not self.kept:
+            raise UserError(
+                f"{self.source} says of all its rows not to learn them: {self.not_to_learn.most_frequent()}"
+            )
+
+    def _is_over(self, tally: Tally, limit: float) -> bool:
+        return tally.total > limit * self.read or (not self.kept and tally.total > 0)
+
+    def _share_of(self, tally: Tally, what: str, limit: float) -> str:
+        return (
+            f"{tally.total:,} of {self.read:,} rows of {self.source} {what} ({tally.total / self.read:.1%}, "
+            f"limit {limit:.1%})"
+        )
+
     def record(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
-        return vars(self) | {"dropped": self.dropped}
+        return vars(self) | {name: vars(getattr(self, name)) for name in TALLIES}
 
-    def refuse_if_bad(self, limit: float) -> None:
-        """Raises UnusableRows when a larger share of the rows than `limit` was dropped, or none is left."""
-        if not self.read:
-            raise UnusableRows(f"{self.source} holds no rows", self)
-        if self.kept and self.dropped <= limit * self.read:
-            return
-        kind, count = self.fault_counts.most_common(1)[0]
-        raise UnusableRows(
-            f"{self.dropped:,} of {self.read:,} rows of {self.source} cannot be used ({self.dropped / self.read:.1%}, "
-            f"limit {limit:.1%}), most of them: {kind} ({self.faults[kind][0]}"
-            f"{f' and {count - 1:,} more' if count > 1 else ''}). Mend them, or set DataSpec(max_bad_share=...)",
-            self,
-        )
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> "DataReport":
+        """The report that `record` gave."""
+        values: dict[str, Any] = {name: Counter(record[name]) for name in COUNTERS}
+        values["lengths"] = Counter({int(length): count for length, count in record["lengths"].items()})
+        values |= {name: Tally(Counter(record[name]["counts"]), record[name]["places"]) for name in TALLIES}
+        return cls(**record | values)
+
+
+TALLIES = ("faults", "too_long", "not_to_learn")
+COUNTERS = ("unread", "notes", "lengths")
+
+
+def _row_or_rows(count: int) -> str:
+    return "row" if count == 1 else "rows"
 
 
 def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> str:

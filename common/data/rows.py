@@ -1,32 +1,30 @@
-"""Makes packed rows from a data source: reads, checks and tokenises its rows, holds some out, and packs the rest.
+"""Makes packed rows from the data sources of a recipe: tokenises, mixes and packs them, and holds some out.
 
-Rows that cannot be used are counted and named (common.data.report). The rows of large files are kept in a cache.
+The rows of large files are kept in a cache. Of several processes on a machine the first one makes the rows, and the
+others read them from disk.
 """
 
-import time
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from common.data.cache import cache_folder, load_cached, save_cached
+from common.data.cache import cache_folder, load_cached, remove_shared, save_cached, shared_folder
 from common.data.chat_format import ChatFormat
-from common.data.conversation import Example
-from common.data.conversations import RowReader
+from common.data.examples import Examples
 from common.data.files import read_rows
-from common.data.fingerprint import file_states, refuse_if_changed
-from common.data.packing import Examples, count_shared, fit_to_row, pack
+from common.data.fingerprint import FileStates, file_states, refuse_if_changed
+from common.data.packing import pack
 from common.data.report import DataReport, mark_trained
-from common.data.source_row import BadRow
+from common.data.selection import Selection, describe_mixture, select
+from common.data.tokenise import Tokeniser, chunked, tokenise_source
+from common.machine.collectives import barrier_on_machine, broadcast_on_machine
+from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
-
-PROGRESS_SECONDS = 10.0  # between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Rows:
 
     train: Dataset
     evaluation: Dataset | None
-    reports: list[DataReport]  # of the source, and of eval_source where there is one
+    reports: list[DataReport]  # of each source, and of eval_source where there is one
 
     @property
     def train_tokens(self) -> int:
@@ -47,11 +45,55 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
 
     Raises UserError when the source cannot be read, changes meanwhile, or too many of its rows cannot be used.
     """
+    if local_world_size() == 1:
+        return _load_here(spec, tokenizer, seq_len, seed)[0]
+    rows, folder = None, None
+    if local_rank() == 0:
+        rows, folder = _load_here(spec, tokenizer, seq_len, seed, for_others=True)
+    folder = broadcast_on_machine(folder)
+    if rows is None and folder is not None and (found := load_cached(folder)) is not None:
+        rows = _rows_of_entry(*found)
+    barrier_on_machine()  # all have opened it
+    if local_rank() == 0 and folder is not None:
+        remove_shared(folder)
+    return rows or _load_here(spec, tokenizer, seq_len, seed)[0]  # on a disk that is full, each makes its own
+
+
+def _load_here(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int, *, for_others: bool = False
+) -> tuple[Rows, Path | None]:
+    """Takes the rows from the cache, or makes them. Returns the folder where they lie too.
+
+    for_others: other processes will read that folder. None where the rows are in memory alone.
+    """
     states = file_states(spec)
     folder = cache_folder(spec, states, tokenizer, seq_len, seed)
-    if folder is not None and (cached := _rows_from_cache(folder)) is not None:
-        return cached
-    sources = [(spec.source, spec.split)]
+    if folder is not None and (found := load_cached(folder)) is not None:
+        rows, lines = _rows_of_entry(*found), found[2]["lines"]
+        print("\n".join([*(line for report in rows.reports for line in report.lines()), *lines]))
+        print(f"  taken from {folder}: nothing has changed since they were tokenised")
+        return rows, folder
+    rows, lines = _make_rows(spec, states, tokenizer, seq_len, seed)
+    if folder is None and for_others:
+        folder = shared_folder()
+    if folder is None:
+        return rows, None
+    metadata = {"lines": lines, "reports": [report.record() for report in rows.reports]}
+    is_saved = save_cached(folder, rows.train, rows.evaluation, metadata)
+    if is_saved and (found := load_cached(folder)) is not None:
+        return _rows_of_entry(*found), folder  # these are mapped from disk, and leave the memory to the model
+    return rows, None
+
+
+def _rows_of_entry(train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> Rows:
+    return Rows(train, evaluation, [DataReport.from_record(record) for record in metadata["reports"]])
+
+
+def _make_rows(
+    spec: DataSpec, states: FileStates, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int
+) -> tuple[Rows, list[str]]:
+    """Makes the rows from the sources. Returns the lines too that it printed behind those of the reports."""
+    sources = [(source, spec.split) for source, _ in spec.mixture]
     if spec.eval_source is not None:
         sources.append((spec.eval_source, spec.eval_split))
     chat_format = ChatFormat(tokenizer)
@@ -61,122 +103,66 @@ def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, 
         refuse_if_changed(states)  # half of a new file is often a damaged file, and this says what damaged it
         raise
     refuse_if_changed(states)
-    reports = [report for _, report in tokenised]
+    examples, reports = [found for found, _ in tokenised], [report for _, report in tokenised]
     for report in reports:
         report.sha256 = state.sha256 if (state := states.get(report.source)) else None
-    examples, training, held_out = tokenised[0][0], tokenised[0][0].table(), None
-    if spec.eval_source is not None:
-        held_out = tokenised[1][0].table()
-    elif count := min(spec.eval_rows, len(examples) // 10):
-        training, held_out = _hold_out(training, count, seed)
-    rows = Rows(pack(training, seq_len), pack(held_out, seq_len) if held_out else None, reports)
-    example = f"  for example: {mark_trained(examples[0], tokenizer)}"
-    lines = [*_packing_lines(rows, training, held_out, seq_len), example]
+    own = examples.pop() if spec.eval_source is not None else None
+    eval_rows = spec.eval_rows if own is None else 0
+    selection = select(examples, [weight for _, weight in spec.mixture], eval_rows, seed)
+    table = pa.concat_tables([source.table() for source in examples])
+    train = pack(table, seq_len, selection.trained)
+    evaluation = None
+    if own is not None:
+        evaluation = pack(own.table(), seq_len)
+    elif selection.held_out.any():
+        evaluation = pack(table, seq_len, selection.held_out)
+    rows = Rows(train, evaluation, reports)
+    lines = [describe_mixture(examples, reports, selection)] if len(examples) > 1 else []
+    lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
+    if own is not None:
+        lines += _leak_lines(own, examples, selection)
+    lines.append(f"  for example: {mark_trained(examples[0][0], tokenizer)}")
     print("\n".join(lines))
-    if folder is not None:
-        metadata = {"lines": lines, "reports": [vars(report) for report in reports]}
-        save_cached(folder, rows.train, rows.evaluation, metadata)
-    return rows
+    return rows, lines
 
 
-def _packing_lines(rows: Rows, training: pa.Table, held_out: pa.Table | None, seq_len: int) -> list[str]:
+def _packing_lines(rows: Rows, selection: Selection, seq_len: int, own: Examples | None, eval_rows: int) -> list[str]:
     fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
-    held = f", {len(held_out):,} held out" if held_out else ""
-    examples = f"{len(training):,} {'example' if len(training) == 1 else 'examples'}"
+    count, held_out = int(selection.trained.sum()), int(selection.held_out.sum()) if own is None else len(own)
+    held = f", {held_out:,} held out" if held_out else ""
+    examples = f"{count:,} {'example' if count == 1 else 'examples'}"
     packed = f"{len(rows.train):,} {'row' if len(rows.train) == 1 else 'rows'}"
     lines = [f"  {examples} packed into {packed} of {seq_len:,} tokens, {fill}{held}"]
-    if held_out and (shared := count_shared(held_out, training)):
-        lines.append(
-            f"  warning: {shared:,} of the {len(held_out):,} held-out examples are also among the training ones: "
-            "the held-out loss looks better than it is"
-        )
+    if eval_rows and not held_out:
+        lines.append("  nothing is held out: at most a tenth of the examples would be, and no row's fit in there")
     return lines
 
 
-def _rows_from_cache(folder: Path) -> Rows | None:
-    """Loads the rows that an earlier run made, and prints what it printed. None when there are none."""
-    if (found := load_cached(folder)) is None:
-        return None
-    train, evaluation, metadata = found
-    reports = [
-        DataReport(**values | {"fault_counts": Counter(values["fault_counts"])}) for values in metadata["reports"]
+def _leak_lines(own: Examples, sources: list[Examples], selection: Selection) -> list[str]:
+    hashes = np.concatenate([source.hash_view() for source in sources])[selection.trained]
+    if not (shared := int(np.isin(own.hash_view(), hashes).sum())):
+        return []
+    return [
+        f"  warning: {shared:,} of the {len(own):,} held-out examples are also among the training ones: "
+        "the held-out loss looks better than it is"
     ]
-    print("\n".join([*(line for report in reports for line in report.lines()), *metadata["lines"]]))
-    print(f"  taken from {folder}: nothing has changed since they were tokenised")
-    return Rows(train, evaluation, reports)
-
-
-def tokenise_source(
-    spec: DataSpec, source: str, split: str, chat_format: ChatFormat, seq_len: int
-) -> tuple[Examples, DataReport]:
-    """Tokenises every usable row of a source, into examples of at most seq_len tokens. Prints the report.
-
-    Raises UserError as load_rows.
-    """
-    report, examples, printed_at = DataReport(source), Examples(), time.monotonic()
-    for place, example in read_examples(source, report, split=split, revision=spec.revision):
-        if time.monotonic() - printed_at > PROGRESS_SECONDS:
-            print(f"  {report.read:,} rows of {source} read, {report.tokens:,} tokens", flush=True)
-            printed_at = time.monotonic()
-        try:
-            tokens = chat_format.encode(example, spec.train_on)
-            parts = fit_to_row(tokens, seq_len, is_text=isinstance(example, str))
-        except BadRow as fault:
-            report.add_fault(str(fault), place)
-            continue
-        report.kept += 1
-        report.longest = max(report.longest, len(tokens.input_ids))
-        report.truncated += len(tokens.input_ids) > seq_len
-        for part in parts:
-            report.add_tokens(part)
-            examples.append(part)
-    print("\n".join(report.lines()))
-    report.refuse_if_bad(spec.max_bad_share)
-    return examples, report
-
-
-def read_examples(
-    source: str, report: DataReport, *, split: str = "train", revision: str | None = None
-) -> Iterable[tuple[str, Example]]:
-    """Yields the usable rows of a source, each with its place. Adds the others to the report."""
-    reader = RowReader()
-    for place, row in read_rows(source, split=split, revision=revision):
-        report.read += 1
-        try:
-            if isinstance(row, BadRow):
-                raise row
-            example = reader.read(row)
-        except BadRow as fault:
-            report.add_fault(str(fault), place)
-        else:
-            report.format_name = reader.format_name
-            yield place, example
-
-
-def _hold_out(examples: pa.Table, count: int, seed: int) -> tuple[pa.Table, pa.Table]:
-    """Splits `count` random examples off. Returns the others, and these."""
-    is_held_out = np.zeros(len(examples), dtype=bool)
-    is_held_out[Random(seed).sample(range(len(examples)), count)] = True
-    return examples.filter(~is_held_out), examples.filter(is_held_out)
 
 
 def find_examples(
     spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, wanted: list[list[int]]
 ) -> list[str]:
-    """Returns the places of the examples with these token ids, in the order of the source.
+    """Returns the places of the examples with these token ids, in the order of the sources.
 
-    Reads the source again, until the last of them is found.
+    Reads the sources again, until the last of them is found.
     """
-    chat_format, missing, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, []
-    for place, example in read_examples(spec.source, DataReport(spec.source), split=spec.split, revision=spec.revision):
-        try:
-            parts = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
-        except BadRow:
-            continue
-        found = missing & {tuple(part.input_ids) for part in parts}
-        missing -= found
-        if found:
-            places.append(place)
-        if not missing:
-            break
+    chat_format, missing, places = ChatFormat(tokenizer), {tuple(ids) for ids in wanted}, list[str]()
+    for source, _ in spec.mixture:
+        tokeniser = Tokeniser(source, chat_format, spec.train_on, seq_len)
+        for rows in chunked(read_rows(source, split=spec.split, revision=spec.revision)):
+            for place, parts in tokeniser.tokenise(rows, DataReport(source, seq_len)):
+                if found := missing & {tuple(part.input_ids) for part in parts}:
+                    missing -= found
+                    places.append(place)
+            if not missing:
+                return places
     return places

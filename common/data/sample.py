@@ -1,6 +1,6 @@
 """Draws a few examples of a source to be looked at: read, tokenised and shortened as a run does it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from random import Random
@@ -9,8 +9,8 @@ from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversation import Example
 from common.data.packing import fit_to_row
 from common.data.report import DataReport
-from common.data.rows import read_examples
 from common.data.source_row import BadRow
+from common.data.tokenise import read_examples
 from common.recipe import DataSpec
 
 MAX_ROWS = 100_000  # from the first on: reading a million takes many seconds
@@ -28,17 +28,16 @@ class DrawnExample:
 
 
 def draw_examples(spec: DataSpec, chat_format: ChatFormat, seq_len: int, seed: int, count: int) -> list[DrawnExample]:
-    """Returns up to `count` different examples of spec.source, in its order. The same seed draws the same ones.
+    """Returns up to `count` different examples of the sources, in their order. The same seed draws the same ones.
 
-    One of them has as many peculiarities as an example of this source can have: what is rare is not missed. The others
+    One of them has as many peculiarities as an example here can have: what is rare is not missed. The others
     are short enough to be read, where there are such. Raises UserError where the source cannot be read.
     """
     if not count:
         return []
-    rows = read_examples(spec.source, DataReport(spec.source), split=spec.split, revision=spec.revision)
     drawn: list[tuple[int, DrawnExample]] = []
     seen = set()
-    for number, (place, example) in _draw(islice(rows, MAX_ROWS), Random(seed)):
+    for number, (place, example) in _draw(_read_first(spec), Random(seed)):
         try:
             tokens = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
         except BadRow:
@@ -51,6 +50,13 @@ def draw_examples(spec: DataSpec, chat_format: ChatFormat, seq_len: int, seed: i
     first = sorted(by_length, key=lambda pair: len(pair[1].peculiarities), reverse=True)[:1]
     chosen = [*first, *(pair for pair in by_length if pair not in first)][:count]
     return [example for _, example in sorted(chosen, key=lambda pair: pair[0])]
+
+
+def _read_first(spec: DataSpec) -> Iterator[tuple[str, Example]]:
+    """Yields the first usable rows of each source, each with its place: MAX_ROWS together."""
+    for source, _ in spec.mixture:
+        rows = read_examples(source, DataReport(source), split=spec.split, revision=spec.revision)
+        yield from islice(rows, MAX_ROWS // len(spec.mixture))
 
 
 def _draw(rows: Iterable[tuple[str, Example]], random: Random) -> list[tuple[int, tuple[str, Example]]]:

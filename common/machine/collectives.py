@@ -5,6 +5,8 @@ Without init_distributed, in a run of one process, each of them returns at once.
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,7 @@ from torch.distributed import DeviceMesh
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from common.machine.processes import is_main_process, local_rank, world_size
+from common.machine.processes import is_main_process, local_rank, local_world_size, rank, world_size
 from common.process_state import silence_stdout
 from common.recipe import UserError
 
@@ -63,6 +65,38 @@ def broadcast_from_main(value: T) -> T:
     values = [value]
     distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
+
+
+def broadcast_on_machine(value: T) -> T:
+    """Returns the value of the first process of each machine in all processes of that machine.
+
+    They wait for it as long as it takes. The value must be picklable.
+    """
+    if not distributed.is_initialized():
+        return value
+    values = [value]
+    first = rank() - local_rank()
+    distributed.broadcast_object_list(values, first, _patient_group(), device=torch.device("cpu"))
+    return values[0]
+
+
+def barrier_on_machine() -> None:
+    """Waits until every process of this machine has come here."""
+    if distributed.is_initialized():
+        distributed.barrier(_patient_group())
+
+
+@cache
+def _patient_group() -> Any:
+    # A process that has died is no reason for a limit: the launcher ends those that wait for it.
+    return group_of_this_machine(backend="gloo", timeout=timedelta(days=7))
+
+
+def group_of_this_machine(**options: Any) -> Any:
+    """A group of this machine's processes. Every process makes the groups of all machines, as torch wants it."""
+    firsts = range(0, world_size(), local_world_size())  # each machine has as many processes
+    groups = [distributed.new_group(list(range(first, first + local_world_size())), **options) for first in firsts]
+    return groups[rank() // local_world_size()]
 
 
 def all_gather(value: T) -> list[T]:

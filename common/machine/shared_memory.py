@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from common.machine.processes import local_rank, local_world_size, rank, world_size
+from common.machine.collectives import group_of_this_machine
+from common.machine.processes import local_rank, local_world_size, rank
 
 SHARED_MEMORY = "/dev/shm"
 MIN_SHARED_BYTES = 1 << 20  # smaller tensors are sent
@@ -62,7 +63,4 @@ def _make_shared_file(tensor: Tensor) -> str | None:
 
 @cache
 def _group_of_this_machine() -> Any:
-    """The group of this machine's processes. Every process makes the groups of all machines, as torch wants it."""
-    firsts = range(0, world_size(), local_world_size())  # each machine has as many processes
-    groups = [distributed.new_group(list(range(first, first + local_world_size()))) for first in firsts]
-    return groups[rank() // local_world_size()]
+    return group_of_this_machine()

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from common.data.chat_format import ChatFormat
 from common.data.labels import IGNORED
 from common.data.report import DataReport
-from common.data.rows import read_examples
 from common.data.source_row import BadRow
+from common.data.tokenise import read_examples
 from common.recipe import UserError
 
 MAX_PROMPT_TOKENS = 1024  # a longer prompt is not sampled

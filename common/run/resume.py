@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from common.machine.disk import remove_leftovers
 from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
 from common.plan.plan import Plan
-from common.recipe import Recipe, UserError
+from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
 # Fields of a recipe that name a place, and the part of run_identity that is a hash of what lies there
 CONTENT_OF = {
     "DataSpec.source": "rows",
+    "DataSpec.sources": "rows",
     "DataSpec.eval_source": "held_out",
     "ModelSpec.chat_template": "rows",
     "ModelSpec.name": "base",
@@ -34,6 +36,7 @@ RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.fallback_out",
     "Recipe.existing_run",
     "DataSpec.max_bad_share",
+    "DataSpec.max_long_share",
     "TrainSpec.checkpointing",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
@@ -46,6 +49,13 @@ RESUME_WARNS_OF = {  # they change the result a little: where the schedule ends,
     "TrainSpec.kernels",
     "TrainSpec.sharding",
     "TrainSpec.deterministic",
+}
+# What a field was in a checkpoint of a version that did not have it
+DEFAULTS = {
+    f"{spec.__name__}.{field.name}": list(field.default) if isinstance(field.default, tuple) else field.default
+    for spec in (Recipe, ModelSpec, DataSpec, LoraSpec, TrainSpec)
+    for field in dataclasses.fields(spec)
+    if field.default is not dataclasses.MISSING
 }
 
 
@@ -61,7 +71,7 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan, base: dict[str, str] | 
         for field in dataclasses.fields(spec)
         if not dataclasses.is_dataclass(getattr(spec, field.name))
     }
-    fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+    fields = json.loads(json.dumps(fields))  # tuples become lists, as in the checkpoint
     return {
         "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
         "rows": hash_rows(rows.train),
@@ -93,8 +103,8 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
     refused: list[str] = []
     warned: list[str] = []
     for name in old["recipe"] | new["recipe"]:
-        before, now = old["recipe"].get(name), new["recipe"].get(name)
-        if before == now or (name in CONTENT_OF and before and now and is_same_place(before, now)):
+        before, now = old["recipe"].get(name, DEFAULTS.get(name)), new["recipe"].get(name)
+        if before == now or _names_same_place(name, before, now):
             continue
         change = f"{name} was {before!r} and is {now!r}"
         if before and now and _has_same_content(name, old, new):
@@ -122,6 +132,16 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
         )
     for line in warned:
         print(f"warning: {line}; the run goes on, and ends a little differently")
+
+
+def _names_same_place(field: str, before: Any, now: Any) -> bool:
+    return (
+        field in CONTENT_OF
+        and isinstance(before, str)
+        and isinstance(now, str)
+        and bool(before and now)
+        and is_same_place(before, now)
+    )
 
 
 def _has_same_content(field: str, old: dict[str, Any], new: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from common.data.report import DataReport
 from common.data.rows import Rows
 from common.machine.device import GIB, this_machine
 from common.machine.disk import sha256_of, write_text_atomically
@@ -73,18 +74,7 @@ def write_run_json(
     run = {
         "recipe": dataclasses.asdict(dataclasses.replace(recipe, out=hide_home(recipe.out))),
         "plan": dataclasses.asdict(plan),
-        "data": [
-            {
-                "source": r.source,
-                "sha256": r.sha256,
-                "read": r.read,
-                "kept": r.kept,
-                "dropped": r.dropped,
-                "truncated": r.truncated,
-            }
-            | {"tokens": r.tokens, "trained_tokens": r.trained_tokens, "faults": dict(r.fault_counts)}
-            for r in rows.reports
-        ],
+        "data": [_source_record(report) for report in rows.reports],
         "base": None if base is None else dataclasses.asdict(base),
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
@@ -99,3 +89,11 @@ def write_run_json(
         "samples": samples,
     }
     write_text_atomically(folder / RUN_JSON, json.dumps(run, indent=2) + "\n")
+
+
+def _source_record(report: DataReport) -> dict[str, Any]:
+    """What was read of a source, with the kinds of faults and without their places."""
+    names = ("source", "sha256", "read", "kept", "dropped", "truncated", "copies", "tokens", "trained_tokens")
+    record = {name: getattr(report, name) for name in (*names, "mixed", "mixed_share")}
+    record |= {"too_long": report.too_long.total, "not_to_learn": report.not_to_learn.total}
+    return record | {"faults": dict(report.faults.counts), "unread": dict(report.unread), "notes": dict(report.notes)}

@@ -26,7 +26,7 @@ from common.adapter.merge import MergedWeights, write_merged
 from common.adapter.tokenizer_json import SPLITS
 from common.cli import run_command
 from common.data.report import DataReport
-from common.data.rows import read_examples
+from common.data.tokenise import read_examples
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.generation import generate
 from common.run.prompts import load_prompts

@@ -132,10 +132,33 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
     spec = DataSpec(source)
     others = {"split": "x", "eval_split": "x", "revision": "x", "eval_source": source, "eval_rows": 9}
-    others |= {"train_on": "everything", "max_bad_share": 0.3}
-    assert others.keys() | {"source"} == {field.name for field in dataclasses.fields(DataSpec) if field.name != "_"}
+    others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3}
+    assert others.keys() | {"source", "sources"} == {
+        field.name for field in dataclasses.fields(DataSpec) if field.name != "_"
+    }
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
     assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
+
+
+def test_the_weights_of_a_mixture_are_part_of_the_name(source, small_llama, tmp_path):
+    tokenizer = load_tokenizer(ModelSpec(str(small_llama)))
+    other = str(shutil.copy(source, tmp_path / "other.jsonl"))
+    mixtures = [((source, 1), (other, 1)), ((source, 1), (other, 2)), ((other, 1), (source, 1)), ((source, 1),)]
+    names = [folder_of(DataSpec(sources=mixture), tokenizer) for mixture in mixtures]
+    assert None not in names and len(set(names)) == len(mixtures)
+
+
+def test_a_mixture_is_made_anew_when_any_of_its_files_changes(source, small_llama, tmp_path, capsys):
+    other = Path(shutil.copy(source, tmp_path / "other.jsonl"))
+    spec = DataSpec(sources=((source, 1), (str(other), 1)), eval_rows=5)
+    first = load(spec, small_llama)
+    capsys.readouterr()
+    again = load(spec, small_llama)
+    assert "taken from" in capsys.readouterr().out
+    assert [report.record() for report in again.reports] == [report.record() for report in first.reports]
+    other.write_text(other.read_text().replace("paint", "point"))
+    load(spec, small_llama)
+    assert "taken from" not in capsys.readouterr().out
 
 
 LOAD = """

@@ -34,7 +34,7 @@ def test_the_seed_draws_and_the_order_is_that_of_the_source(tmp_path, tokenizer)
 
 def test_late_rows_are_drawn_as_well(tmp_path, tokenizer):
     source = write(tmp_path, *[conversation(f"Question {n}") for n in range(1000)])
-    drawn = [place for seed in range(20) for place in places(draw(source, tokenizer, 10, seed))]
+    drawn = [place for seed in range(8) for place in places(draw(source, tokenizer, 10, seed))]
     assert 350 < sum(place > 500 for place in drawn) / len(drawn) * 1000 < 650
 
 
@@ -96,6 +96,18 @@ def test_of_a_huge_source_only_the_first_rows_are_read(tmp_path, tokenizer, monk
     monkeypatch.setattr(sample, "MAX_ROWS", 10)
     source = write(tmp_path, *[conversation(f"Question {n}") for n in range(50)])
     assert max(places(draw(source, tokenizer, 10))) == 10
+
+
+def test_every_source_of_a_mixture_is_drawn_from(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(sample, "MAX_ROWS", 20)
+    names = ("first", "second")
+    for name in names:
+        (tmp_path / name).mkdir()
+    sources = [write(tmp_path / name, *[conversation(f"{name} {n}") for n in range(50)]) for name in names]
+    mixture = DataSpec(sources=tuple((source, 1.0) for source in sources))
+    drawn = draw_examples(mixture, ChatFormat(tokenizer), 128, 0, 8)
+    assert [sum(example.place.startswith(source) for example in drawn) > 0 for source in sources] == [True, True]
+    assert max(places(drawn)) <= 10
 
 
 def test_none_are_drawn_where_none_are_wanted(tokenizer):

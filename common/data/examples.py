@@ -1,0 +1,85 @@
+"""Many tokenised examples, in little memory."""
+
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from common.data.chat_format import Tokens
+from common.data.labels import IGNORED
+
+
+class Examples:
+    """A list of tokenised examples that takes 8 bytes a token: lists of Python integers take ten times that.
+
+    documents: for each example, the number of the row that it comes from, from 0 on: a long text becomes several
+    examples. hashes: of its token ids, 64 bits; equal ones mark exact copies.
+    """
+
+    def __init__(self, examples: Iterable[Tokens] = ()) -> None:
+        self.input_ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
+        self.documents, self.hashes = array("i"), array("Q")
+        for example in examples:
+            self.append([example])
+
+    def append(self, parts: Iterable[Tokens]) -> None:
+        """Adds the examples that one row became."""
+        document = self.document_count
+        for part in parts:
+            ids = array("i", part.input_ids)
+            self.input_ids.extend(ids)
+            self.labels.extend(part.labels)
+            self.ends.append(len(self.input_ids))
+            self.documents.append(document)
+            self.hashes.frombytes(blake2b(ids, digest_size=8).digest())
+
+    def extend(self, others: "Examples") -> None:
+        """Adds others behind these. Their rows are other rows."""
+        tokens, documents = len(self.input_ids), self.document_count
+        self.input_ids.extend(others.input_ids)
+        self.labels.extend(others.labels)
+        self.ends.frombytes((view(others.ends)[1:] + np.int32(tokens)).tobytes())
+        self.documents.frombytes((view(others.documents) + np.int32(documents)).tobytes())
+        self.hashes.extend(others.hashes)
+
+    @property
+    def document_count(self) -> int:
+        return self.documents[-1] + 1 if self.documents else 0
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> Tokens:
+        start, end = self.ends[index : index + 2]
+        return Tokens(list(self.input_ids[start:end]), list(self.labels[start:end]), [])
+
+    def copies(self) -> int:
+        """How many examples have the token ids of an earlier one."""
+        return len(self) - len(np.unique(self.hash_view()))
+
+    def hash_view(self) -> npt.NDArray[np.uint64]:
+        """The hashes, over the same memory."""
+        return np.frombuffer(self.hashes, dtype=np.uint64)
+
+    def trained_tokens(self) -> npt.NDArray[np.int64]:
+        """For each example its number of trained tokens."""
+        trained_before = np.concatenate([[0], np.cumsum(view(self.labels) != IGNORED)])
+        return np.diff(trained_before[view(self.ends)])
+
+    def table(self) -> pa.Table:
+        """Returns columns input_ids and labels, lists of int32, over the same memory."""
+        ends = view(self.ends)
+        return pa.table(
+            {
+                name: pa.ListArray.from_arrays(ends, view(values))
+                for name, values in (("input_ids", self.input_ids), ("labels", self.labels))
+            }
+        )
+
+
+def view(values: "array[int]") -> npt.NDArray[np.int32]:
+    """The values, over the same memory."""
+    return np.frombuffer(values, dtype=np.int32)
