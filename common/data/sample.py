@@ -7,15 +7,17 @@ from random import Random
 
 from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversation import Example
-from common.data.packing import fit_to_row
+from common.data.files import read_rows
 from common.data.report import DataReport
-from common.data.source_row import BadRow
-from common.data.tokenise import read_examples
+from common.data.source_row import BadRow, PlacedRow
+from common.data.tokenise import Tokeniser
 from common.recipe import DataSpec
 
 MAX_ROWS = 100_000  # from the first on: reading a million takes many seconds
 CANDIDATES = 200  # rows that are tokenised, to choose from
 READABLE_TOKENS = 300  # a longer example is shown only where there is none, or none that shows as much
+
+SourceRow = tuple[str, PlacedRow]  # with the name of its source
 
 
 @dataclass(frozen=True)
@@ -30,45 +32,47 @@ class DrawnExample:
 def draw_examples(spec: DataSpec, chat_format: ChatFormat, seq_len: int, seed: int, count: int) -> list[DrawnExample]:
     """Returns up to `count` different examples of the sources, in their order. The same seed draws the same ones.
 
-    One of them has as many peculiarities as an example here can have: what is rare is not missed. The others
-    are short enough to be read, where there are such. Raises UserError where the source cannot be read.
+    One of them has as many peculiarities as an example here can have: what is rare is not missed. The others are short
+    enough to be read, where there are such. Raises UserError where a source cannot be read.
     """
     if not count:
         return []
-    drawn: list[tuple[int, DrawnExample]] = []
-    seen = set()
-    for number, (place, example) in _draw(_read_first(spec), Random(seed)):
-        try:
-            tokens = fit_to_row(chat_format.encode(example, spec.train_on), seq_len, is_text=isinstance(example, str))
-        except BadRow:
-            continue
-        if (ids := tuple(tokens[0].input_ids)) not in seen:
-            seen.add(ids)
-            drawn.append((number, DrawnExample(place, tokens[0], _peculiarities(example, tokens[0]))))
-    # sorted keeps the order of the draw among equals
-    by_length = sorted(drawn, key=lambda pair: max(READABLE_TOKENS, len(pair[1].tokens.input_ids)))
-    first = sorted(by_length, key=lambda pair: len(pair[1].peculiarities), reverse=True)[:1]
-    chosen = [*first, *(pair for pair in by_length if pair not in first)][:count]
-    return [example for _, example in sorted(chosen, key=lambda pair: pair[0])]
+    dice, found = Random(seed), dict[tuple[int, ...], DrawnExample]()  # by their token ids: of equal ones the first
+    tokenisers = {source: Tokeniser(source, chat_format, spec.train_on, seq_len) for source, _ in spec.mixture}
+    for source, row in _draw(_read_first(spec), dice):
+        for example in _tokenise_row(tokenisers[source], row):
+            found.setdefault(tuple(example.tokens.input_ids), example)
+    different = list(found.values())
+    at_random = dice.sample(different, len(different))
+    by_length = sorted(at_random, key=lambda example: max(READABLE_TOKENS, len(example.tokens.input_ids)))
+    first = sorted(by_length, key=lambda example: len(example.peculiarities), reverse=True)[:1]
+    chosen = [*first, *(example for example in by_length if example not in first)][:count]
+    return sorted(chosen, key=different.index)
 
 
-def _read_first(spec: DataSpec) -> Iterator[tuple[str, Example]]:
-    """Yields the first usable rows of each source, each with its place: MAX_ROWS together."""
+def _read_first(spec: DataSpec) -> Iterator[SourceRow]:
+    """Yields the first rows of each source, each with the name of its source: MAX_ROWS together."""
     for source, _ in spec.mixture:
-        rows = read_examples(source, DataReport(source), split=spec.split, revision=spec.revision)
-        yield from islice(rows, MAX_ROWS // len(spec.mixture))
+        rows = read_rows(source, split=spec.split, revision=spec.revision)
+        yield from ((source, row) for row in islice(rows, MAX_ROWS // len(spec.mixture)))
 
 
-def _draw(rows: Iterable[tuple[str, Example]], random: Random) -> list[tuple[int, tuple[str, Example]]]:
-    """Returns up to CANDIDATES rows in random order, each with its number. All rows are as likely (algorithm R)."""
-    drawn: list[tuple[int, tuple[str, Example]]] = []
+def _draw(rows: Iterable[SourceRow], dice: Random) -> list[SourceRow]:
+    """Returns up to CANDIDATES rows in their order. All rows are as likely (algorithm R)."""
+    drawn: list[tuple[int, SourceRow]] = []
     for number, row in enumerate(rows):
         if number < CANDIDATES:
             drawn.append((number, row))
-        elif (place := random.randrange(number + 1)) < CANDIDATES:
+        elif (place := dice.randrange(number + 1)) < CANDIDATES:
             drawn[place] = (number, row)
-    random.shuffle(drawn)
-    return drawn
+    return [row for _, row in sorted(drawn, key=lambda pair: pair[0])]
+
+
+def _tokenise_row(tokeniser: Tokeniser, row: PlacedRow) -> Iterator[DrawnExample]:
+    """Yields the first example that a row becomes; none of a row that a run would not use."""
+    for place, parts in tokeniser.tokenise([row], DataReport(tokeniser.source, tokeniser.seq_len)):
+        assert not isinstance(row[1], BadRow)  # it has become an example
+        yield DrawnExample(place, parts[0], _peculiarities(tokeniser.reader.read(row[1]), parts[0]))
 
 
 def _peculiarities(example: Example, tokens: Tokens) -> frozenset[str]:
