@@ -23,7 +23,7 @@ def draw_held_out(
     unit_sizes = np.bincount(units)
     unit_sources = np.zeros(len(unit_sizes), dtype=int)
     unit_sources[units[::-1]] = sources[::-1]  # of the unit's first example
-    left = _shares(np.bincount(sources), count)
+    left = _shares(np.bincount(unit_sources, weights=unit_sizes), count)
     drawn = np.zeros(len(unit_sizes), dtype=bool)
     for unit in Random(seed).sample(range(len(unit_sizes)), len(unit_sizes)):
         if not left.any():
@@ -53,7 +53,7 @@ def _join_copies(documents: Integers, hashes: npt.NDArray[np.uint64]) -> Integer
     return np.array([find(document) for document in range(len(first))], dtype=np.int32)[documents]
 
 
-def _shares(sizes: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+def _shares(sizes: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
     """Divides count in proportion to the sizes, to whole numbers that add up to it."""
     exact = count * sizes / max(1, sizes.sum())
     shares = np.floor(exact).astype(np.int64)

@@ -1,7 +1,15 @@
-import pytest
+import random
+from dataclasses import replace
 
+import numpy as np
+import pytest
+from datasets import Dataset
+from trl import pack_dataset
+
+from common.data import packing
 from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversation import Conversation, Message
+from common.data.examples import Examples
 from common.data.labels import IGNORED
 from common.data.packing import fit_to_row, pack
 from common.data.source_row import BadRow
@@ -39,3 +47,54 @@ def test_a_long_text_is_cut_without_losing_a_token():
     assert [len(piece.input_ids) for piece in pieces] == [64, 64, 22]
     assert sum((piece.input_ids for piece in pieces), []) == tokens(150).input_ids
     assert all(piece.labels[0] == IGNORED for piece in pieces)
+
+
+def test_a_cut_conversation_keeps_its_system_message_and_ends_with_a_trained_turn(tokenizer):
+    chat = [Message("system", "Be brief.")]
+    for turn in range(6):
+        chat += [Message("user", f"Question {turn}"), Message("assistant", f"Answer {turn}")]
+    whole = ChatFormat(tokenizer).encode(Conversation(tuple(chat)))
+    (cut,) = fit_to_row(whole, whole.turn_ends[3] + 3, is_text=False)
+    assert tokenizer.decode(cut.input_ids).startswith("<s><|system|>Be brief.")
+    assert cut.turn_ends == whole.turn_ends[:4]
+    # A turn that is not trained is no end: nothing would be learnt from what stands before it.
+    untrained = slice(whole.turn_ends[2], whole.turn_ends[3])
+    labels = list(whole.labels)
+    labels[untrained] = [IGNORED] * len(labels[untrained])
+    (cut,) = fit_to_row(replace(whole, labels=labels), whole.turn_ends[3] + 3, is_text=False)
+    assert len(cut.input_ids) == whole.turn_ends[2]
+
+
+def test_examples_that_are_not_chosen_are_not_packed():
+    examples = Examples(tokens(10, first=100 * n) for n in range(1, 9))
+    chosen = np.array([n % 3 == 0 for n in range(8)])
+    packed = pack(examples.table(), 64, chosen)
+    assert sorted(ids[0] for ids in split(packed)) == [100, 400, 700]
+
+
+@pytest.mark.parametrize("group_tokens", [100, 1_000, 1 << 24])
+def test_groups_of_any_size_hold_every_example_once(monkeypatch, group_tokens):
+    monkeypatch.setattr(packing, "GROUP_TOKENS", group_tokens)
+    lengths = [1 + (7 * n) % 60 for n in range(300)]
+    packed = pack([tokens(length, first=100 * n) for n, length in enumerate(lengths)], 64)
+    assert sorted(ids[0] // 100 for ids in split(packed)) == list(range(300))
+
+
+def test_one_group_takes_no_more_rows_than_groups_of_a_thousand():
+    dice = random.Random(0)
+    examples = Examples(tokens(dice.randint(1, 500)) for _ in range(5000))
+    total = sum(map(len, (examples[n].input_ids for n in range(5000))))
+    rows = len(pack(examples.table(), 512))
+    in_thousands = len(pack_dataset(Dataset(examples.table()), 512, strategy="bfd"))
+    assert total / 512 <= rows < in_thousands
+
+
+def split(packed: Dataset) -> list[list[int]]:
+    """The token ids of each example in packed rows."""
+    found = []
+    for row in packed:
+        start = 0
+        for length in row["seq_lengths"]:
+            found.append(row["input_ids"][start : start + length])
+            start += length
+    return found

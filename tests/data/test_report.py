@@ -1,11 +1,17 @@
 """Every row of a source is counted; the faults are named with their places."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from common.data.chat_format import ChatFormat, Tokens
 from common.data.conversation import Conversation, Message
-from common.data.report import mark_trained
+from common.data.conversations import RowReader
+from common.data.packing import TooLong
+from common.data.report import DataReport, mark_trained
 from common.data.rows import load_rows
+from common.data.source_row import BadRow, NotToLearn
 from common.recipe import DataSpec, UserError
 from tests.data.test_rows import conversation, write
 
@@ -58,3 +64,54 @@ def test_an_example_shows_what_a_terminal_would_obey(tokenizer):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     shown = mark_trained(Tokens(ids, ids, [len(ids)]), tokenizer)
     assert shown == "⟦a\\x1b[31mb\\x00\\u202ec 👩\u200d💻⏎⟧"
+
+
+def test_rows_that_say_not_to_learn_them_are_counted_apart(tmp_path, tokenizer, capsys, monkeypatch):
+    def read(self, row):
+        if row["prompt"] == "no":
+            raise NotToLearn("its weight is 0")
+        return ordinary_read(self, row)
+
+    ordinary_read = RowReader.read
+    monkeypatch.setattr(RowReader, "read", read)
+    rows = [{"prompt": f"{n}" if n % 4 else "no", "completion": "a"} for n in range(40)]
+    source = write(tmp_path, *map(json.dumps, rows))
+    report = load_rows(DataSpec(source, eval_rows=0, max_bad_share=0), tokenizer, 64).reports[0]
+    assert (report.kept, report.dropped, report.not_to_learn.total) == (30, 0, 10)
+    said = capsys.readouterr().out
+    assert "40 rows read (prompt/completion), 30 kept, 0 dropped, 10 not to be learnt" in said
+    assert f"  not to be learnt 10: its weight is 0 ({source}:1; {source}:5; " in said and " and 5 more)" in said
+    monkeypatch.setattr(RowReader, "read", lambda self, row: read(self, row | {"prompt": "no"}))
+    with pytest.raises(UserError, match="says of all its rows not to learn them: its weight is 0"):
+        load_rows(DataSpec(source), tokenizer, 64)
+
+
+def test_notes_and_unread_columns_are_said_with_their_rows(tmp_path, tokenizer, capsys, monkeypatch):
+    def read(self, row):
+        self.unread.update(["id", "messages[].weight"] if row["prompt"] == "3" else ["id"])
+        return ordinary_read(self, row)
+
+    def encode(self, example, train_on="assistant"):
+        tokens = ordinary_encode(self, example, train_on)
+        return replace(tokens, notes=("a note",)) if example.messages[0].content in "123" else tokens
+
+    ordinary_read, ordinary_encode = RowReader.read, ChatFormat.encode
+    monkeypatch.setattr(RowReader, "read", read)
+    monkeypatch.setattr(ChatFormat, "encode", encode)
+    source = write(tmp_path, *[json.dumps({"prompt": f"{n}", "completion": "a"}) for n in range(20)])
+    report = load_rows(DataSpec(source, eval_rows=0), tokenizer, 64).reports[0]
+    assert report.unread == {"id": 20, "messages[].weight": 1} and report.notes == {"a note": 3}
+    said = capsys.readouterr().out
+    assert "  not read: id (20 rows), messages[].weight (1 row)" in said
+    assert "  3 rows: a note" in said
+
+
+def test_a_report_is_the_same_after_it_was_stored_as_json():
+    report = DataReport("a.jsonl", 64, "messages", read=9, kept=4, sha256="0" * 64)
+    report.add_unused(BadRow("invalid JSON"), "a.jsonl:3")
+    report.add_unused(TooLong("too long"), "a.jsonl:4")
+    report.add_unused(NotToLearn("its weight is 0"), "a.jsonl:5")
+    report.add_length(100)
+    report.unread["id"], report.notes["a note"] = 4, 2
+    again = DataReport.from_record(json.loads(json.dumps(report.record())))
+    assert again == report and again.lines() == report.lines()
