@@ -77,7 +77,7 @@ def test_it_tells_lengths_and_steps(weightless, capsys):
     look(weightless)
     out = capsys.readouterr().out
     assert "\nlengths in tokens, of all examples: 50% up to " in out
-    assert " 4 a step, are " in out and " optimizer steps an epoch; the run takes " in out
+    assert "\noptimizer steps: " in out and ", 4 a step); the run takes " in out
 
 
 def test_another_length_of_rows_is_tried_without_an_edit(weightless, tmp_path, capsys):

@@ -97,9 +97,10 @@ class Packing:
 
     def lines(self) -> list[str]:
         trained = self.trained_tokens / self.steps_per_epoch
+        rows = "1 packed row" if self.rows == 1 else f"{self.rows:,} packed rows"
         return [
-            f"steps: {self.rows:,} packed rows, {self.rows_per_step} a step, are {self.steps_per_epoch:,} optimizer "
-            f"steps an epoch; the run takes {self.steps:,}",
+            f"optimizer steps: {self.steps_per_epoch:,} an epoch ({rows}, {self.rows_per_step} a step); the run takes "
+            f"{self.steps:,}",
             f"    a step has up to {self.rows_per_step * self.seq_len:,} tokens, of which about {trained:,.0f} are "
             "trained",
         ]

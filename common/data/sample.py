@@ -80,8 +80,9 @@ def _peculiarities(example: Example, tokens: Tokens) -> frozenset[str]:
     found = set(tokens.notes)
     if not isinstance(example, str):
         messages = example.messages
-        found |= {message.role for message in messages} - {"user", "assistant"}
         there = {
+            "a system message": any(message.role == "system" for message in messages),
+            "a tool's result": any(message.role == "tool" for message in messages),
             "several answers": sum(message.role == "assistant" for message in messages) > 1,
             "tools": bool(example.tools) or any(message.tool_calls for message in messages),
             "thoughts": any(message.reasoning for message in messages),

@@ -59,7 +59,9 @@ def lay_out(pieces: Sequence[Piece], *, on_terminal: bool) -> list[str]:
             elif is_trained:
                 shown = ("" if number else "⟦") + shown + ("⟧" if number == len(parts) - 1 else "")
             line += shown
-    lines.append(indent + line)
+    if line:  # otherwise the text ends in a line break
+        lines.append(indent + line)
+    lines = [line.rstrip() for line in lines]
     if len(lines) <= MAX_LINES:
         return lines
     first = MAX_LINES * 3 // 4

@@ -40,7 +40,7 @@ def test_late_rows_are_drawn_as_well(tmp_path, tokenizer):
 
 RARE = {
     "several answers": chat("a", "b", "c", "d"),
-    "system": chat("a", "b", system="Be brief."),
+    "a system message": chat("a", "b", system="Be brief."),
 }
 
 

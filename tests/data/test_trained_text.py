@@ -66,13 +66,14 @@ def test_a_line_break_of_the_text_is_no_break_of_the_layout():
         "    user",
         "    Bye",
     ]
+    assert lay_out([("Hi", False), ("no<end>", True), ("\n", False)], on_terminal=False)[-1] == "  ↳ ⟦no<end>⟧"
 
 
 def test_a_terminal_underlines_each_trained_line():
     assert lay_out([("ask\n", False), ("a\n\nb", True)], on_terminal=True) == [
         "    ask",
         "    \033[4ma\033[0m",
-        "    ",
+        "",
         "    \033[4mb\033[0m",
     ]
 
