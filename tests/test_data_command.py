@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -214,14 +215,14 @@ def test_a_model_without_a_tokenizer_is_one_line(weightless, capsys, missing):
     assert capsys.readouterr().err.strip().count("\n") == 0
 
 
-def test_as_it_is_typed():
-    done = recipes("data", "tiny", "--examples", "1")
+def test_as_it_is_typed_it_prints_what_the_page_shows():
+    done = recipes("data", "tiny")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert (
-        "data/tiny/train.jsonl: 2,000 rows read" in done.stdout and "\nexample 1, data/tiny/train.jsonl:" in done.stdout
-    )
-    assert "the run takes 194" in done.stdout  # the README's run ends with step 194
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```\n(example 1, .*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    assert f"\n{shown}" in done.stdout
+    assert "the run takes 194\n" in done.stdout  # the README's run ends with step 194
 
 
 def test_an_unknown_model_is_refused_and_names_those_that_exist():
