@@ -28,7 +28,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe _merged
+.PHONY: help finetune data plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe _merged
 
 help: ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
@@ -53,6 +53,9 @@ TARGET_FLAGS = $(OUT_FLAG) $(call flag,--base,BASE) $(call flag,--to,TO)
 
 finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
 	@$(PY) -m recipes finetune $(RECIPE) $(PROCESS_FLAGS) $(RUN_FLAGS) $(ARGS)
+
+data: _recipe $(VENV)/.installed ## what MODEL would be trained on, with examples; DATA=my.jsonl SEQ_LEN=4096 JSON=data.json
+	@$(PY) -m recipes data $(RECIPE) $(call flag,--data,DATA) $(call flag,--seq-len,SEQ_LEN) $(call flag,--json,JSON) $(ARGS)
 
 plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
 	@$(PY) -m recipes plan $(RECIPE) $(PROCESS_FLAGS) $(call flag,--card-gib,CARD_GIB) $(call flag,--seq-len,SEQ_LEN) \

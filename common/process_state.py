@@ -83,6 +83,11 @@ def _share_cpus() -> None:
 def prepare_for_plan() -> None:
     """Shortens the imports of a process that only makes a plan. Called by recipes/__main__.py before them."""
     gc.disable()  # the collector would scan all imported modules again and again, and find nothing
+    leave_out_compiler()
+
+
+def leave_out_compiler() -> None:
+    """Shortens the imports of a process that computes nothing. Called by recipes/__main__.py before them."""
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled; bitsandbytes would import the compiler
 
 

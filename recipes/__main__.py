@@ -1,7 +1,7 @@
 """Runs a recipe, or another command on it.
 
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
-    python -m recipes COMMAND NAME [flags]    # finetune, plan, dryrun, chat, eval, merge, export, report
+    python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
     python -m recipes --check NAME            # only says whether there is such a recipe
     torchrun --nproc-per-node 2 -m recipes NAME [flags]
 
@@ -14,10 +14,12 @@ import sys
 import traceback
 from pathlib import Path
 
-from common.process_state import prepare_for_plan, protect_output
+from common.process_state import leave_out_compiler, prepare_for_plan, protect_output
 
 if IS_PLAN := sys.argv[1:2] == ["plan"] or "--plan" in sys.argv:  # a plan takes seconds, most of them imports
     prepare_for_plan()
+if IS_DATA := sys.argv[1:2] == ["data"]:  # so does a look at the data
+    leave_out_compiler()
 
 from common.cli import run, run_command
 from common.commands import COMMANDS
@@ -25,8 +27,8 @@ from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
 FOLDER = Path(__file__).parent
-MAKES_FILES = (
-    not IS_PLAN and "--dry-run" not in sys.argv and sys.argv[1:2] not in (["dryrun"], ["chat"], ["eval"], ["report"])
+MAKES_FILES = not (
+    IS_PLAN or IS_DATA or "--dry-run" in sys.argv or sys.argv[1:2] in (["dryrun"], ["chat"], ["eval"], ["report"])
 )
 
 
@@ -76,6 +78,6 @@ if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    if IS_PLAN:
+    if IS_PLAN or IS_DATA:
         os._exit(status)  # an ordinary exit frees what was imported, which takes another second
     sys.exit(status)

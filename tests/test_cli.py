@@ -111,6 +111,10 @@ def test_a_plan_that_cannot_be_is_one_line(flags, message):
             "eval tiny --samples -1",
             "make eval MODEL=tiny ARGS=...: error: argument --samples: '-1' is not a whole number",
         ),
+        (
+            "data tiny --examples -1",
+            "make data MODEL=tiny ARGS=...: error: argument --examples: '-1' is not a whole number",
+        ),
         ("merge tiny --json x", "make merge MODEL=tiny ARGS=...: error: unrecognized arguments: --json x"),
         ("report tiny --data x", "make report MODEL=tiny ARGS=...: error: unrecognized arguments: --data x"),
     ],
@@ -225,7 +229,7 @@ def test_a_run_under_way_keeps_others_out_of_its_folder_until_it_is_killed(tmp_p
     refuse_run_under_way(str(out))
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"plan", "chat"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"plan", "chat", "data"}))
 def test_every_command_that_writes_or_takes_long_leaves_a_run_alone(tmp_path, capsys, command):
     out = tmp_path / ("run-dry-run" if command == "dryrun" else "run")
     out.mkdir()
@@ -312,6 +316,7 @@ def test_make_without_a_python_that_is_new_enough_says_so(project):
     ("target", "variable"),
     [
         ("finetune", "GPUS=x"),
+        ("data", "SEQ_LEN=x"),
         ("plan", "SEQ_LEN=x"),
         ("dryrun", "LAYERS=x"),
         ("chat", "ARGS=--top-k x"),

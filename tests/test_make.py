@@ -58,6 +58,7 @@ FLAGS = {
         "NNODES": "--nnodes",
         "RDZV_ENDPOINT": "--rdzv-endpoint",
     },
+    "data": {"DATA": "--data", "SEQ_LEN": "--seq-len", "JSON": "--json"},
     "plan": {"CARD_GIB": "--card-gib", "SEQ_LEN": "--seq-len", "JSON": "--json", "GPUS": "--gpus"},
     "dryrun": {"LAYERS": "--layers", "GPUS": "--gpus"},
     "eval": {"DATA": "--data", "OUT": "--out", "JSON": "--json"},

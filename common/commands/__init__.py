@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from common.commands.chat import add_chat_flags, run_chat
+from common.commands.data import add_data_flags, run_data
 from common.commands.dryrun import add_dryrun_flags, run_dryrun
 from common.commands.eval import add_eval_flags, run_eval
 from common.commands.export import add_export_flags, run_export
@@ -33,6 +34,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "finetune": Command(run_finetune, add_finetune_flags),
+    "data": Command(run_data, add_data_flags),
     "plan": Command(run_plan, add_plan_flags),
     "dryrun": Command(run_dryrun, add_dryrun_flags),
     "chat": Command(run_chat, add_chat_flags),

@@ -37,13 +37,19 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
     """The recipe with what the flags of add_run_flags say. Raises UserError for a value that is out of range."""
-    if flags.data:  # the recipe's own held-out rows belong to the recipe's own data
-        data = replace(recipe.data, source=flags.data, sources=(), revision=None, config=None, eval_source=None)
-        recipe = replace(recipe, data=data)
+    if flags.data:
+        recipe = replace_data(recipe, flags.data)
     if flags.max_steps is not None:
         recipe = replace(recipe, train=replace(recipe.train, max_steps=flags.max_steps))
     existing = "resume" if flags.resume else "overwrite" if flags.overwrite else recipe.existing_run
     return replace(recipe, existing_run=existing)
+
+
+def replace_data(recipe: Recipe, source: str) -> Recipe:
+    """The recipe with another source. Its own held-out rows belong to its own data."""
+    return replace(
+        recipe, data=replace(recipe.data, source=source, sources=(), eval_source=None, revision=None, config=None)
+    )
 
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:

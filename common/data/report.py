@@ -14,9 +14,16 @@ from common.data.lengths import fit_line, shortest_fit
 from common.data.packing import TooLong
 from common.data.source_row import BadRow, NotToLearn
 from common.data.tally import Tally
+from common.data.trained_text import escape
 from common.recipe import UserError
 
-JOINERS = "\u200c\u200d"  # invisible parts of emoji and of words in several scripts
+
+class UnusableRows(UserError):
+    """Too many rows of a source cannot be used. report: what was found in it."""
+
+    def __init__(self, message: str, report: "DataReport") -> None:
+        super().__init__(message)
+        self.report = report
 
 
 @dataclass
@@ -172,6 +179,6 @@ def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int 
     text = "…" if start else ""
     for is_trained, run in groupby(shown, key=lambda pair: pair[1] != IGNORED):
         decoded = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
-        piece = "".join(c if c.isprintable() or c in JOINERS else repr(c)[1:-1] for c in decoded)
+        piece = escape(decoded)
         text += f"{on}{piece}{off}" if is_trained else piece
     return text + ("…" if stop < len(tokens.input_ids) else "")

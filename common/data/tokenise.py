@@ -16,7 +16,7 @@ from common.data.conversations import RowReader
 from common.data.cutting import fit_example
 from common.data.examples import Examples
 from common.data.files import read_rows
-from common.data.report import DataReport
+from common.data.report import DataReport, UnusableRows
 from common.data.source_files import find_files, is_file
 from common.data.source_row import BadRow, PlacedRow, PreferenceData
 from common.machine.workers import map_in_order
@@ -35,7 +35,7 @@ def tokenise_source(
 ) -> tuple[Examples, DataReport]:
     """Tokenises every usable row of a source, into examples of at most seq_len tokens. Prints the report.
 
-    Raises UserError when the source cannot be read, or too many of its rows cannot be used.
+    Raises UserError when the source cannot be read, and UnusableRows when too many of its rows cannot be used.
     """
     report, examples, printed_at = DataReport(source, seq_len), Examples(), time.monotonic()
     if is_file(source) and (files := find_files(source)).saved is None:
@@ -49,7 +49,10 @@ def tokenise_source(
             printed_at = time.monotonic()
     report.copies = examples.copies()
     print("\n".join(report.lines()))
-    report.refuse_unusable(spec.max_bad_share, spec.max_long_share)
+    try:
+        report.refuse_unusable(spec.max_bad_share, spec.max_long_share)
+    except UserError as error:
+        raise UnusableRows(str(error), report) from None
     return examples, report
 
 

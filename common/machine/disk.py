@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.machine.lock import LockHeld, hold_lock, refuse_held
-from common.machine.write_errors import write_failure
+from common.machine.write_errors import write_failure, writing
 from common.recipe import UserError
 
 WRITING_SUFFIX = ".writing"
@@ -91,6 +91,18 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Writes a UTF-8 file that is complete or unchanged. Not for devices and pipes: the rename would replace them."""
     with write_aside(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def write_named_file(path: Path, text: str) -> None:
+    """Writes a UTF-8 file where a user wants it: complete or unchanged, or into a device or a pipe.
+
+    Raises UserError when it cannot be written.
+    """
+    with writing(path):
+        if path.exists() and not path.is_file():  # a rename would replace a device or a pipe
+            path.write_text(text, encoding="utf-8")
+        else:
+            write_text_atomically(path, text)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -11,7 +11,7 @@ from common.machine.paths import local_path
 from common.model.architectures import ARCHITECTURES
 from common.model.download import model_folder
 from common.model.quantization import refuse_other_quantization
-from common.recipe import ModelSpec, UserError
+from common.recipe import ModelSpec, Recipe, UserError
 
 SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, so that a plan needs no network
 
@@ -53,3 +53,11 @@ def refuse_other_shape(spec: ModelSpec, name: str, stored: torch.Size, config_sh
             f"{spec.name} does not fit its config.json: {name} is {tuple(stored)}, the config says "
             f"{tuple(config_shape)}"
         )
+
+
+def refuse_more_positions(recipe: Recipe) -> None:
+    """Raises UserError when a row is longer than the model can tell positions apart."""
+    seq_len = recipe.train.seq_len
+    positions = getattr(load_config(recipe.model), "max_position_embeddings", seq_len)
+    if seq_len > positions:
+        raise UserError(f"TrainSpec.seq_len is {seq_len:,}; {recipe.model.name} has {positions:,} positions")

@@ -6,12 +6,11 @@ from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
-from common.model.config import load_config
+from common.model.config import load_config, refuse_more_positions
 from common.model.sharding import refuse_unshardable
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
-from common.plan.planner import refuse_more_positions
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small

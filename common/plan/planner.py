@@ -11,12 +11,12 @@ from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy
-from common.model.config import load_config
+from common.model.config import refuse_more_positions
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
 from common.plan.step import ADAPTERS, Step, peak_between
-from common.recipe import Recipe, UserError, rows_per_process
+from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 LONG_ROW_TOKENS = 8_192  # from here on attention is a large enough part of a layer to be worth keeping
@@ -191,11 +191,3 @@ class Planner:
 def _traffic_class(option: Option) -> int:
     """A number that options share which send about as much: the traffic in powers of TRAFFIC_TOLERANCE, rounded."""
     return round(math.log(option.link_bytes_per_token, TRAFFIC_TOLERANCE))
-
-
-def refuse_more_positions(recipe: Recipe) -> None:
-    """Raises UserError when a row is longer than the model can tell positions apart."""
-    seq_len = recipe.train.seq_len
-    positions = getattr(load_config(recipe.model), "max_position_embeddings", seq_len)
-    if seq_len > positions:
-        raise UserError(f"TrainSpec.seq_len is {seq_len:,}; {recipe.model.name} has {positions:,} positions")

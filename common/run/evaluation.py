@@ -11,8 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from common.data.batches import collate
-from common.machine.disk import write_text_atomically
-from common.machine.write_errors import writing
+from common.machine.disk import write_named_file
 from common.model.attention import uses_packed_attention
 from common.run.generation import generate
 from common.run.held_out_loss import batch_nll, mean_nll, perplexity
@@ -100,9 +99,4 @@ def print_evaluation(result: dict[str, Any]) -> None:
 
 def write_evaluation(result: dict[str, Any], path: Path) -> None:
     """Writes eval.json. Raises UserError when it cannot be written."""
-    text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-    with writing(path):
-        if path.exists() and not path.is_file():  # a device or a pipe, which a rename would replace
-            path.write_text(text, encoding="utf-8")
-        else:
-            write_text_atomically(path, text)
+    write_named_file(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

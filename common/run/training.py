@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
+from common.data.steps import few_rows_warning
 from common.machine.collectives import run_on_main
 from common.machine.processes import is_main_process
 from common.model.sharding import gather_adapter
@@ -48,7 +49,8 @@ def train(
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
-    _warn_of_few_rows(rows, recipe.train)
+    if warning := few_rows_warning(len(rows.train), recipe.train):
+        print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
         checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run)
@@ -75,15 +77,6 @@ def prepare_process(train: TrainSpec, folder: Path) -> None:
     if train.deterministic:
         make_deterministic()
     keep_tracker_files(train.report_to, folder)
-
-
-def _warn_of_few_rows(rows: Rows, train: TrainSpec) -> None:
-    count = len(rows.train)
-    if count <= train.rows_per_step:
-        print(
-            f"warning: there {'is 1 packed row' if count == 1 else f'are {count} packed rows'} and rows_per_step is "
-            f"{train.rows_per_step}: an epoch is a single step. Lower rows_per_step, or raise epochs"
-        )
 
 
 def run_steps(trainer: Trainer, report: ProgressReport, checkpoint: Path | None, *, evaluates: bool) -> None:

@@ -1,0 +1,66 @@
+"""`make data`: what a run would say about its data, and examples with the trained part marked. Loads no model."""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+
+from common.commands.flags import replace_data, whole_number
+from common.machine.disk import write_named_file
+from common.machine.paths import local_path
+from common.recipe import Recipe
+from common.run.folder import refuse_inside
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="look at this file or hub data set instead of the recipe's")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="in rows of N tokens")
+    parser.add_argument(
+        "--examples", type=whole_number(0), default=3, metavar="N", help="so many are shown (default: 3)"
+    )
+    parser.add_argument("--json", type=local_path, metavar="FILE", help="write all of it there, for machines")
+
+
+def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
+    """Prints what load_rows prints, examples, lengths and steps; writes them to --json.
+
+    Raises UserError where the run would refuse the data, after all that could be found out is printed and written.
+    """
+    if flags.json:
+        refuse_inside(flags.json, recipe.out, "JSON")
+    if flags.data:
+        recipe = replace_data(recipe, flags.data)
+    if flags.seq_len is not None:
+        recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
+    print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
+    from common.data.chat_format import ChatFormat
+    from common.data.overview import Lengths, Packing, example_lines, overview_values
+    from common.data.report import UnusableRows
+    from common.data.rows import load_rows
+    from common.data.sample import draw_examples
+    from common.data.steps import few_rows_warning
+    from common.model.config import refuse_more_positions
+    from common.model.loading import load_tokenizer
+
+    refuse_more_positions(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    data, train, refusal, rows = recipe.data, recipe.train, None, None
+    try:
+        rows = load_rows(data, tokenizer, train.seq_len, train.seed)
+        reports = rows.reports
+    except UnusableRows as error:
+        refusal, reports = error, [error.report]
+    examples = draw_examples(
+        data, ChatFormat(tokenizer, rendered=data.rendered), train.seq_len, train.seed, flags.examples
+    )
+    print("\n".join(["", *example_lines(examples, tokenizer, on_terminal=sys.stdout.isatty())]))
+    if rows is not None:
+        print("\n".join(Lengths.of_rows(rows).lines() + Packing.of_rows(rows, train).lines()))
+        if warning := few_rows_warning(len(rows.train), train):
+            print(warning)
+    if flags.json:
+        values = overview_values(recipe, reports, rows, examples, tokenizer, None if refusal is None else str(refusal))
+        write_named_file(flags.json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+        print(f"written to {flags.json}")
+    if refusal is not None:
+        raise refusal
