@@ -15,10 +15,10 @@ GOES_ON = "  ↳ "  # before a line that the text does not begin: what is traine
 MAX_PIECE_CHARACTERS = 2000  # that are printed of a piece, and lines of an example: the text of a book has more
 MAX_LINES = 40
 
-Piece = tuple[str, bool]  # a text, and whether it is trained
+TextPart = tuple[str, bool]  # a text, and whether it is trained
 
 
-def trained_pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[Piece]:
+def trained_pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[TextPart]:
     """Splits the text of the tokens where training begins or ends. The pieces together are the text of all tokens."""
     pieces, text, end = [], "", 0
     for is_trained, run in groupby(tokens.labels, key=lambda label: label != IGNORED):
@@ -36,7 +36,7 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() or c in JOINERS else repr(c)[1:-1] for c in text)
 
 
-def lay_out(pieces: Sequence[Piece], *, on_terminal: bool) -> list[str]:
+def lay_out(pieces: Sequence[TextPart], *, on_terminal: bool) -> list[str]:
     """Returns the lines of an example. Each trained piece, and what follows it, begins a line of its own.
 
     A line that begins so, where the text has no line break, begins with GOES_ON. Trained text is underlined on a

@@ -1,7 +1,6 @@
 """Every row of a source is counted; the faults are named with their places."""
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -86,24 +85,20 @@ def test_rows_that_say_not_to_learn_them_are_counted_apart(tmp_path, tokenizer, 
         load_rows(DataSpec(source), tokenizer, 64)
 
 
-def test_notes_and_unread_columns_are_said_with_their_rows(tmp_path, tokenizer, capsys, monkeypatch):
-    def read(self, row):
-        self.unread.update(["id", "messages[].weight"] if row["prompt"] == "3" else ["id"])
-        return ordinary_read(self, row)
+def test_notes_and_unread_columns_are_said_with_their_rows(tmp_path, tokenizer, capsys):
+    def row(number: int) -> str:
+        messages = [{"role": "user", "content": f"{number}"}, {"role": "assistant", "content": "a"}]
+        messages += [{"role": "user", "content": "Thanks"}] * (number < 3)
+        messages[0] |= {"name": "Ann"} if number == 3 else {}
+        return json.dumps({"id": number + 1, "messages": messages})
 
-    def encode(self, example, train_on="assistant"):
-        tokens = ordinary_encode(self, example, train_on)
-        return replace(tokens, notes=("a note",)) if example.messages[0].content in {"1", "2", "3"} else tokens
-
-    ordinary_read, ordinary_encode = RowReader.read, ChatFormat.encode
-    monkeypatch.setattr(RowReader, "read", read)
-    monkeypatch.setattr(ChatFormat, "encode", encode)
-    source = write(tmp_path, *[json.dumps({"prompt": f"{n}", "completion": "a"}) for n in range(20)])
+    source = write(tmp_path, *[row(number) for number in range(20)])
     report = load_rows(DataSpec(source, eval_rows=0), tokenizer, 64).reports[0]
-    assert report.unread == {"id": 20, "messages[].weight": 1} and report.notes == {"a note": 3}
+    assert report.unread == {"id": 20, "messages[].name": 1}
+    assert report.notes == {"what follows the last answer is left out": 3}
     said = capsys.readouterr().out
-    assert "  not read: id (20 rows), messages[].weight (1 row)" in said
-    assert "  3 rows: a note" in said
+    assert "  not read: id (20 rows), messages[].name (1 row)" in said
+    assert "  3 rows: what follows the last answer is left out" in said
 
 
 def test_a_report_is_the_same_after_it_was_stored_as_json():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -71,16 +72,16 @@ def test_a_small_source_starts_no_process(tmp_path, tokenizer, monkeypatch):
 
 
 def test_a_template_that_cannot_be_trained_with_is_refused_from_another_process(tmp_path, tokenizer, many_processes):
-    class Broken(ChatFormat):
-        def encode(self, example, train_on="assistant"):
-            if isinstance(example, str) or "bad" in example.messages[0].content:
-                raise UserError("the template is broken")
-            return super().encode(example, train_on)
-
+    tokenizer = copy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{% if m.role == 'assistant' and messages[0].content != 'bad' %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
     source = write(tmp_path, *[conversation(f"{n}") for n in range(60)], conversation("bad"))
     many_processes(2)
-    with pytest.raises(UserError, match="the template is broken"):
-        tokenise_source(DataSpec(source), source, "train", Broken(tokenizer), 128)
+    with pytest.raises(UserError, match="the chat template"):
+        tokenise_source(DataSpec(source), source, "train", ChatFormat(tokenizer), 128)
 
 
 def test_chunks_of_long_rows_have_fewer_rows():
