@@ -60,9 +60,9 @@ def run_here(stack: str, path: str, folder: str) -> dict[str, float]:
     import trl
     from transformers import AutoTokenizer
 
-    from common.data.chat_format import ChatFormat
     from common.data.tokenise import tokenise_source
     from common.recipe import DataSpec
+    from common.tokens.chat_format import ChatFormat
 
     templates = Path(trl.__file__).parent / "chat_templates"
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -10,11 +10,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
-from common.data.chat_format import ChatFormat
-from common.data.conversation import Conversation, Message
-from common.data.source_row import BadRow
+from common.conversations.conversation import Conversation, Message
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import ChatFormat
 
 HELP = """\
 /reset         forget the conversation

@@ -12,8 +12,8 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
 from common.adapter.tokenizer_json import BYTE_TOKEN, TextRules, read_text_rules
-from common.data.chat_format import ChatFormat
 from common.recipe import UserError
+from common.tokens.chat_format import ChatFormat
 
 MAX_ENDING_TOKENS = 3  # that GGUF has keys for
 _GENERATION_MARK = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")

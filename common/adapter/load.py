@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from common.adapter.config import MERGE_WITH_PEFT
 from common.adapter.find import TrainedAdapter
 from common.adapter.trained_base import find_trained_base
-from common.data.stop_ids import stop_ids
 from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.recipe import ModelSpec, UserError
 from common.run.folder import ADAPTER_WEIGHTS
+from common.tokens.stop_ids import stop_ids
 
 _DECODER_LINEAR = re.compile(r"model\.layers\.\d+\.")  # the head and the embedding are read without an adapter
 

@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from common.adapter.find import TrainedAdapter
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights, merge_into
-from common.data.chat_format import ChatFormat
-from common.data.conversation import Conversation, Message
+from common.conversations.conversation import Conversation, Message
 from common.machine.device import this_machine
 from common.machine.slow_work import WorkDone, report_slow_work
 from common.model.layer_loader import LayerLoader
 from common.model.safetensors_files import SafetensorsFolder
 from common.recipe import UserError
+from common.tokens.chat_format import ChatFormat
 
 # The check measures the mean KL divergence from the trained to the merged model, in nats per token. Both run in fp32:
 # the only difference there may be is that the merged weights were rounded to 16 bits. Measured: rounding to bf16 gives

@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
-from common.data.stop_ids import stop_ids
 from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.recipe import UserError
+from common.tokens.stop_ids import stop_ids
 
 CHAT_TEMPLATE = "chat_template.jinja"
 

@@ -33,7 +33,6 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     if flags.seq_len is not None:
         recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
     print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
-    from common.data.chat_format import ChatFormat
     from common.data.overview import Lengths, Packing, example_lines, overview_values
     from common.data.report import UnusableRows
     from common.data.rows import load_rows
@@ -41,6 +40,7 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.data.steps import few_rows_warning
     from common.model.config import refuse_more_positions
     from common.model.loading import load_tokenizer
+    from common.tokens.chat_format import ChatFormat
 
     refuse_more_positions(recipe)
     tokenizer = load_tokenizer(recipe.model)

@@ -1,4 +1,4 @@
-"""From rows in any accepted format to packed rows of token ids and labels, and to micro-batches.
+"""From sources to packed rows of token ids and labels, and to micro-batches.
 
 Not here: anything that knows a model; the tokenizer is an argument. What a run evaluates and samples is in common.run.
 """

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from common.data.labels import IGNORED, trained_positions
+from common.tokens.labels import IGNORED, trained_positions
 
 Batch = dict[str, Any]  # a micro-batch, as collate makes it
 _TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
 def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_free: bool = False) -> Batch:
-    """Makes a micro-batch: input_ids, labels and position_ids, int64, and trained_positions (common.data.labels).
+    """Makes a micro-batch: input_ids, labels and position_ids, int64, and trained_positions (common.tokens.labels).
 
     Positions restart at 0 with each example. Without `padding_free` the shape is (rows, longest row): transformers
     derives the block-diagonal attention mask from the positions, and each padding token is an example of its own.

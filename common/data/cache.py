@@ -16,18 +16,19 @@ from typing import Any
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedTokenizerFast
 
-from common.data.fingerprint import FileStates
-from common.data.vocabulary import vocabulary_limit
 from common.machine.disk import write_aside
 from common.machine.write_errors import failure_while_writing
 from common.recipe import DataSpec
+from common.sources.fingerprint import FileStates
+from common.tokens.vocabulary import vocabulary_limit
 
 CACHE = Path(".cache") / "rows"  # in the working directory
 MIN_SOURCE_BYTES = 8 << 20  # smaller files are not cached: they are tokenised within seconds
 MAX_ENTRIES = 4
 METADATA = "metadata.json"
 SHARED = "of-one-run"  # beginning of the names of entries that only the processes of one run read
-CODE = Path(__file__).parent  # the modules that make rows
+# the modules that make rows
+CODE = tuple(Path(__file__).parents[1] / name for name in ("sources", "conversations", "tokens", "data"))
 
 
 def cache_folder(
@@ -49,7 +50,7 @@ def cache_folder(
     settings |= {"vocabulary": vocabulary_limit(tokenizer)}
     digest.update(json.dumps(settings, sort_keys=True).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    for module in sorted(CODE.glob("*.py")):
+    for module in sorted(path for folder in CODE for path in folder.glob("*.py")):
         digest.update(module.read_bytes())
     digest.update(" ".join(hashes).encode())
     return CACHE / digest.hexdigest()[:32]

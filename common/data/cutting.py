@@ -3,10 +3,10 @@
 from bisect import bisect_right
 from dataclasses import replace
 
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Conversation, Example
+from common.conversations.conversation import Conversation, Example
 from common.data.packing import fit_to_row
 from common.recipe import TrainOn
+from common.tokens.chat_format import ChatFormat, Tokens
 
 
 def fit_example(

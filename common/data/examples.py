@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from common.data.chat_format import Tokens
-from common.data.labels import IGNORED
+from common.tokens.chat_format import Tokens
+from common.tokens.labels import IGNORED
 
 
 class Examples:

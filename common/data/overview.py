@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from common.data.labels import IGNORED
 from common.data.report import DataReport
 from common.data.rows import Rows
 from common.data.sample import DrawnExample
 from common.data.steps import count_steps, steps_per_epoch
 from common.data.trained_text import lay_out, trained_pieces
 from common.recipe import Recipe, TrainSpec
+from common.tokens.labels import IGNORED
 
 SHARES = (0.5, 0.9, 0.99)  # of the examples, of which is said how long they are at most
 BAR_CHARACTERS = 40  # of the longest one

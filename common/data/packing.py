@@ -10,10 +10,10 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from trl import pack_dataset
 
-from common.data.chat_format import Tokens
 from common.data.examples import Examples
-from common.data.labels import IGNORED
-from common.data.source_row import BadRow
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import Tokens
+from common.tokens.labels import IGNORED
 
 # Tokens that are packed in one go. A group leaves a few rows at its end half empty, and takes 16 bytes a token while
 # it is packed: 256 MiB.

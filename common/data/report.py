@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat_format import Tokens
-from common.data.labels import IGNORED
 from common.data.lengths import fit_line, shortest_fit
 from common.data.packing import TooLong
-from common.data.source_row import BadRow, NotToLearn
 from common.data.tally import Tally
 from common.data.trained_text import escape
 from common.recipe import UserError
+from common.sources.source_row import BadRow, NotToLearn
+from common.tokens.chat_format import Tokens
+from common.tokens.labels import IGNORED
 
 
 class UnusableRows(UserError):

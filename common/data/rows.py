@@ -14,9 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from common.data.cache import cache_folder, load_cached, remove_shared, save_cached, shared_folder
-from common.data.chat_format import ChatFormat
 from common.data.examples import Examples
-from common.data.fingerprint import FileStates, file_states, refuse_if_changed
 from common.data.packing import pack
 from common.data.report import DataReport, mark_trained
 from common.data.selection import Selection, describe_mixture, select
@@ -24,6 +22,8 @@ from common.data.tokenise import Tokeniser, chunked, rows_of, tokenise_source
 from common.machine.collectives import barrier_on_machine, broadcast_on_machine
 from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
+from common.sources.fingerprint import FileStates, file_states, refuse_if_changed
+from common.tokens.chat_format import ChatFormat
 
 
 @dataclass(frozen=True)

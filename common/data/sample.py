@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Example
+from common.conversations.conversation import Example
 from common.data.report import DataReport
-from common.data.source_row import BadRow, PlacedRow
 from common.data.tokenise import Tokeniser, rows_of
 from common.recipe import DataSpec
+from common.sources.source_row import BadRow, PlacedRow
+from common.tokens.chat_format import ChatFormat, Tokens
 
 MAX_ROWS = 100_000  # from the first on: reading a million takes many seconds
 CANDIDATES = 200  # rows that are tokenised, to choose from

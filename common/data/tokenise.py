@@ -9,18 +9,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from common.conversations.conversation import Example
+from common.conversations.row_reader import RowReader
 from common.cpu_quota import available_cpus
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Example
-from common.data.conversations import RowReader
 from common.data.cutting import fit_example
 from common.data.examples import Examples
-from common.data.files import read_rows
 from common.data.report import DataReport, UnusableRows
-from common.data.source_files import find_files, is_file
-from common.data.source_row import BadRow, PlacedRow, PreferenceData
 from common.machine.workers import map_in_order
 from common.recipe import DataSpec, UserError
+from common.sources.files import read_rows
+from common.sources.source_files import find_files, is_file
+from common.sources.source_row import BadRow, PlacedRow, PreferenceData
+from common.tokens.chat_format import ChatFormat, Tokens
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress
 CHUNK_ROWS = 256  # rows that a process gets at once: fewer where they are long

@@ -6,8 +6,8 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat_format import Tokens
-from common.data.labels import IGNORED
+from common.tokens.chat_format import Tokens
+from common.tokens.labels import IGNORED
 
 JOINERS = "\u200c\u200d"  # invisible parts of emoji and of words in several scripts
 INDENT = "    "

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from common.data.json_files import parse_json
 from common.process_state import without_generation_warnings
+from common.sources.json_files import parse_json
 
 GENERATION_CONFIG = "generation_config.json"
 # Whether another field is valid depends on these, so they are looked at first.

@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from common import REPOSITORY
-from common.data.vocabulary import describe_beyond, limit_vocabulary, tokens_beyond
 from common.machine.device import Machine, this_machine
 from common.machine.disk import format_bytes
 from common.machine.layout import ONE_PROCESS, Layout
@@ -41,6 +40,7 @@ from common.model.tensor_source import WeightsOrigin, random_state
 from common.model.weight_files import first_file, weight_files
 from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
+from common.tokens.vocabulary import describe_beyond, limit_vocabulary, tokens_beyond
 
 TINY = REPOSITORY / "models" / "tiny"
 MIN_ANNOUNCED_BYTES = 1 << 30  # a smaller model loads within a few seconds
@@ -55,7 +55,7 @@ def load_tokenizer(spec: ModelSpec, base: ModelSpec | None = None) -> PreTrained
     in. `base` is the model where `spec` names a folder that has a tokenizer alone. Raises UserError when the files
     cannot be had or read, as choose_chat_template, when no token can serve for padding, and when the model has no
     embedding for BOS or EOS.
-    Other tokens without an embedding are known to what tokenises with it (common.data.vocabulary).
+    Other tokens without an embedding are known to what tokenises with it (common.tokens.vocabulary).
     """
     if spec.weights == "random" and not local_path(spec.name).is_dir():
         folder = TINY

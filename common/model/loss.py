@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from common.data.labels import trained_positions as find_trained_positions
+from common.tokens.labels import trained_positions as find_trained_positions
 
 # A tile of logits in fp32. 2^26 entries are 512 tokens of Llama 3's vocabulary: enough rows for a saturated matmul.
 TILE_ENTRIES = 1 << 26
@@ -72,7 +72,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
     """Replaces the model's forward: with labels it returns the loss without logits, else it is the stock forward.
 
     labels: int64 (rows, tokens), not shifted, IGNORED where nothing is trained. trained_positions: optional, from
-    common.data.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
+    common.tokens.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
     num_items_in_batch: what the summed loss is divided by; None divides by the trained tokens of this batch.
     """
     stock = model.forward

@@ -7,9 +7,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from common.data.stop_ids import stop_ids
 from common.machine.disk import remove, replace_atomically
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SAVING
+from common.tokens.stop_ids import stop_ids
 
 
 def save_trained(

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from common.data.stop_ids import stop_ids
 from common.machine.slow_work import report_slow_work
 from common.run.answer_config import GREEDY, fit_to_answers
 from common.run.prompts import Prompt
+from common.tokens.stop_ids import stop_ids
 
 PROMPTS_AT_A_TIME = 50
 MAX_NEW_TOKENS = 96

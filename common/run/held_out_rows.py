@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset
 
-from common.data.fingerprint import source_state
 from common.machine.disk import remove, replace_atomically
 from common.recipe import UserError
 from common.run.folder import HELD_OUT_ROWS, SAVING
+from common.sources.fingerprint import source_state
 
 
 def save_held_out_rows(rows: Dataset, folder: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat_format import ChatFormat
-from common.data.labels import IGNORED
 from common.data.report import DataReport
-from common.data.source_row import BadRow
 from common.data.tokenise import read_examples
 from common.recipe import UserError
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import ChatFormat
+from common.tokens.labels import IGNORED
 
 MAX_PROMPT_TOKENS = 1024  # a longer prompt is not sampled
 

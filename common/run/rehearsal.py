@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from common.data.batches import Batch, collate
-from common.data.labels import IGNORED, trained_positions
 from common.data.rows import Rows
 from common.machine.slow_work import report_slow_work
+from common.tokens.labels import IGNORED, trained_positions
 
 
 def worst_batch(rows: Rows, micro_batch_rows: int, *, padding_free: bool) -> Batch:

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from common.data.chat_format import ChatFormat
 from common.data.rows import Rows
 from common.data.steps import few_rows_warning
 from common.machine.collectives import run_on_main
@@ -31,6 +30,7 @@ from common.run.stopping import StopSignals
 from common.run.trackers import GuardedTracker, keep_tracker_files
 from common.run.trainer import Trainer
 from common.run.trainer_config import build_trainer
+from common.tokens.chat_format import ChatFormat
 
 
 def train(

@@ -17,7 +17,7 @@ from common.model.chat_template import fix_date
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT, TINY
-from tests.data.test_chat_format import MISTRAL, QWEN3, TEMPLATES, llama3, make_tokenizer, qwen
+from tests.tokens.test_chat_format import MISTRAL, QWEN3, TEMPLATES, llama3, make_tokenizer, qwen
 
 # Renders a list of {Template, System, Messages} with what ollama gives a template (its template/template.go).
 GO = """package main

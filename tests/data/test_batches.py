@@ -3,11 +3,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.data.batches import collate, halve
-from common.data.chat_format import ChatFormat
-from common.data.labels import IGNORED
 from common.data.packing import pack
 from common.model import attention
 from common.model.attention import PACKED_ATTENTION
+from common.tokens.chat_format import ChatFormat
+from common.tokens.labels import IGNORED
 from tests.conftest import ARCHITECTURES
 from tests.data.test_packing import tokens
 

@@ -13,11 +13,11 @@ import pytest
 
 from common.data import cache as row_cache
 from common.data import rows as data
-from common.data.fingerprint import file_states
 from common.data.rows import load_rows
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, ModelSpec
 from common.run.resume import hash_rows
+from common.sources.fingerprint import file_states
 from tests.conftest import ROOT, TINY, TRAIN
 from tests.test_structure import MODULES, imports
 
@@ -75,9 +75,9 @@ def test_anything_that_changes_makes_them_anew(source, small_llama, change, caps
         changed = CHANGES[change](spec)
         spec = changed if isinstance(changed, DataSpec) else spec
     elif change == "code":
-        changed = shutil.copytree(row_cache.CODE, tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
+        changed = shutil.copytree(row_cache.CODE[2], tmp_path / "code", ignore=shutil.ignore_patterns("__pycache__"))
         (changed / "labels.py").write_text((changed / "labels.py").read_text() + "# changed")
-        monkeypatch.setattr(row_cache, "CODE", changed)
+        monkeypatch.setattr(row_cache, "CODE", (*row_cache.CODE[:2], changed, *row_cache.CODE[3:]))
     else:
         values = {"seq_len": {"seq_len": 100}, "seed": {"seed": 1}, "template": {"template": lambda t: t + " "}}[change]
     capsys.readouterr()
@@ -85,14 +85,15 @@ def test_anything_that_changes_makes_them_anew(source, small_llama, change, caps
     assert "taken from" not in capsys.readouterr().out
 
 
-def test_all_code_that_makes_rows_is_in_the_package_whose_modules_are_hashed():
+def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
     needed, found = ["common.data.rows"], set()
     while needed:
         module = needed.pop()
         found.add(module)
         needed += [name for name in imports(MODULES[module]) - found if name.startswith("common.")]
-    elsewhere = {name for name in found if not name.startswith(("common.data.", "common.machine"))}
-    assert elsewhere <= {"common", "common.recipe", "common.process_state", "common.cpu_quota", "common.output_stream"}
+    hashed = tuple(f"common.{folder.name}" for folder in row_cache.CODE)
+    elsewhere = {name for name in found if not name.startswith((*hashed, "common.machine"))}
+    assert elsewhere <= {"common", "common.lazy", "common.recipe", "common.process_state", "common.cpu_quota", "common.output_stream"}
 
 
 @pytest.mark.parametrize("named", ["{}", "{}/*.jsonl", "{0}/a.jsonl {0}/b.jsonl"])

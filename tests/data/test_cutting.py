@@ -2,13 +2,13 @@
 
 import pytest
 
-from common.data.chat_format import IGNORED, ChatFormat
-from common.data.conversation import Conversation, Message
+from common.conversations.conversation import Conversation, Message
 from common.data.cutting import fit_example
-from common.data.source_row import BadRow
-from tests.data.test_chat_format import MISTRAL, TOKENIZERS, llama3, make_tokenizer, qwen, trained_text
-from tests.data.test_rendered_text import OURS
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import IGNORED, ChatFormat
 from tests.real_tokenizers import TRL_TEMPLATES
+from tests.tokens.test_chat_format import MISTRAL, TOKENIZERS, llama3, make_tokenizer, qwen, trained_text
+from tests.tokens.test_rendered_text import OURS
 
 SYSTEM = Message("system", "Be kind.")
 

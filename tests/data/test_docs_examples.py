@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from common.data.conversation import Example, Message
-from common.data.conversations import RowReader
-from common.data.source_row import BadRow
+from common.conversations.conversation import Example, Message
+from common.conversations.row_reader import RowReader
+from common.sources.source_row import BadRow
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from common.data.chat_format import Tokens
 from common.data.report import DataReport
 from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
-from tests.data.test_real_templates import trained_spans
+from common.tokens.chat_format import Tokens
 from tests.real_tokenizers import TRL_TEMPLATES, real_tokenizer
+from tests.tokens.test_real_templates import trained_spans
 
 END = "<|im_end|>"
 WEATHER = {

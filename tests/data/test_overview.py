@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from common.data.chat_format import Tokens
-from common.data.labels import IGNORED
 from common.data.overview import Lengths, Packing
 from common.data.packing import pack
 from common.data.rows import Rows
 from common.recipe import TrainSpec
+from common.tokens.chat_format import Tokens
+from common.tokens.labels import IGNORED
 
 TRAIN = TrainSpec(seq_len=64, rows_per_step=2, learning_rate=1e-3)
 

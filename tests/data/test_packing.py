@@ -6,13 +6,13 @@ import pytest
 from datasets import Dataset
 from trl import pack_dataset
 
+from common.conversations.conversation import Conversation, Message
 from common.data import packing
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Conversation, Message
 from common.data.examples import Examples
-from common.data.labels import IGNORED
 from common.data.packing import fit_to_row, pack
-from common.data.source_row import BadRow
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import ChatFormat, Tokens
+from common.tokens.labels import IGNORED
 
 
 def tokens(length: int, first: int = 10) -> Tokens:

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Conversation, Message
-from common.data.conversations import RowReader
+from common.conversations.conversation import Conversation, Message
+from common.conversations.row_reader import RowReader
 from common.data.packing import TooLong
 from common.data.report import DataReport, mark_trained
 from common.data.rows import load_rows
-from common.data.source_row import BadRow, NotToLearn
 from common.recipe import DataSpec, UserError
+from common.sources.source_row import BadRow, NotToLearn
+from common.tokens.chat_format import ChatFormat, Tokens
 from tests.data.test_rows import conversation, write
 
 

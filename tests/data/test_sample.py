@@ -5,9 +5,9 @@ import json
 import pytest
 
 from common.data import sample
-from common.data.chat_format import ChatFormat
 from common.data.sample import draw_examples
 from common.recipe import DataSpec, UserError
+from common.tokens.chat_format import ChatFormat
 from tests.data.test_rows import conversation, write
 
 

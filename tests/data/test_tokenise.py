@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.data import tokenise
-from common.data.chat_format import ChatFormat
 from common.data.tokenise import chunked, tokenise_source
 from common.recipe import DataSpec, UserError
+from common.tokens.chat_format import ChatFormat
 from tests.conftest import TRAIN
 from tests.data.test_rows import conversation, write
 

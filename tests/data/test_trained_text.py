@@ -2,10 +2,10 @@
 
 import pytest
 
-from common.data.chat_format import ChatFormat, Tokens
-from common.data.conversation import Conversation, Message
-from common.data.labels import IGNORED
+from common.conversations.conversation import Conversation, Message
 from common.data.trained_text import MAX_LINES, MAX_PIECE_CHARACTERS, lay_out, trained_pieces
+from common.tokens.chat_format import ChatFormat, Tokens
+from common.tokens.labels import IGNORED
 
 TWO_TURNS = Conversation(
     (

@@ -7,15 +7,15 @@ from datetime import date, datetime, timedelta
 
 import pytest
 
-from common.data.chat_format import ChatFormat
-from common.data.conversation import Conversation, Message, ToolCall
-from common.data.source_row import BadRow
+from common.conversations.conversation import Conversation, Message, ToolCall
 from common.model.chat_template import better_template, fix_date
 from common.model.loading import load_tokenizer
 from common.recipe import ModelSpec, UserError
+from common.sources.source_row import BadRow
+from common.tokens.chat_format import ChatFormat
 from tests.conftest import ROOT
-from tests.data.test_chat_format import llama3, make_tokenizer, trained_text
 from tests.real_tokenizers import TRL_TEMPLATES
+from tests.tokens.test_chat_format import llama3, make_tokenizer, trained_text
 
 OURS = {
     name: (ROOT / "models" / "chat_templates" / f"{name}.jinja").read_text()

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common.data.batches import collate
-from common.data.labels import IGNORED
 from common.data.rows import load_rows
 from common.model import attention
 from common.model import lean_layers as modules
@@ -23,6 +22,7 @@ from common.model.optimizer import build_optimizer
 from common.recipe import LoraSpec, ModelSpec
 from common.run.artefacts import save_adapter
 from common.run.trainer_config import build_trainer
+from common.tokens.labels import IGNORED
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch

@@ -3,9 +3,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from common.data.labels import IGNORED, trained_positions
 from common.model import loss
 from common.model.loss import fuse_head_and_loss, head_loss
+from common.tokens.labels import IGNORED, trained_positions
 from tests.conftest import ARCHITECTURES
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from common.cli import run_command
-from common.data.fingerprint import source_state
 from common.data.rows import load_rows
 from common.recipe import UserError
 from common.run.held_out_rows import has_changed, load_held_out_rows, save_held_out_rows
 from common.run.training import train
+from common.sources.fingerprint import source_state
 from tests.conftest import small_recipe
 from tests.run.test_training import prepare
 

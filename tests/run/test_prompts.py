@@ -2,11 +2,11 @@ import json
 
 import pytest
 
-from common.data.chat_format import ChatFormat
-from common.data.conversation import Conversation, Message
+from common.conversations.conversation import Conversation, Message
 from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
 from common.run.prompts import Prompt, load_prompts, sample_prompts
+from common.tokens.chat_format import ChatFormat
 
 HELD_OUT = "data/tiny/held_out.jsonl"
 

@@ -1,0 +1,61 @@
+"""Reads a row that has the two sides under keys of their own: what the user says, and what the assistant answers."""
+
+from dataclasses import replace
+
+from common.conversations.conversation import Message
+from common.conversations.messages import Notes, are_messages, read_answer, read_messages
+from common.conversations.texts import is_nothing, optional_text, parse_cell, require_text
+from common.sources.formats import REASONING_KEYS
+from common.sources.source_row import BadRow, Row, readable
+
+_THOUGHTS_OF_ROW = (*REASONING_KEYS, "reasoning")  # the latter where DataSpec.columns names it
+_ABOUT = ("input", "context")  # what an instruction or a question is about
+
+
+def read_pair(fields: Row, user: str, assistant: str, *, notes: Notes) -> tuple[Message, ...]:
+    """A row that has the two sides under keys of their own. Of a prompt that is messages, no answer is learnt."""
+    before = _read_history(fields.get("history"))
+    if are_messages(fields[user]):
+        prompt = untrained(read_messages(fields[user], user, notes))
+        for key in _ABOUT:
+            notes.add_unread(key, fields.get(key) if key != user else None)
+    else:
+        prompt = (Message("user", _user_text(fields, user)),)
+    if are_messages(fields[assistant]):
+        answer = read_messages(fields[assistant], assistant, notes)
+        if all(message.role != "assistant" for message in answer):
+            raise BadRow("it has no turn of the assistant to learn")
+        for key in _THOUGHTS_OF_ROW:
+            notes.add_unread(key, fields.get(key))
+    else:
+        thoughts = {key: fields[key] for key in _THOUGHTS_OF_ROW if not is_nothing(fields.get(key))}
+        answer = (read_answer(fields[assistant], thoughts, assistant, assistant, notes),)
+    return (*before, *prompt, *answer)
+
+
+def _user_text(fields: Row, key: str) -> str:
+    """The user's text, and after an empty line what it is about. An instruction may be left empty beside that."""
+    about = [text for name in _ABOUT if name != key and (text := optional_text(fields.get(name), name))]
+    if len(about) > 1:
+        raise BadRow("it has both input and context; leave one")
+    if about and key == "instruction" and is_nothing(fields[key]):
+        return about[0]
+    return "\n\n".join([require_text(fields[key], key), *about])
+
+
+def _read_history(value: object) -> tuple[Message, ...]:
+    """Earlier turns, as pairs of a question and its answer. The answers are learnt, as in LLaMA-Factory."""
+    value = parse_cell(value, "the turns of the history") if isinstance(value, str) else readable(value)
+    if is_nothing(value):
+        return ()
+    if not isinstance(value, list) or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value):
+        raise BadRow("the history is not a list of pairs, a question and its answer")
+    turns: list[Message] = []
+    for question, answer in value:
+        turns.append(Message("user", require_text(question, "the user's text in the history")))
+        turns.append(Message("assistant", require_text(answer, "the assistant's text in the history")))
+    return tuple(turns)
+
+
+def untrained(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    return tuple(replace(m, is_trained=False) if m.role == "assistant" else m for m in messages)

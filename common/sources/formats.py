@@ -1,0 +1,163 @@
+"""The formats of rows: which keys, or columns, of a source each of them reads."""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from common.sources.learn_flags import LEARN_FLAGS, UNCLEAR_FLAGS
+from common.sources.source_row import BadRow, PreferenceData
+
+SYSTEM_KEYS = ("system", "system_prompt")
+REASONING_KEYS = ("reasoning_content", "thinking")  # of a row: reasoning alone may be a judge's
+LABEL_KEYS = ("label", "kto_tag")  # KTO's where they are true or false; otherwise a column like any other
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+
+_OF_CHATS = (*SYSTEM_KEYS, "tools", "functions", "chat_template_kwargs")
+_OF_PAIRS = (*_OF_CHATS, "history", *REASONING_KEYS)
+_CHECKED = (*MEDIA_KEYS, *LEARN_FLAGS)  # in rows of every format
+_CHECKED_IN_CHATS = (*_CHECKED, *LABEL_KEYS, *UNCLEAR_FLAGS)
+_PREFERENCES = (
+    ("chosen", "rejected"),
+    ("rejected_response",),
+    ("rejected_messages",),
+    ("preferred_output", "non_preferred_output"),
+)  # of DPO, ms-swift and OpenAI
+
+
+class Format(NamedTuple):
+    name: str
+    keys: tuple[str, ...]  # which every row of this format has
+    optional: tuple[str, ...] = ()
+
+
+# A row is of the first format whose keys it has. Plain text is the last: beside another it is that one, rendered.
+FORMATS = (
+    Format("messages", ("messages",), _OF_CHATS),
+    Format("ShareGPT", ("conversations",), _OF_CHATS),
+    Format("conversation", ("conversation",), _OF_CHATS),
+    Format("prompt/completion", ("prompt", "completion"), _OF_PAIRS),
+    Format("Alpaca", ("instruction", "output"), ("input", "context", *_OF_PAIRS)),
+    Format("instruction/response", ("instruction", "response"), ("input", "context", *_OF_PAIRS)),
+    Format("question/answer", ("question", "answer"), ("context", *_OF_PAIRS)),
+    Format("question/response", ("question", "response"), ("context", *_OF_PAIRS)),
+    Format("query/response", ("query", "response"), _OF_PAIRS),
+    Format("input/output", ("input", "output"), _OF_PAIRS),
+    Format("prompt/response", ("prompt", "response"), _OF_PAIRS),
+    Format("problem/solution", ("problem", "solution"), _OF_PAIRS),
+    Format("user/assistant", ("user", "assistant"), _OF_PAIRS),
+    Format("text", ("text",), ("role",)),
+)
+FORMAT_OF = {known.name: known for known in FORMATS}
+WANTED_KEYS = (
+    ", or ".join("+".join(known.keys) for known in FORMATS)
+    + ", or names of yours: DataSpec(columns={'user': ..., 'assistant': ...})"
+)
+
+
+class MatchedKeys(NamedTuple):
+    """The format that a row's names fit, and where among them is what it reads."""
+
+    format_name: str
+    # From a name to its place among the row's. A row with these names alone matches in the same way: they are the keys
+    # of the format, what is checked in every row, and other formats' keys that might say something else.
+    places: dict[str, int]
+    fields: dict[str, int]  # from each key that the format reads, or that is checked, to its place
+    rivals: dict[str, dict[str, int]]  # the other formats that fit too, each with its fields
+    unread: tuple[tuple[str, int], ...]  # the other names, each with its place
+
+
+def match_keys(names: tuple[str, ...], columns: dict[str, str] | None = None) -> MatchedKeys | None:
+    """Finds the format of a row with these names, and the names that it reads. None where no format fits.
+
+    A name may be in another case, with blanks around it. columns: DataSpec's, which decides the format. Raises BadRow
+    when two names could be meant by one key, and when a name of `columns` is not there. Raises PreferenceData for the
+    names that only better and worse answers have, unless `columns` says what to learn.
+    """
+    return _match(names, tuple(columns.items()) if columns else ())
+
+
+@lru_cache(maxsize=256)  # a file has one set of names, or a few
+def _match(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> MatchedKeys | None:
+    folded = fold_names(names)
+    if columns:
+        return _match_columns(names, folded, dict(columns))
+    if keys := next((keys for keys in _PREFERENCES if set(folded).issuperset(keys)), None):
+        raise preference_data(f"it has {' and '.join(map(repr, keys))}, as DPO takes them")
+    for there in (set(names), set(folded)):
+        fitting = [known for known in FORMATS if there.issuperset(known.keys)]
+        if fitting:
+            fields = _find_fields(fitting[0], names, folded)
+            rivals = {
+                known.name: _find_fields(known, names, folded)
+                for known in fitting[1:]
+                if known.name != "text" and not fields.keys() >= set(known.keys)
+            }
+            places = {key: place for found in (*rivals.values(), fields) for key, place in found.items()}
+            return MatchedKeys(fitting[0].name, places, fields, rivals, _others(names, fields))
+    return None
+
+
+def _match_columns(names: tuple[str, ...], folded: list[str], columns: dict[str, str]) -> MatchedKeys:
+    """The format that the names of `columns` make, which are at the place of its keys."""
+    chosen = {}
+    for key, name in columns.items():
+        same = [place for place, other in enumerate(names) if other == name]
+        same = same or [place for place, other in enumerate(folded) if other == _fold(name)]
+        if not same:
+            raise BadRow(f"it has no {name!r}, which DataSpec(columns=...) names, but {quoted(names)}")
+        if len(same) > 1:
+            raise BadRow(f"{len(same)} keys could be {name!r}: {[names[n] for n in same]!r:.80}; leave one")
+        chosen[key] = same[0]
+    known = FORMAT_OF["text" if "text" in columns else "messages" if "messages" in columns else "user/assistant"]
+    # What was not named is read as always, except under the keys that were.
+    open_names = ["" if place in chosen.values() else name for place, name in enumerate(folded)]
+    free = tuple(key for key in (*known.optional, *_checked(known)) if key not in chosen)
+    found = _find_fields(Format(known.name, (), free), names, open_names)
+    fields = found | chosen
+    places = found | {columns[key]: place for key, place in chosen.items()}
+    return MatchedKeys(known.name, places, fields, {}, _others(names, fields))
+
+
+def _checked(known: Format) -> tuple[str, ...]:
+    return _CHECKED if known.name == "text" else _CHECKED_IN_CHATS
+
+
+def _find_fields(known: Format, names: tuple[str, ...], folded: list[str]) -> dict[str, int]:
+    """From each key of the format that is among the names to its place. Raises BadRow when two could be meant."""
+    wanted = dict.fromkeys((*known.keys, *known.optional, *_checked(known)))
+    fields = {key: folded.index(key) for key in wanted if key in folded}
+    for key in fields:
+        if (count := folded.count(key)) > 1:
+            found = [name for name, same in zip(names, folded, strict=True) if same == key]
+            raise BadRow(f"{count} keys could be {key!r}: {found!r:.80}; leave one")
+    return fields
+
+
+def _others(names: tuple[str, ...], fields: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple((name, place) for place, name in enumerate(names) if place not in fields.values())
+
+
+def preference_data(what: str) -> PreferenceData:
+    return PreferenceData(
+        f"this is preference data ({what}), and a run learns every answer, the worse ones too: keep the better answers "
+        "alone, as messages or as prompt and completion"
+    )
+
+
+def quoted(names: Iterable[str]) -> str:
+    """The first names, as they are shown in an error."""
+    return ", ".join(f"{name!r:.40}" for name in list(names)[:8]) or "none"
+
+
+def fold_names(names: Iterable[str]) -> list[str]:
+    return [_fold(name) for name in names]
+
+
+def is_media(name: str) -> bool:
+    """Returns whether a column of this name is for pictures or sounds."""
+    return _fold(name) in MEDIA_KEYS
+
+
+def _fold(name: str) -> str:
+    """The name in lower case, without the blanks and marks around it that editors and Excel leave."""
+    return name.strip().strip("\ufeff\u200b\u2060").strip().lower()
