@@ -21,9 +21,9 @@ TABLE_END = "<!-- end of modules -->"
 COLORS = ("#1d6fa5", "#c0561f", "#17804a", "#8a3ea8", "#b3261e", "#52606d", "#9a7400", "#0f7c85", "#a8326f", "#3d4db7")
 
 # Sizes in the drawing, pixels
-WIDTH = 1100
+WIDTH = 1120
 MODULES_LEFT, MODULES_RIGHT = 190, 790  # where the boxes of a floor's modules begin and end
-FIRST_LANE, LANE_WIDTH = 820, 25  # the vertical lines, one for each importing band
+FIRST_LANE, LANE_WIDTH = 820, 20  # the vertical lines, one for each importing band
 BOX_HEIGHT, LINE_HEIGHT, FLOOR_GAP = 24, 31, 14
 CHARACTER_WIDTH = 6.7  # of a sans-serif font of 12 pixels, on average; boxes are sized by it
 
@@ -131,6 +131,7 @@ def draw(modules: Modules) -> str:
     importing = [number for number in reversed(range(len(bands))) if imports[number]]
     for place, number in enumerate(importing):
         lane, color = FIRST_LANE + place * LANE_WIDTH, COLORS[place % len(COLORS)]
+        assert lane < WIDTH - 20, "more lines than there is room for"
         shapes += draw_imports(lane, color, middle[number], sorted(middle[target] for target in imports[number]))
     size = f'width="{WIDTH}" height="{y}" viewBox="0 0 {WIDTH} {y}"'
     head = (
