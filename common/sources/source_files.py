@@ -154,6 +154,11 @@ def _files_of_folder(folder: Path) -> SourceFiles:
             f"{shlex.quote(f'{folder}/')}*{next(iter(kinds))}"
         )
     ((kind, files),) = kinds.items()
+    if kind == ".txt" and (beside := [*ignored, *folders]):  # requirements.txt and its like are no documents
+        raise UserError(
+            f"the folder {folder} has .txt files beside others ({', '.join(beside[:3])}); name those that are to be "
+            f"learnt: {shlex.quote(f'{folder}/')}*.txt"
+        )
     matches = [_SHARD.fullmatch(path.name) or _SPLIT.fullmatch(path.name) for path in files]
     splits = {found[1] if found else "" for found in matches}
     if len(splits) > 1:

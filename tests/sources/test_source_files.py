@@ -148,6 +148,7 @@ def test_a_folder_gives_its_data_files_and_says_what_else_lies_there(kind, folde
         (["train.jsonl", "valid.jsonl"], "has files of several splits by their names"),
         (["train_sft-00000-of-00001.csv", "train_gen-00000-of-00001.csv"], "name those of one: data/train_gen*.csv"),
         (["train.jsonl", "more.jsonl"], "has files of several splits by their names"),
+        (["requirements.txt", "setup.py"], "has .txt files beside others (setup.py); name those that are to be"),
     ],
 )
 def test_a_folder_that_can_be_read_in_two_ways_is_refused(names, message, folder):
