@@ -179,7 +179,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "the content is missing": ("a.jsonl", chat(ASK, ("assistant", None)), "the assistant's text is missing ({path}:1)"),
     "the content is null": ("a.jsonl", GOOD.replace('"Hi"', "null"), "the assistant's text is missing"),
     "the content is a number": ("a.jsonl", chat(ASK, ("assistant", 42)), "the assistant's text is not text"),
-    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", [["Hi"]])), "the assistant's text is a list, and not of texts or of parts with a type ({path}:1)"),
+    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", [["Hi"]])), "the assistant's text is a list, and not of parts with a type ({path}:1)"),
     "a part without its text": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text"}])), "the assistant's text is missing ({path}:1)"),
     "a part with a number": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text", "text": 4}])), "the assistant's text is not text ({path}:1)"),
     "a part that is a picture": ("a.jsonl", chat(("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]), SAY), "the user's text has a part of type 'image_url'; only text can be trained ({path}:1)"),

@@ -93,7 +93,14 @@ def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
         needed += [name for name in imports(MODULES[module]) - found if name.startswith("common.")]
     hashed = tuple(f"common.{folder.name}" for folder in row_cache.CODE)
     elsewhere = {name for name in found if not name.startswith((*hashed, "common.machine"))}
-    assert elsewhere <= {"common", "common.lazy", "common.recipe", "common.process_state", "common.cpu_quota", "common.output_stream"}
+    assert elsewhere <= {
+        "common",
+        "common.lazy",
+        "common.recipe",
+        "common.process_state",
+        "common.cpu_quota",
+        "common.output_stream",
+    }
 
 
 @pytest.mark.parametrize("named", ["{}", "{}/*.jsonl", "{0}/a.jsonl {0}/b.jsonl"])
