@@ -11,7 +11,7 @@ from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run import train
 
 RECIPE = Recipe(
-    # Qwen3's own template strips and adds thoughts; this one renders each message as it stands.
+    # Qwen3's own template strips and adds thoughts; this one renders each message as it stands, tools as Qwen3's does.
     # Qwen2.5 is a one-line edit: model=ModelSpec("Qwen/Qwen2.5-14B-Instruct"),
     model=ModelSpec("Qwen/Qwen3-14B", chat_template="models/chat_templates/qwen3.jinja"),
     data=DataSpec("trl-lib/Capybara"),  # 16k conversations of several turns; yours: docs/data.md

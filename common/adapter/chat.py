@@ -73,11 +73,16 @@ class Chat:
     sampling: Sampling = Sampling()
     system: str = ""
     adapter_on: bool = True
+    thinking: bool | None = None  # the template's enable_thinking; None leaves it to the template
     turns: list[Message] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
             raise UserError("the model has no chat template: it is a base model, which does not take part in a chat")
+        if self.thinking is not None and "enable_thinking" not in self.tokenizer.chat_template:
+            raise UserError(
+                "the model's chat template knows no enable_thinking: leave --thinking and --no-thinking out"
+            )
         refuse_other_bytes(self.system)
         self.chat_format = ChatFormat(self.tokenizer)
         self.positions = self.model.config.max_position_embeddings
@@ -89,7 +94,9 @@ class Chat:
 
     @property
     def conversation(self) -> Conversation:
-        return Conversation((*([Message("system", self.system)] if self.system else []), *self.turns))
+        system = [Message("system", self.system)] if self.system else []
+        arguments = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        return Conversation((*system, *self.turns), template_arguments=arguments)
 
     def ask(self, text: str, show: Callable[[str], None]) -> str:
         """Asks the model, and adds question and answer to the conversation. Returns the answer.

@@ -12,6 +12,9 @@ def add_chat_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="answer this and end; only the answer goes to standard output")
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--base", action="store_true", help="begin with the adapter off")
+    parser.add_argument(
+        "--thinking", action=argparse.BooleanOptionalAction, help="ask for thoughts or not, where the template can"
+    )
     parser.add_argument("--temperature", type=float, metavar="T", help="0 takes the most likely token each time")
     parser.add_argument("--top-p", type=float, metavar="P")
     parser.add_argument("--top-k", type=int, metavar="K")
@@ -30,7 +33,7 @@ def run_chat(recipe: Recipe, flags: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # what loading says is no answer
         tokenizer = trained_tokenizer(adapter)
         model = load_trained(adapter, tokenizer)
-        chat = Chat(model, tokenizer, sampling, flags.system, adapter_on=not flags.base)
+        chat = Chat(model, tokenizer, sampling, flags.system, not flags.base, flags.thinking)
     if flags.prompt is None:
         print(f"{adapter.recipe.model.name} with the adapter in {adapter.folder}")
         accept_any_bytes()

@@ -101,7 +101,8 @@ def _check(fields: Row, notes: Notes) -> None:
     refuse_media(fields)
     for name in LABEL_KEYS:
         label = readable(fields.pop(name, None))
-        if isinstance(label, bool) or (is_flag_text(label) and len(label.strip()) > 3):  # true and false of a CSV file
+        is_word = is_flag_text(label) and len(label.strip()) > 3  # true and false of a CSV file
+        if isinstance(label, bool) or is_word or (name == "kto_tag" and not is_nothing(label)):
             raise preference_data(f"{name!r} is true or false, as KTO takes it")
         notes.add_unread(name, label)
     for name in (*LEARN_FLAGS, *UNCLEAR_FLAGS):

@@ -75,10 +75,13 @@ class Parts(NamedTuple):
 
 
 def join_parts(parts: list[Any], name: str) -> Parts:
-    """Joins the texts of a content's parts as they stand: texts, or {"type": "text", "text": …}.
+    """Joins the texts of a content's parts as they stand: {"type": "text", "text": …}, of which one may be a bare text.
 
-    Thoughts are parts of type reasoning or thinking, before the text. Raises BadRow for any other part.
+    Thoughts are parts of type reasoning or thinking, before the text. Raises BadRow for any other part, and for several
+    bare texts, which may be the paragraphs of one, or a better and a worse answer.
     """
+    if (count := sum(isinstance(part, str) for part in parts)) > 1:
+        raise BadRow(f"{name} is a list of {count} texts; join them, or keep the one that is meant")
     texts: list[str] = []
     thoughts: list[str] = []
     unread: list[str] = []
@@ -88,7 +91,7 @@ def join_parts(parts: list[Any], name: str) -> Parts:
             continue
         kind = readable(part.get("type")) if isinstance(part, dict) else None
         if kind is None:
-            raise BadRow(f"{name} is a list, and not of texts or of parts with a type")
+            raise BadRow(f"{name} is a list, and not of parts with a type")
         if kind not in TEXT_PARTS + REASONING_PARTS:
             raise BadRow(f"{name} has a part of type {kind!r:.40}; only text can be trained")
         keys = _TEXT_KEYS if kind in TEXT_PARTS else (*_TEXT_KEYS, *REASONING_PARTS)

@@ -15,6 +15,7 @@ from common.model.sharding import is_sharded
 from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
+from common.run.asking import ask_as_trained
 from common.run.evaluation import compare_completions
 from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
@@ -59,12 +60,13 @@ def leave_files(
     def write_essential(folder: Path) -> None:
         save_adapter(model, folder, adapter)
         write_run_json(folder, recipe, plan, rows, model, metrics, samples=[])
-        save_tokenizer(tokenizer, folder)
+        save_tokenizer(saved_tokenizer, folder)
 
     def add_samples() -> None:
         if samples := sample_completions(model, tokenizer, rows, recipe.train):
             write_run_json(folder, recipe, plan, rows, model, metrics, samples)
 
+    saved_tokenizer = ask_as_trained(tokenizer, rows.reports)
     fallback = output_path(recipe.fallback_out) if recipe.fallback_out is not None else None
     folder = save_without_loss(write_essential, Path(recipe.out), fallback, adapter_bytes(model) + SMALL_FILES_BYTES)
     saved = ["adapter", "tokenizer", "run.json"]

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common.conversations.pairs import untrained
 from common.data.report import DataReport
 from common.data.tokenise import read_examples
 from common.recipe import UserError
@@ -30,6 +31,7 @@ class Prompt:
 def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
     """Each conversation in a file or hub data set as a prompt, its last answer the reference; none without a source.
 
+    Prompt and reference are those that a run trains, with the answer's thoughts where the template writes them.
     Raises UserError when the source holds no conversations.
     """
     if source is None:
@@ -44,10 +46,12 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
         answers = [i for i, turn in enumerate(turns) if turn.role == "assistant" and turn.is_trained and turn.content]
         if not answers or not answers[-1]:  # no question stands before it
             continue
-        asked, reference = turns[: answers[-1]], turns[answers[-1]].content
+        asked = turns[: answers[-1]]
         with suppress(BadRow):  # load_rows has counted and named it
-            ids = chat_format.prompt_ids(replace(example, messages=asked))
-            prompts.append(Prompt(ids, asked[-1].content, reference))
+            tokens = chat_format.encode(replace(example, messages=(*untrained(asked), turns[answers[-1]])))
+            start = next(i for i, label in enumerate(tokens.labels) if label != IGNORED)
+            reference = tokenizer.decode(tokens.input_ids[start : tokens.turn_ends[0]], skip_special_tokens=True)
+            prompts.append(Prompt(tokens.input_ids[:start], asked[-1].content, reference))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
     return prompts

@@ -9,8 +9,12 @@ from common.sources.source_row import BadRow, PreferenceData
 
 SYSTEM_KEYS = ("system", "system_prompt")
 REASONING_KEYS = ("reasoning_content", "thinking")  # of a row: reasoning alone may be a judge's
-LABEL_KEYS = ("label", "kto_tag")  # KTO's where they are true or false; otherwise a column like any other
-MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+LABEL_KEYS = ("label", "kto_tag")  # KTO's; a label that is neither true nor false is a column like any other
+MEDIA_KEYS = (
+    *("images", "image", "image_path", "image_url"),
+    *("videos", "video", "video_path", "video_url"),
+    *("audios", "audio", "audio_path", "audio_url"),
+)
 
 _OF_CHATS = (*SYSTEM_KEYS, "tools", "functions", "chat_template_kwargs")
 _OF_PAIRS = (*_OF_CHATS, "history", *REASONING_KEYS)

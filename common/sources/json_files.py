@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from common.recipe import UserError
+from common.sources.formats import quoted
 from common.sources.source_row import MAX_ROW_BYTES, BadRow, PlacedRow, Row, Unreadable, readable
 from common.sources.text_files import check_start, convert_command
 from common.sources.unpacking import command_on, open_data
@@ -136,9 +137,22 @@ def _list_rows(path: Path) -> Iterator[PlacedRow]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds one {type(entries).__name__}; a .json file is a list of objects")
+        raise UserError(f"{path} holds {_describe_no_list(entries, path)}")
     for number, entry in enumerate(entries, 1):
         try:
             yield f"{path}, entry {number}", _as_row(entry)
         except BadRow as fault:
             yield f"{path}, entry {number}", fault
+
+
+def _describe_no_list(value: Any, path: Path) -> str:
+    """Returns what stands in a .json file in place of a list of objects, and the way out."""
+    wanted = "a .json file is a list of objects; one object a line is .jsonl"
+    if not isinstance(value, dict):
+        return f"one value that is no list; {wanted}"
+    told = f"one object, with the keys {quoted(value)}; {wanted}"
+    lists = [key for key, inner in value.items() if isinstance(inner, list) and inner and isinstance(inner[0], dict)]
+    if len(lists) != 1:
+        return told
+    taken = command_on(path, f"jq -c '.[{json.dumps(lists[0])}][]'", "lines.jsonl")
+    return f"{told}. Its {lists[0]!r:.40} is such a list: {taken}"

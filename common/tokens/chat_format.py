@@ -25,7 +25,7 @@ from common.tokens.rendered_text import RenderedText, foreign_marks, refuse_rend
 from common.tokens.rendering import Renderer
 from common.tokens.template_messages import leaves
 from common.tokens.template_samples import SAMPLE
-from common.tokens.turns import TurnFinder
+from common.tokens.turns import DROPPED_THOUGHTS, THOUGHTLESS, TurnFinder
 from common.tokens.vocabulary import describe_beyond, tokens_beyond
 
 
@@ -254,7 +254,10 @@ class ChatFormat:
             else:
                 labels[start:end] = [IGNORED] * (end - start)
         untrained = [index for index in chat.turns.untrainable if chat.conversation.messages[index].is_trained]
-        notes += [chat.turns.untrainable[index] for index in untrained]
+        reasons = [chat.turns.untrainable[index] for index in untrained]
+        if train_on == "everything":  # then these answers are trained too, as the template writes them
+            reasons = [THOUGHTLESS for reason in reasons if reason == DROPPED_THOUGHTS]
+        notes += reasons
         if not turn_ends:
             refuse_untrained(chat)
         if train_on == "everything" and len(untrained) < len(chat.turns.untrainable):

@@ -48,6 +48,7 @@ class TextLayout:
     thoughts_shown: frozenset[int]  # messages whose thoughts the template writes
     thoughts_dropped: frozenset[int]
     notes: tuple[str, ...]
+    tools_at: int = 0  # number of the piece in which the definitions of tools begin
 
 
 def outline_of(conversation: Conversation) -> Outline:

@@ -71,7 +71,10 @@ def refuse_untrained(chat: RenderedChat) -> None:
     messages, untrainable = chat.conversation.messages, chat.turns.untrainable
     reasons = {reason for index, reason in untrainable.items() if messages[index].is_trained}
     if DROPPED_THOUGHTS in reasons:
-        raise BadRow("no answer can be trained: the chat template drops their thoughts")
+        raise BadRow(
+            "no answer can be trained: the chat template drops their thoughts; leave them out, or write them into the "
+            "texts"
+        )
     if OTHER_BEGINNING in reasons:
         raise BadRow("no answer can be trained: the chat template begins them otherwise than its generation prompt")
     if OTHER_END in reasons:

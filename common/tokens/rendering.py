@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from os.path import commonprefix
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -126,8 +127,9 @@ class Renderer:
             thoughts = None if reasoning is None else fill_holes(reasoning, mark, numbers)
             filled.append((fill_holes(content, mark, numbers), thoughts))
         rendered = self._apply(conversation, filled, form, answering)
-        # re.split gives the texts between the placeholders, and between those texts the placeholders' numbers.
-        split = re.split(f"{mark}(\\d+){mark}", rendered)
+        # split gives the texts between the placeholders, and between those texts the placeholders' numbers.
+        placeholder = re.compile(f"{mark}(\\d+){mark}")
+        split = placeholder.split(rendered)
         pieces, order = tuple(split[0::2]), tuple(int(number) for number in split[1::2])
         dropped = _dropped_thoughts(conversation, outline, order)
         layout = TextLayout(
@@ -144,6 +146,8 @@ class Renderer:
             without = self._apply(replace(conversation, tools=()), filled, form, answering)
             if rendered == without or any(name not in own_text for name in tools):
                 raise BadRow("the chat template drops the tools: it has no place for them")
+            shared = commonprefix([rendered, without])
+            layout = replace(layout, tools_at=len(placeholder.findall(shared)))
         for index, message in enumerate(conversation.messages):
             if message.tool_calls:
                 text = text_around(layout, index)

@@ -15,8 +15,12 @@ from common.tokens.outline import TextLayout
 from common.tokens.rendering import Renderer, has_tools
 from common.tokens.template_samples import TemplateSamples
 
-DROPPED_THOUGHTS = "earlier answers are not trained: the chat template drops their thoughts"
+DROPPED_THOUGHTS = "answers are not trained whose thoughts the chat template drops"
+THOUGHTLESS = "answers are trained without their thoughts, which the chat template drops"  # train_on="everything"
 OTHER_BEGINNING = "answers are not trained that the chat template begins otherwise than its generation prompt"
+WRITTEN_LATER = (
+    "earlier answers are trained without system message or tools: the chat template writes them further down"
+)
 OTHER_END = "earlier answers are not trained: the chat template ends them otherwise than the last one"
 
 
@@ -105,7 +109,12 @@ class TurnFinder:
         if (start := self._find_start(conversation, layout, index, begin, with_tools)) is None:
             return OTHER_BEGINNING
         end = self._find_end(conversation.messages[index], layout, behind or start[0], behind is not None)
-        return OTHER_END if end is None else (start, end)
+        if end is None:
+            return OTHER_END
+        place, prompt, notes = start
+        if _is_written_later(conversation, layout, index, place[0]):
+            notes = (*notes, WRITTEN_LATER)
+        return (place, prompt, notes), end
 
     def _find_start(
         self, conversation: Conversation, layout: TextLayout, index: int, begin: tuple[int, int], with_tools: bool
@@ -166,6 +175,13 @@ class TurnFinder:
                     if text.startswith(wanted, place):
                         return piece, place + len(wanted)
         return None
+
+
+def _is_written_later(conversation: Conversation, layout: TextLayout, index: int, piece: int) -> bool:
+    """Returns whether a system message before this message, or the tools, stand behind this piece of the layout."""
+    behind = layout.owners[piece:]
+    is_system = [message.role == "system" for message in conversation.messages[:index]]
+    return any(owner < index and is_system[owner] for owner in behind) or layout.tools_at > piece
 
 
 def _left_of(tail: str) -> list[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import termios
+from copy import copy
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,16 @@ def said(chat: Chat, *lines: str, capsys) -> str:
 
     talk(chat, read)
     return capsys.readouterr().out
+
+
+def test_the_template_is_told_whether_to_ask_for_thoughts(parts):
+    model, tokenizer = parts
+    with pytest.raises(UserError, match="the model's chat template knows no enable_thinking"):
+        Chat(model, tokenizer, thinking=True)
+    switch = copy(tokenizer)
+    switch.chat_template = f"{tokenizer.chat_template}{{# enable_thinking #}}"
+    told = [Chat(model, switch, thinking=value).conversation.template_arguments for value in (True, False, None)]
+    assert told == [{"enable_thinking": True}, {"enable_thinking": False}, {}]
 
 
 def test_an_answer_is_shown_as_it_comes_and_remembered(chat):

@@ -109,8 +109,9 @@ def test_text_in_parts_is_joined(content):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        ([{"text": "Hi"}], "the assistant's text is a list, and not of texts or of parts with a type"),
-        ([3], "the assistant's text is a list, and not of texts"),
+        ([{"text": "Hi"}], "the assistant's text is a list, and not of parts with a type"),
+        ([3], "the assistant's text is a list, and not of parts with a type"),
+        (["Hi", "Go away"], "the assistant's text is a list of 2 texts; join them, or keep the one that is meant"),
         (
             [{"type": "image_url", "image_url": {"url": "a.png"}}],
             "a part of type 'image_url'; only text can be trained",
@@ -174,7 +175,7 @@ def test_thoughts_that_cannot_be_read_are_refused(turn, fault):
         read(ASK, turn, SAY)
 
 
-@pytest.mark.parametrize("name", ["images", "image", "videos", "audio", "audios", "video"])
+@pytest.mark.parametrize("name", ["images", "image", "videos", "audio", "audios", "video", "image_path", "audio_url"])
 @pytest.mark.parametrize("place", ["row", "user", "assistant"])
 def test_media_are_refused_where_there_are_any(name, place):
     turns = [ASK | {name: ["a"]} if place == "user" else ASK, SAY | {name: ["a"]} if place == "assistant" else SAY]

@@ -230,9 +230,12 @@ def test_rows_of_preferences_are_named_as_such(row):
         ({"prompt": "a", "completions": ["b"], "labels": [True]}, "no format has these keys: 'prompt', 'completions'"),
         ({"message_id": "1", "parent_id": "2", "text": "Hello", "role": "prompter"}, "the row is one message"),
         ({"input_ids": [1, 2], "labels": [-100, 2]}, "no format has these keys: 'input_ids', 'labels'"),
+        ({"instruction": "Hello", "input": "", "output": ["Hi", "Go away"]}, "output is a list of 2 texts"),
+        ({"question": "Hello", "context": ["One.", "Two."], "answer": "Hi"}, "context is a list of 2 texts"),
         ({"segments": [{"label": True, "text": "a"}]}, "no format has these keys: 'segments'"),
     ],
-    ids=["LLaMA-Factory, pictures", "TRL, prompts", "TRL, stepwise", "OASST, trees", "tokenised", "axolotl, segments"],
+    ids=["LLaMA-Factory, pictures", "TRL, prompts", "TRL, stepwise", "OASST, trees", "tokenised"]
+    + ["LLaMA-Factory, older pairs", "PubMedQA, paragraphs", "axolotl, segments"],
 )
 def test_rows_of_other_kinds_say_what_they_are(row, fault):
     with pytest.raises(BadRow, match=fault):

@@ -179,7 +179,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "the content is missing": ("a.jsonl", chat(ASK, ("assistant", None)), "the assistant's text is missing ({path}:1)"),
     "the content is null": ("a.jsonl", GOOD.replace('"Hi"', "null"), "the assistant's text is missing"),
     "the content is a number": ("a.jsonl", chat(ASK, ("assistant", 42)), "the assistant's text is not text"),
-    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", [["Hi"]])), "the assistant's text is a list, and not of texts or of parts with a type ({path}:1)"),
+    "the content is a list": ("a.jsonl", chat(ASK, ("assistant", [["Hi"]])), "the assistant's text is a list, and not of parts with a type ({path}:1)"),
     "a part without its text": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text"}])), "the assistant's text is missing ({path}:1)"),
     "a part with a number": ("a.jsonl", chat(ASK, ("assistant", [{"type": "text", "text": 4}])), "the assistant's text is not text ({path}:1)"),
     "a part that is a picture": ("a.jsonl", chat(("user", [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {}}]), SAY), "the user's text has a part of type 'image_url'; only text can be trained ({path}:1)"),
@@ -204,7 +204,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "an input that is a number": ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', "input is not text"),
     "a text that was rendered": ("a.jsonl", '{"text": "<|user|>a<|end|>"}', "the text holds the control token <|user|>: where the model's own chat template rendered it"),
     # .json
-    "an object for a list": ("a.json", GOOD, "{path} holds one dict; a .json file is a list of objects"),
+    "an object for a list": ("a.json", GOOD, "{path} holds one object, with the keys 'messages'; a .json file is a list of objects"),
     "two lists in .json": ("a.json", "[" + GOOD + "]\n[" + GOOD + "]", "{path}:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
     "a key twice in another case": ("a.json", '[{"text": "a", "Text": "b"}]', "2 keys could be 'text': ['text', 'Text']; leave one ({path}, entry 1)"),
     "a .json in Latin-1": ("a.json", '["caf\xe9"]'.encode("latin-1"), "{path} is not UTF-8 (byte 5); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.json"),

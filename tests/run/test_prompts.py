@@ -7,6 +7,7 @@ from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
 from common.run.prompts import Prompt, load_prompts, sample_prompts
 from common.tokens.chat_format import ChatFormat
+from tests.tokens.test_chat_format import QWEN3, TEMPLATES, qwen
 
 HELD_OUT = "data/tiny/held_out.jsonl"
 
@@ -52,6 +53,17 @@ def test_an_answer_without_a_text_to_learn_is_no_reference(last, tokenizer, tmp_
     path.write_text(json.dumps({"messages": [*turns, {"role": "user", "content": "Two?"}, last]}))
     (prompt,) = load_prompts(str(path), tokenizer)
     assert (prompt.text, prompt.reference) == ("One?", "1")
+
+
+@pytest.mark.parametrize("template", ["qwen3", "qwen3_5_think", "nemotron_3_nano", None])
+@pytest.mark.parametrize("thoughts", ["", "easy"])
+def test_a_file_is_asked_and_answered_as_it_would_be_trained(template, thoughts, tmp_path):
+    path, qwen3 = tmp_path / "a.jsonl", QWEN3 if template is None else (TEMPLATES / f"{template}.jinja").read_text()
+    turns = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2", "thinking": thoughts}]
+    path.write_text(json.dumps({"messages": turns}))
+    tokenizer = qwen(qwen3)
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 256).train
+    assert load_prompts(str(path), tokenizer) == sample_prompts(rows, tokenizer, 1)
 
 
 def test_a_conversation_that_is_an_answer_alone_asks_nothing(tokenizer, tmp_path):

@@ -42,6 +42,24 @@ def test_a_list_in_jsonl_that_is_too_large_says_how_to_write_lines(tmp_path, mon
         list(read_rows(write(tmp_path, "a.jsonl", json.dumps(ROWS))))
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            {"data": ROWS, "version": 1},
+            r"keys 'data', 'version'; .*Its 'data' is such a list: .*jq -c '\.\[\"data\"\]\[\]' ",
+        ),
+        ({"train": ROWS, "test": ROWS}, r"keys 'train', 'test'; a \.json file is a list of objects; .* is \.jsonl$"),
+        ({"ids": [1, 2]}, r"keys 'ids'; a \.json file is a list of objects; one object a line is \.jsonl$"),
+        ("text", "holds one value that is no list; a .json file is a list of objects"),
+    ],
+    ids=["rows in one key", "rows in two", "no rows", "a text"],
+)
+def test_json_that_is_no_list_says_what_it_is_and_where_the_rows_may_be(tmp_path, content, said):
+    with pytest.raises(UserError, match=said):
+        list(read_rows(write(tmp_path, "a.json", json.dumps(content, indent=1))))
+
+
 CALL = """{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [
     {"type": "function", "function": {"name": "f", "arguments": %s}}]}]}""".replace("\n", "")
 UNREAD = [

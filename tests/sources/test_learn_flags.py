@@ -139,6 +139,12 @@ def test_rows_with_a_preference_label_are_refused_as_a_whole(row, name, label):
         RowReader().read(row | {name: label})
 
 
+@pytest.mark.parametrize("tag", [0, 1, "0", "1", 1.0])
+def test_a_tag_for_kto_is_one_however_true_and_false_are_written(tag):
+    with pytest.raises(PreferenceData):
+        RowReader().read({"instruction": "a", "output": "b", "kto_tag": tag})
+
+
 @pytest.mark.parametrize("label", ["True", "false", "TRUE"])
 def test_a_preference_label_of_a_csv_file_is_one_too(label):
     with pytest.raises(PreferenceData):

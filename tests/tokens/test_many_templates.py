@@ -63,7 +63,9 @@ WANTS_PARTS = "the chat template refuses it: 'str object' has no attribute 'text
 NO_TOOLS = "the chat template drops the tools: it has no place for them"
 NO_END = "the chat template ends the assistant's turn without a control token: nothing would stop it"
 OTHER_PROMPT = "no answer can be trained: the chat template begins them otherwise than its generation prompt"
-NO_THOUGHTS = "no answer can be trained: the chat template drops their thoughts"
+NO_THOUGHTS = (
+    "no answer can be trained: the chat template drops their thoughts; leave them out, or write them into the texts"
+)
 ALWAYS = {OTHER_PROMPT: "deepseek_r1_distill deepseekv3", NO_END: "glm4moe", WANTS_PARTS: "llava_next"}
 # Which templates refuse a conversation, by the reason.
 REFUSED = {

@@ -11,6 +11,7 @@ import pytest
 
 from common.conversations.conversation import Conversation, Message, ToolCall
 from common.tokens.chat_format import ChatFormat
+from common.tokens.turns import WRITTEN_LATER
 from tests.mistral_oracle import mistral_ids
 from tests.real_tokenizers import real_tokenizer
 from tests.tokens.test_real_templates import ANSWERS, OURS, chat, check
@@ -115,3 +116,20 @@ def test_mistral_common_and_the_tokenizer_of_tests_have_the_same_vocabulary(name
         space, end = ("" if name == "tekken" else " "), ("[/INST]" if name != "mistral_v1" else " [/INST]")
         text = f"<s>[INST]{space}{answer}{end}{space}a</s>"
         assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("conversation", "is_said"),
+    [
+        (Conversation((SYSTEM, QUESTION, SAYS)), False),
+        (Conversation((SYSTEM, QUESTION, SAYS, QUESTION, SAYS)), True),
+        (Conversation((QUESTION, SAYS, SYSTEM, QUESTION, SAYS)), False),
+        (Conversation((QUESTION, CALL, RESULT, SAYS), (WEATHER,)), False),
+        (Conversation((QUESTION, CALL, RESULT, SAYS, QUESTION, SAYS), (WEATHER,)), True),
+        (Conversation((SYSTEM, QUESTION, replace(SAYS, is_trained=False), QUESTION, SAYS)), False),
+    ],
+)
+def test_earlier_answers_that_are_trained_without_system_message_or_tools_are_said(name, conversation, is_said):
+    tokens = ChatFormat(real_tokenizer(name, MODELS[name])).encode(conversation)
+    assert tokens.notes == ((WRITTEN_LATER,) if is_said else ())

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from common.conversations.conversation import Conversation, Message
 from common.tokens.chat_format import IGNORED, ChatFormat, Tokens
 from common.tokens.stop_ids import stop_ids
+from common.tokens.turns import WRITTEN_LATER
 from tests.conftest import ROOT
 from tests.real_tokenizers import TRL_TEMPLATES, real_tokenizer
 
@@ -89,7 +90,7 @@ def prompts_before(
     """The prompts that chat may give before this message: with the template's default, and with what a note names."""
     asked = replace(conversation, messages=conversation.messages[:turn])
     switched = [value for value in (True, False) if any(f"enable_thinking={value}" in note for note in notes)]
-    if made_by.tokenizer.chat_template in (OURS["mistral_v3"], OURS["mistral_tekken"]):
+    if WRITTEN_LATER in notes:
         # Mistral has system message and tools with the user's last turn: what follows earlier ones is trained without.
         if any(message.role == "user" for message in conversation.messages[turn:]):
             asked = replace(asked, messages=tuple(m for m in asked.messages if m.role != "system"), tools=())

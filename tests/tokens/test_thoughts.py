@@ -9,7 +9,7 @@ from tests.tokens.test_chat_format import QWEN3, TEMPLATES, llama3, qwen
 from tests.tokens.test_tool_calls import gpt_oss
 from tests.tokens.test_training_spans import text_of
 
-DROPPED = "earlier answers are not trained: the chat template drops their thoughts"
+DROPPED = "answers are not trained whose thoughts the chat template drops"
 APART = (
     Message("user", "1+1?"),
     Message("assistant", "2", reasoning="easy"),
@@ -66,6 +66,12 @@ def test_a_template_that_knows_no_thoughts_is_refused_and_inline_ones_are_the_an
         "<think>\neasy\n</think>\n\n2<|eot_id|>",
         "<think>\nwell\n</think>\n\n4<|eot_id|>",
     ]
+
+
+def test_with_everything_trained_an_answer_without_its_thoughts_is_said_to_be():
+    tokens = ChatFormat(qwen(template("qwen3"))).encode(Conversation(APART), "everything")
+    assert tokens.notes == ("answers are trained without their thoughts, which the chat template drops",)
+    assert tokens.labels[1:] == tokens.input_ids[1:]
 
 
 @pytest.mark.parametrize("chat", [APART, INLINE], ids=["apart", "inline"])
