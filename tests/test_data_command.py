@@ -41,7 +41,8 @@ def values(recipe: Recipe, folder: Path, *flags: str) -> dict:
 
 def test_it_says_what_the_run_says(weightless, capsys):
     load_rows(weightless.data, load_tokenizer(weightless.model), 128, weightless.train.seed)
-    said = capsys.readouterr().out
+    said, _, example = capsys.readouterr().out.partition("  for example: ")
+    assert example  # here three others stand below
     assert look(weightless) == 0
     assert said in capsys.readouterr().out and "40 rows read (messages), 40 kept, 0 dropped" in said
 
@@ -183,11 +184,20 @@ def test_a_held_out_source_that_the_run_refuses_is_named(weightless, tmp_path, c
     assert len(told["examples"]) == 3
 
 
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "preferences"])
+def test_data_that_is_refused_as_a_whole_has_its_reason_in_the_json(weightless, tmp_path, capsys, source):
+    if source == "preferences":
+        source = write(tmp_path, *['{"prompt": "a", "completion": "b", "label": true}'] * 3)
+    told = values(weightless, tmp_path, "--data", source)
+    assert told["refused"] in capsys.readouterr().err
+    assert (told["reports"], told["examples"], told["packing"], told["lengths"]) == ([], [], None, None)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--data", "nowhere.jsonl"], "error: there is no data file nowhere.jsonl"),
-        (["--data", str(ROOT)], "error: "),
+        (["--data", str(ROOT / "common")], "error: the folder "),
         (["--json", "/dev/null/data.json"], "error: /dev/null/data.json cannot be written: "),
         (["--seq-len", "0"], "error: TrainSpec.seq_len is 0; it must be above 0"),
     ],
