@@ -148,7 +148,9 @@ def _packing_lines(rows: Rows, selection: Selection, seq_len: int, own: Examples
     packed = f"{len(rows.train):,} {'row' if len(rows.train) == 1 else 'rows'}"
     lines = [f"  {examples} packed into {packed} of {seq_len:,} tokens, {fill}{held}"]
     if eval_rows and not held_out:
-        lines.append("  nothing is held out: at most a tenth of the examples would be, and no row's fit in there")
+        lines.append(
+            "  nothing is held out: at most a tenth of the examples would be, and a row is held out with its copies"
+        )
     return lines
 
 
