@@ -15,6 +15,7 @@ import gc
 import io
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -150,6 +151,22 @@ def prepare_launcher(processes: int) -> None:
     if _threads_are_ours or "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max(1, available_cpus() // processes))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+
+
+WORKER_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # are not handled in a worker as in its parent
+
+
+def become_worker() -> None:
+    """Sets a forked process apart from its parent, and lets the signals through that waited for it.
+
+    Called by machine/workers.py in each, with WORKER_SIGNALS blocked.
+    """
+    gc.freeze()  # the collector would write to all of the memory that is shared with the parent
+    # Not the user's choice here: after a fork tokenizers would wait for threads that only the parent has.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and the parent ends the others
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WORKER_SIGNALS)
 
 
 def silence_stdout() -> None:

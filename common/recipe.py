@@ -88,7 +88,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """The training data and the held-out data. Row formats are recognised: docs/data.md."""
+    """The training data and the held-out data.
+
+    The format of the rows is recognised by their keys, and what could be read in two ways is refused: docs/data.md
+    shows each format, and `make data` what becomes of the rows.
+    """
 
     # A .jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow file; several of them, "a.jsonl b.jsonl"; a glob,
     # "data/*.jsonl"; a folder of them, or one that save_to_disk wrote; or the id of a data set on the hub.
@@ -97,11 +101,11 @@ class DataSpec:
     # Instead of `source` several ones, each with a weight: (("a.jsonl", 0.8), ("owner/set", 0.2)). The weights are
     # shares of the rows. No row is taken twice: the mixture ends where the first source is used up.
     sources: tuple[tuple[str, float], ...] = ()
-    eval_source: str | None = None  # another source, to evaluate on; None holds out rows of `source`
-    eval_rows: int = 200  # rows of `source` to hold out, at most a tenth of them; 0 skips evaluation
-    split: str = "train"  # split of `source`, where that is a hub data set or a folder of save_to_disk
+    eval_source: str | None = None  # another source, to evaluate on; None holds out examples of those above
+    eval_rows: int = 200  # examples to hold out, at most a tenth of them, with all their copies; 0 skips evaluation
+    split: str = "train"  # split of each source that is a hub data set or a folder of save_to_disk
     eval_split: str = "test"  # split of `eval_source`, likewise
-    revision: str | None = None  # branch, tag or commit of a hub data set
+    revision: str | None = None  # branch, tag or commit of a hub data set; None takes the main branch
     config: str | None = None  # configuration of a hub data set that has several
     # Which column is which, where the names are yours: {"user": "frage", "assistant": "antwort"}. Keys: COLUMN_KEYS.
     columns: dict[str, str] | None = None

@@ -41,7 +41,8 @@ def values(recipe: Recipe, folder: Path, *flags: str) -> dict:
 
 def test_it_says_what_the_run_says(weightless, capsys):
     load_rows(weightless.data, load_tokenizer(weightless.model), 128, weightless.train.seed)
-    said = capsys.readouterr().out
+    said, _, example = capsys.readouterr().out.partition("  for example: ")
+    assert example  # here three others stand below
     assert look(weightless) == 0
     assert said in capsys.readouterr().out and "40 rows read (messages), 40 kept, 0 dropped" in said
 
@@ -181,6 +182,15 @@ def test_a_held_out_source_that_the_run_refuses_is_named(weightless, tmp_path, c
     told = values(replace(weightless, data=replace(weightless.data, eval_source=held)), tmp_path)
     assert held in told["refused"] and [report["source"] for report in told["reports"]] == [held]
     assert len(told["examples"]) == 3
+
+
+@pytest.mark.parametrize("source", ["nowhere.jsonl", "preferences"])
+def test_data_that_is_refused_as_a_whole_has_its_reason_in_the_json(weightless, tmp_path, capsys, source):
+    if source == "preferences":
+        source = write(tmp_path, *['{"prompt": "a", "completion": "b", "label": true}'] * 3)
+    told = values(weightless, tmp_path, "--data", source)
+    assert told["refused"] in capsys.readouterr().err
+    assert (told["reports"], told["examples"], told["packing"], told["lengths"]) == ([], [], None, None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+ERRORS = ("UserError", "BadRow", "NotToLearn", "PreferenceData", "TooLong", "require")
 PAGE = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
 
 
@@ -25,11 +26,11 @@ def literals(node: ast.AST) -> list[str]:
 
 @cache
 def messages() -> dict[str, str]:
-    """Place in common/: the longest fixed part of the message of each UserError, BadRow and failed requirement."""
+    """Place in common/: the longest fixed part of the message of each of ERRORS."""
     found = {}
     for path in sorted((ROOT / "common").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "BadRow", "require"):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ERRORS:
                 texts = literals(node.args[-1])
                 if texts:  # a message made elsewhere has its own place: planner's refusal, require's
                     found[f"{Path(path).relative_to(ROOT)}:{node.lineno}"] = " ".join(

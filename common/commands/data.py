@@ -33,34 +33,23 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     if flags.seq_len is not None:
         recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
     print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
+    from common.data.look import look_at
     from common.data.overview import Lengths, Packing, example_lines, overview_values
-    from common.data.report import UnusableRows
-    from common.data.rows import load_rows
-    from common.data.sample import draw_examples
     from common.data.steps import few_rows_warning
     from common.model.config import refuse_more_positions
     from common.model.loading import load_tokenizer
-    from common.tokens.chat_format import ChatFormat
 
     refuse_more_positions(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    data, train, refusal, rows = recipe.data, recipe.train, None, None
-    try:
-        rows = load_rows(data, tokenizer, train.seq_len, train.seed)
-        reports = rows.reports
-    except UnusableRows as error:
-        refusal, reports = error, [error.report]
-    examples = draw_examples(
-        data, ChatFormat(tokenizer, rendered=data.rendered), train.seq_len, train.seed, flags.examples
-    )
-    print("\n".join(["", *example_lines(examples, tokenizer, on_terminal=sys.stdout.isatty())]))
-    if rows is not None:
-        print("\n".join(Lengths.of_rows(rows).lines() + Packing.of_rows(rows, train).lines()))
-        if warning := few_rows_warning(len(rows.train), train):
+    look = look_at(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed, flags.examples)
+    print("\n".join(["", *example_lines(look.examples, tokenizer, on_terminal=sys.stdout.isatty())]))
+    if look.rows is not None:
+        print("\n".join(Lengths.of_rows(look.rows).lines() + Packing.of_rows(look.rows, recipe.train).lines()))
+        if warning := few_rows_warning(len(look.rows.train), recipe.train):
             print(warning)
     if flags.json:
-        values = overview_values(recipe, reports, rows, examples, tokenizer, None if refusal is None else str(refusal))
+        values = overview_values(recipe, look, tokenizer)
         write_named_file(flags.json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
         print(f"written to {flags.json}")
-    if refusal is not None:
-        raise refusal
+    if look.refusal is not None:
+        raise look.refusal

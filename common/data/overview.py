@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from common.data.report import DataReport
+from common.data.look import Look
 from common.data.rows import Rows
 from common.data.sample import DrawnExample
 from common.data.steps import count_steps, steps_per_epoch
@@ -120,25 +120,18 @@ def example_lines(
     return lines
 
 
-def overview_values(
-    recipe: Recipe,
-    reports: Sequence[DataReport],
-    rows: Rows | None,
-    examples: Sequence[DrawnExample],
-    tokenizer: PreTrainedTokenizerFast,
-    refusal: str | None,
-) -> dict[str, Any]:
-    """All of it for machines: docs/data.md describes the keys. rows: None where the run would refuse the data."""
+def overview_values(recipe: Recipe, look: Look, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """All of it for machines: docs/data.md describes the keys."""
     return {
         "model": recipe.model.name,
         "data": asdict(recipe.data),
         "seq_len": recipe.train.seq_len,
         "seed": recipe.train.seed,
-        "refused": refusal,
-        "reports": [report.record() | {"dropped": report.dropped} for report in reports],
-        "packing": None if rows is None else asdict(Packing.of_rows(rows, recipe.train)),
-        "lengths": None if rows is None else Lengths.of_rows(rows).values(),
-        "examples": [_example_values(example, tokenizer) for example in examples],
+        "refused": None if look.refusal is None else str(look.refusal),
+        "reports": [report.record() | {"dropped": report.dropped} for report in look.reports],
+        "packing": None if look.rows is None else asdict(Packing.of_rows(look.rows, recipe.train)),
+        "lengths": None if look.rows is None else Lengths.of_rows(look.rows).values(),
+        "examples": [_example_values(example, tokenizer) for example in look.examples],
     }
 
 

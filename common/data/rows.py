@@ -4,7 +4,7 @@ The rows of large files are kept in a cache. Of several processes on a machine t
 others read them from disk.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from common.machine.collectives import barrier_on_machine, broadcast_on_machine
 from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
 from common.sources.fingerprint import FileStates, file_states, refuse_if_changed
-from common.tokens.chat_format import ChatFormat
+from common.tokens.chat_format import ChatFormat, Tokens
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,28 @@ class Rows:
     train: Dataset
     evaluation: Dataset | None
     reports: list[DataReport]  # of each source, and of eval_source where there is one
+    example: Tokens | None = None  # the first one of the first source
 
     @property
     def train_tokens(self) -> int:
         return sum(map(sum, self.train["seq_lengths"]))
 
 
-def load_rows(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int = 0) -> Rows:
+def load_rows(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int = 0, *, shows_example: bool = True
+) -> Rows:
     """Makes the packed rows to train and to evaluate on. Prints what was found, and one example.
 
     Raises UserError when the source cannot be read, changes meanwhile, or too many of its rows cannot be used.
     """
+    rows = _load_on_machine(spec, tokenizer, seq_len, seed)
+    if shows_example and rows.example is not None:
+        print(f"  for example: {mark_trained(rows.example, tokenizer)}")
+    return rows
+
+
+def _load_on_machine(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len: int, seed: int) -> Rows:
+    """Of several processes on a machine the first one makes the rows, and the others read them from disk."""
     if local_world_size() == 1:
         return _load_here(spec, tokenizer, seq_len, seed)[0]
     rows, folder = None, None
@@ -77,7 +88,11 @@ def _load_here(
         folder = shared_folder()
     if folder is None:
         return rows, None
-    metadata = {"lines": lines, "reports": [report.record() for report in rows.reports]}
+    metadata = {
+        "lines": lines,
+        "reports": [report.record() for report in rows.reports],
+        "example": None if rows.example is None else asdict(rows.example),
+    }
     is_saved = save_cached(folder, rows.train, rows.evaluation, metadata)
     if is_saved and (found := load_cached(folder)) is not None:
         return _rows_of_entry(*found), folder  # these are mapped from disk, and leave the memory to the model
@@ -85,7 +100,8 @@ def _load_here(
 
 
 def _rows_of_entry(train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> Rows:
-    return Rows(train, evaluation, [DataReport.from_record(record) for record in metadata["reports"]])
+    reports = [DataReport.from_record(record) for record in metadata["reports"]]
+    return Rows(train, evaluation, reports, metadata["example"] and Tokens(**metadata["example"]))
 
 
 def _make_rows(
@@ -115,12 +131,11 @@ def _make_rows(
         evaluation = pack(own.table(), seq_len)
     elif selection.held_out.any():
         evaluation = pack(table, seq_len, selection.held_out)
-    rows = Rows(train, evaluation, reports)
+    rows = Rows(train, evaluation, reports, examples[0][0])
     lines = [describe_mixture(examples, reports, selection)] if len(examples) > 1 else []
     lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
     if own is not None:
         lines += _leak_lines(own, examples, selection)
-    lines.append(f"  for example: {mark_trained(examples[0][0], tokenizer)}")
     print("\n".join(lines))
     return rows, lines
 
@@ -133,7 +148,9 @@ def _packing_lines(rows: Rows, selection: Selection, seq_len: int, own: Examples
     packed = f"{len(rows.train):,} {'row' if len(rows.train) == 1 else 'rows'}"
     lines = [f"  {examples} packed into {packed} of {seq_len:,} tokens, {fill}{held}"]
     if eval_rows and not held_out:
-        lines.append("  nothing is held out: at most a tenth of the examples would be, and no row's fit in there")
+        lines.append(
+            "  nothing is held out: at most a tenth of the examples would be, and a row is held out with its copies"
+        )
     return lines
 
 
@@ -154,11 +171,8 @@ def find_examples(
 
     Reads the sources again, until the last of them is found.
     """
-    chat_format, missing, places = (
-        ChatFormat(tokenizer, rendered=spec.rendered),
-        {tuple(ids) for ids in wanted},
-        list[str](),
-    )
+    chat_format = ChatFormat(tokenizer, rendered=spec.rendered)
+    missing, places = {tuple(ids) for ids in wanted}, list[str]()
     for source, _ in spec.mixture:
         tokeniser = Tokeniser(source, chat_format, spec, seq_len)
         for rows in chunked(rows_of(spec, source, spec.split)):

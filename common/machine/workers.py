@@ -1,20 +1,27 @@
 """Does the same to many items in several processes, and gives the results in the items' order.
 
-The processes are forked: they have what this one has in memory, so nothing is imported or loaded for them once more.
-What they do must leave torch alone: a forked process has neither the GPU nor the threads of its parent.
+The processes are forked: they share what this one has in memory, and nothing is imported or loaded for them once more.
+Of its threads they have none, neither torch's nor a process group's, and a CUDA context that they cannot use. That is
+safe for what is Python alone, or native code that neither waits for a thread nor takes a lock that one may hold:
+
+- `do` calls no operation of torch: its threads and the GPU are the parent's, and what is forked would wait for ever.
+  Memory of the GPU that the parent holds stays its own, whatever becomes of these processes.
+- tokenizers works in one thread here, whatever the user has set for the parent (process_state.become_worker).
+- Signals wait until a new process has its own handlers, so none runs the parent's.
+- A process ends by os._exit or SIGKILL: no destructor of a library runs, none closes what is the parent's.
 """
 
-import gc
 import multiprocessing
 import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from common.process_state import WORKER_SIGNALS, become_worker
 from common.recipe import UserError
 
 Item = TypeVar("Item")
@@ -47,8 +54,9 @@ def map_in_order(do: Callable[[Item], Result], items: Iterable[Item], processes:
         return
     workers: list[_Worker[Item, Result]] = []
     try:
-        for _ in range(processes):
-            workers.append(_Worker(do, [worker.pipe for worker in workers]))
+        with _signals_wait():
+            for _ in range(processes):
+                workers.append(_Worker(do, [worker.pipe for worker in workers]))
         for outcome in _outcomes(chain(first, source), workers):
             yield outcome.get()
     finally:
@@ -92,6 +100,16 @@ def _next(items: Iterator[Item]) -> _Outcome[Item] | None:
         return None
     except Exception as error:
         return _Outcome(None, error)
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Holds back the signals that a forked process handles in its own way, which lets them through when it can."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, WORKER_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker(Generic[Item, Result]):
@@ -141,9 +159,7 @@ def _serve(do: Callable[[Item], Result], pipe: Connection, of_parent: list[Conne
     """Does the items that come through the pipe, until its other end is closed."""
     for inherited in of_parent:
         inherited.close()  # a pipe that is open here too would not end with the first process
-    gc.freeze()  # the collector would write to all of the memory that is shared with the first process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    become_worker()
     with suppress(EOFError, OSError):  # the first process has ended
         while True:
             pipe.send_bytes(_answer(do, pipe.recv()))

@@ -95,7 +95,7 @@ def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
     shown = ", ".join(f"{name!r:.40}" for name in names[:8])
     raise UserError(
         f"{path}: no format has the columns of its first line: {shown} (delimiter {delimiter!r}); "
-        f"name them there: {WANTED_KEYS}"
+        f"name them {WANTED_KEYS}"
     )
 
 

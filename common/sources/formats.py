@@ -53,8 +53,8 @@ FORMATS = (
 )
 FORMAT_OF = {known.name: known for known in FORMATS}
 WANTED_KEYS = (
-    ", or ".join("+".join(known.keys) for known in FORMATS)
-    + ", or names of yours: DataSpec(columns={'user': ..., 'assistant': ...})"
+    "messages, prompt+completion, instruction+output, text or those of another format in docs/data.md; or say which of "
+    "yours they are: DataSpec(columns={'user': ..., 'assistant': ...})"
 )
 
 

@@ -69,25 +69,30 @@ def _unusable_in_words(repository: HubRepository) -> Iterator[None]:
         ValueError,
         OSError,
     ) as error:
-        chain = chain_of(error)
-        for cause in chain:
-            if isinstance(cause, datasets.table.CastError):
-                raise UserError(
-                    f"the files of {about} have different columns: {cause.details().rstrip('.')}; {a_file}"
-                ) from error
-        if found := re.search(r"available configs: \[(.*?)\]", str(error)):
-            raise UserError(
-                f"{about} has several configurations ({found[1]}), and a run takes one: set DataSpec(config=...)"
-            ) from error
-        if found := re.search(r"BuilderConfig (.*) not found. Available: \[(.*)\]", str(error)):
-            raise UserError(
-                f"{about} has no configuration {found[1]}; set DataSpec(config=...) to one of those it has: {found[2]}"
-            ) from error
-        if found := re.search(r"Unknown split \"(.*?)\". Should be one of \[(.*)\]", str(error)):
-            raise UserError(
-                f"{about} has no split {found[1]!r}; set DataSpec(split=...), or eval_split for eval_source, to one "
-                f"of those it has: {found[2]}"
-            ) from error
-        if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
-            raise UserError(f"{about} has a damaged file: {first_line(chain[1])}; {a_file}") from error
-        raise UserError(f"{about} cannot be read: {first_line(error)}") from error
+        raise _unreadable(error, about, a_file) from error
+
+
+def _unreadable(error: Exception, about: str, a_file: str) -> UserError:
+    """The error in words. about: the data set. a_file: how to take one file of it instead."""
+    import datasets
+
+    chain, text = chain_of(error), str(error)
+    for cause in chain:
+        if isinstance(cause, datasets.table.CastError):
+            return UserError(f"the files of {about} have different columns: {cause.details().rstrip('.')}; {a_file}")
+    if found := re.search(r"available configs: \[(.*?)\]", text):
+        return UserError(
+            f"{about} has several configurations ({found[1]}), and a run takes one: set DataSpec(config=...)"
+        )
+    if found := re.search(r"BuilderConfig (.*) not found. Available: \[(.*)\]", text):
+        return UserError(
+            f"{about} has no configuration {found[1]}; set DataSpec(config=...) to one of those it has: {found[2]}"
+        )
+    if found := re.search(r'Unknown split "(.*?)". Should be one of \[(.*)\]', text):
+        return UserError(
+            f"{about} has no split {found[1]!r}; set DataSpec(split=...), or eval_split for eval_source, to one of "
+            f"those it has: {found[2]}"
+        )
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and len(chain) > 1:
+        return UserError(f"{about} has a damaged file: {first_line(chain[1])}; {a_file}")
+    return UserError(f"{about} cannot be read: {first_line(error)}")

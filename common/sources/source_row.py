@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-MAX_ROW_BYTES = (
-    16 << 20
-)  # of a line, or of a CSV cell; a book has 1 MiB, and Python takes several times that to parse it
+# Of a line, or of a CSV cell: a book has 1 MiB, and Python takes several times that to parse it.
+MAX_ROW_BYTES = 16 << 20
 
 
 class BadRow(Exception):

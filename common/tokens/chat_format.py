@@ -1,4 +1,4 @@
-"""AssistantTurns conversations into token ids and labels, with the model's own chat template.
+"""Turns conversations into token ids and labels, with the model's own chat template.
 
 Trained are the assistant's turns, each from where the generation prompt ends to the token that generation stops at. So
 the tokens before a turn are the prompt that the model gets when it is asked, and what is trained is all that it has to

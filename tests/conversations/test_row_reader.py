@@ -75,7 +75,7 @@ def messages(*pairs: tuple[str, object]) -> dict:
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"body": "a", "reply": "b"}, "no format has these keys: 'body', 'reply'; a row needs messages, or"),
+        ({"body": "a", "reply": "b"}, "no format has these keys: 'body', 'reply'; a row needs messages, prompt"),
         ({}, "no format has these keys: none; a row needs"),
         ({"messages": []}, "missing or empty"),
         ({"messages": "Hello"}, "the messages are text, invalid JSON"),

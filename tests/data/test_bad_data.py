@@ -149,7 +149,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a picture": ("a.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "not UTF-8; convert the file: iconv -f WINDOWS-1252 -t UTF-8 ({path}:1"),
     "a line of 50 MB": ("a.jsonl", '{"text": "' + "a" * 50_000_000 + '"}', "a line of more than 16 MiB ({path}:1)"),
     # rows of no format, or of two
-    "no key that is known": ("a.jsonl", '{"body": "a"}', "no format has these keys: 'body'; a row needs messages, or"),
+    "no key that is known": ("a.jsonl", '{"body": "a"}', "no format has these keys: 'body'; a row needs messages, prompt"),
     "a prompt alone": ("a.jsonl", '{"prompt": "a"}', "no format has these keys"),
     "an empty object": ("a.jsonl", "{}", "no format has these keys"),
     "two formats": ("a.jsonl", GOOD + '\n{"text": "b"}', "the format is text, not messages as above it ({path}:2)"),
@@ -218,8 +218,8 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "text after a quote": ("a.csv", 'prompt,completion\n"a" b,c\n', "{path}:2: broken CSV"),
     "a cell too few": ("a.csv", "prompt,completion\na\n", "a CSV row of another length than the header ({path}:2)"),
     "a cell too many": ("a.csv", "prompt,completion\na,b,c\n", "a CSV row of another length than the header ({path}:2)"),
-    "other columns": ("a.csv", "promt,completion\na,b\n", "{path}: no format has the columns of its first line: 'promt', 'completion' (delimiter ','); name them there: messages, or"),
-    "other columns, semicolons": ("a.csv", '"promt";"completion"\na;b\n', "'promt', 'completion' (delimiter ';'); name them there"),
+    "other columns": ("a.csv", "promt,completion\na,b\n", "{path}: no format has the columns of its first line: 'promt', 'completion' (delimiter ','); name them messages, prompt"),
+    "other columns, semicolons": ("a.csv", '"promt";"completion"\na;b\n', "'promt', 'completion' (delimiter ';'); name them messages, prompt"),
     "no header": ("a.csv", "Hello;Hi\nHow?;So.\n", "{path}: no format has the columns of its first line: 'Hello', 'Hi' (delimiter ';')"),
     "another delimiter than sep= says": ("a.csv", "sep=,\nprompt;completion\na;b\n", "'prompt;completion' (delimiter ',')"),
     "two delimiters that fit": ("a.csv", "text,a;text\nb,c;d\n", "{path}: its header can be read as ['text', 'a;text'] and as ['text,a', 'text']; name the delimiter"),
@@ -239,7 +239,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "text named .arrow": ("a.arrow", GOOD, "{path} is not a readable Arrow file: "),
     "an .arrow cut short": ("a.arrow", arrow([json.loads(GOOD)] * 50)[:-900], "{path} is not a readable Arrow file: "),
     "an .arrow with offsets that lie": ("a.arrow", arrow([{"text": "abcdefgh"}]).replace(b"\0\0\0\0\x08\0\0\0", b"\0\0\0\0\xff\xff\xff\x7f"), "{path} is not a readable Arrow file: "),
-    "other columns in .arrow": ("a.arrow", arrow([{"promt": "a"}]), "{path}: no format has its columns: 'promt'; name them messages, or"),
+    "other columns in .arrow": ("a.arrow", arrow([{"promt": "a"}]), "{path}: no format has its columns: 'promt'; name them messages, prompt"),
     "nulls in .arrow": ("a.arrow", arrow([{"text": None}]), "text is missing ({path}, row 1)"),
     "an .arrow without rows": ("a.arrow", arrow([{"text": "a"}], rows=0), "{path} holds no rows"),
     # .parquet
@@ -248,7 +248,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "a Parquet file without its head": ("a.parquet", parquet([json.loads(GOOD)])[20:-9] + b"!", "{path} is not a readable"),
     "numbers in Parquet": ("a.parquet", parquet([{"prompt": 1, "completion": 2}]), "prompt is not text ({path}, row 1)"),
     "nulls in Parquet": ("a.parquet", parquet([{"text": None}]), "text is missing ({path}, row 1)"),
-    "other columns in Parquet": ("a.parquet", parquet([{"promt": "a", "completion": "b"}]), "{path}: no format has its columns: 'promt', 'completion'; name them messages, or"),
+    "other columns in Parquet": ("a.parquet", parquet([{"promt": "a", "completion": "b"}]), "{path}: no format has its columns: 'promt', 'completion'; name them messages, prompt"),
     "a column twice in another case in Parquet": ("a.parquet", parquet([{"text": "a", "TEXT": "b"}]), "{path}: its columns: 2 keys could be 'text': ['text', 'TEXT']; leave one"),
     "a Parquet file without rows": ("a.parquet", parquet([]), "{path} holds no rows"),
 }  # fmt: skip

@@ -41,11 +41,12 @@ def load(spec: DataSpec, small_llama, seq_len=128, seed=0, template=None):
 def test_the_second_start_takes_the_same_rows_and_says_the_same(source, small_llama, capsys, monkeypatch):
     spec = DataSpec(source, eval_rows=5)
     first = load(spec, small_llama)
-    said = capsys.readouterr().out
+    *said, example = capsys.readouterr().out.splitlines()
     monkeypatch.setattr(data, "tokenise_source", lambda *_: pytest.fail("they are in the cache"))
     again = load(spec, small_llama)
-    *lines, last = capsys.readouterr().out.splitlines()
-    assert lines == said.splitlines()
+    *lines, last, example_again = capsys.readouterr().out.splitlines()
+    assert (lines, example_again) == (said, example)
+    assert example.startswith("  for example: ")
     assert last.startswith("  taken from .cache/rows/") and last.endswith(
         ": nothing has changed since they were tokenised"
     )
@@ -53,6 +54,16 @@ def test_the_second_start_takes_the_same_rows_and_says_the_same(source, small_ll
     assert hash_rows(again.evaluation) == hash_rows(first.evaluation)
     assert [r.lines() for r in again.reports] == [r.lines() for r in first.reports]
     assert again.reports[0].dropped == 1
+
+
+def test_an_example_that_was_underlined_on_a_terminal_is_marked_in_a_file(source, small_llama, capsys, monkeypatch):
+    with monkeypatch.context() as terminal:
+        terminal.setattr("sys.stdout.isatty", lambda: True)
+        load(DataSpec(source), small_llama)
+    assert "\033[4m" in capsys.readouterr().out
+    load(DataSpec(source), small_llama)
+    out = capsys.readouterr().out
+    assert "taken from" in out and "\033" not in out and "⟦" in out
 
 
 def folder_of(spec: DataSpec, tokenizer) -> Path | None:
@@ -111,10 +122,10 @@ def test_rows_of_several_files_are_kept_until_one_of_them_changes(named, source,
         (tmp_path / "shards" / f"{name}.jsonl").write_text("".join(part))
     spec = DataSpec(named.format(tmp_path / "shards"), eval_rows=5)
     load(spec, small_llama)
-    first = capsys.readouterr().out
+    first = capsys.readouterr().out.splitlines()
     load(spec, small_llama)
-    *again, last = capsys.readouterr().out.splitlines()
-    assert again == first.splitlines() and "2 files, 100 rows read" in again[0] and "taken from" in last
+    *again, last, example = capsys.readouterr().out.splitlines()
+    assert [*again, example] == first and "2 files, 100 rows read" in again[0] and "taken from" in last
     (tmp_path / "shards" / "b.jsonl").write_text("".join(lines[40:90]))
     load(spec, small_llama)
     assert "taken from" not in capsys.readouterr().out

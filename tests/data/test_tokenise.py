@@ -1,7 +1,10 @@
 """Rows are tokenised over several processes into what one process makes of them."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from copy import copy
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from common.data import tokenise
 from common.data.tokenise import chunked, tokenise_source
 from common.recipe import DataSpec, UserError
 from common.tokens.chat_format import ChatFormat
-from tests.conftest import TRAIN
+from tests.conftest import ROOT, TRAIN
 from tests.data.test_rows import conversation, write
 
 
@@ -55,6 +58,35 @@ def test_several_processes_find_what_one_finds(tmp_path, tokenizer, many_process
     assert report == one_report
     assert capsys.readouterr().out == said
     assert (report.dropped, report.too_long.total, report.truncated, report.copies >= 7) == (27, 9, 8, True)
+
+
+THREADED = """
+import torch, torch.distributed
+from common.data import tokenise
+from common.data.tokenise import tokenise_source
+from common.model.loading import TINY, load_tokenizer
+from common.recipe import DataSpec, ModelSpec
+from common.tokens.chat_format import ChatFormat
+tokenise.available_cpus, tokenise.CHUNKS_HERE, tokenise.CHUNK_ROWS = lambda: 3, 2, 7
+torch.set_num_threads(2)
+torch.ones(512, 512) @ torch.ones(512, 512)
+torch.distributed.init_process_group("gloo", init_method="file://SOURCE.group", rank=0, world_size=1)
+tokenizer = load_tokenizer(ModelSpec(str(TINY)))
+tokenizer(["some words"] * 100)
+tokenise_source(DataSpec("SOURCE"), "SOURCE", "train", ChatFormat(tokenizer), 128)
+"""
+
+
+def test_the_threads_of_the_first_process_hold_up_no_other(tmp_path):
+    """torch's, a process group's and those of tokenizers, which a forked process does not have."""
+    source = write(tmp_path, *[conversation(f"{n}") for n in range(500)])
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "true", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADED.replace("SOURCE", source)],
+        env=environment, cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "500 rows read" in done.stdout and not done.stderr
 
 
 def test_the_format_is_decided_before_others_take_part(tmp_path, tokenizer, many_processes):

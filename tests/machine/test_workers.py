@@ -1,5 +1,6 @@
 """Work that is shared out to processes gives what one process gives, and never hangs when one of them ends."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -120,6 +121,24 @@ def test_a_signal_leaves_no_process_behind(number, status):
     while any(map(is_running, children)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_ctrl_c_in_the_moment_of_a_fork_ends_no_process_in_a_way_of_its_own(monkeypatch, capfd):
+    process = multiprocessing.get_context("fork").Process
+    start, run = process.start, process.run
+
+    def start_and_signal(self):
+        start(self)
+        os.kill(self.pid, signal.SIGINT)
+
+    def run_late(self):
+        time.sleep(0.1)  # the signal is there before its own handlers are
+        run(self)
+
+    monkeypatch.setattr(process, "start", start_and_signal)
+    monkeypatch.setattr(process, "run", run_late)
+    assert list(map_in_order(double, range(5), 3)) == [0, 2, 4, 6, 8]
+    assert not capfd.readouterr().err
 
 
 def is_running(pid: int) -> bool:
