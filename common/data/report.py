@@ -91,7 +91,8 @@ class DataReport:
         """Returns the report as it is printed."""
         named = f" ({self.format_name})" if self.format_name else ""  # no row told
         files = f"{self.files:,} files, " if self.files > 1 else ""
-        line = f"{self.source}: {files}{self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"
+        read = f"{self.read:,} {_row_or_rows(self.read)} read"
+        line = f"{self.source}: {files}{read}{named}, {self.kept:,} kept, {self.dropped:,} dropped"
         line += f", {self.too_long.total:,} too long" if self.too_long.total else ""
         line += f", {self.not_to_learn.total:,} not to be learnt" if self.not_to_learn.total else ""
         lines = [line]
@@ -140,10 +141,8 @@ class DataReport:
         return tally.total > limit * self.read or (not self.kept and tally.total > 0)
 
     def _share_of(self, tally: Tally, what: str, limit: float) -> str:
-        return (
-            f"{tally.total:,} of {self.read:,} rows of {self.source} {what} ({tally.total / self.read:.1%}, "
-            f"limit {limit:.1%})"
-        )
+        rows = f"{tally.total:,} of {self.read:,} {_row_or_rows(self.read)} of {self.source}"
+        return f"{rows} {what} ({tally.total / self.read:.1%}, limit {limit:.1%})"
 
     def record(self) -> dict[str, Any]:
         """The report as JSON can hold it."""

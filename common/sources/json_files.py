@@ -3,6 +3,7 @@
 import codecs
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,9 +137,25 @@ def _list_rows(path: Path) -> Iterator[PlacedRow]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(entries, list):
-        raise UserError(f"{path} holds one {type(entries).__name__}; a .json file is a list of objects")
+        raise UserError(
+            f"{path} holds one {_name(entries)}; a .json file is a list of objects{_taking_list(path, entries)}"
+        )
     for number, entry in enumerate(entries, 1):
         try:
             yield f"{path}, entry {number}", _as_row(entry)
         except BadRow as fault:
             yield f"{path}, entry {number}", fault
+
+
+def _name(value: Any) -> str:
+    return "object" if isinstance(value, dict) else "text" if isinstance(value, str) else type(value).__name__
+
+
+def _taking_list(path: Path, value: Any) -> str:
+    """The command that takes the rows out of a file that is one object, where they are a list in it."""
+    lists = {key: part for key, part in value.items() if isinstance(part, list)} if isinstance(value, dict) else {}
+    key = next((key for key, part in lists.items() if part and isinstance(part[0], dict)), None)
+    if key is None:
+        return ""
+    program = f"jq {shlex.quote(f'.[{json.dumps(key)}]')}"
+    return f", which it has under {key!r:.40}: {command_on(path, program, 'list.json')}"

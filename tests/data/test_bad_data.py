@@ -117,7 +117,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "gzip with more behind it": ("a.json", gzip.compress(b"[]") + b"more", "{path} is damaged (zlib inflate failed"),
     "zstd cut short": ("a.csv.zst", zstd(b"text\na\n")[:-3], "{path} is damaged (Truncated compressed stream)"),
     "gzip of nothing": ("a.jsonl.gz", gzip.compress(b""), "{path} holds no rows"),
-    "gzip in gzip": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD.encode())), "{path} is compressed twice; unpack it once: gunzip -c < {path} | cat > once.gz"),
+    "gzip in gzip": ("a.jsonl.gz", gzip.compress(gzip.compress(GOOD.encode())), "{path} is compressed twice; unpack it once: gunzip -c < {path} > once.gz"),
     "a bad line in zstd": ("a.jsonl.zst", zstd((GOOD + "\n{").encode()), "invalid JSON ({path}:2)"),
     "a line of 50 MB in gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "' + b"a" * 50_000_000 + b'"}'), "a line of more than 16 MiB ({path}:1)"),
     "a list of 300 MB in gzip": ("a.json.gz", gzip.compress(b"[" + b" " * 300_000_000 + b"]", 1), "{path} is one list of more than 256 MiB, too large to be read whole. Write one object a line: gunzip -c < {path} | jq -c '.[]' > lines.jsonl"),
@@ -204,7 +204,7 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
     "an input that is a number": ("a.jsonl", '{"instruction": "a", "input": 3, "output": "b"}', "input is not text"),
     "a text that was rendered": ("a.jsonl", '{"text": "<|user|>a<|end|>"}', "the text holds the control token <|user|>: where the model's own chat template rendered it"),
     # .json
-    "an object for a list": ("a.json", GOOD, "{path} holds one dict; a .json file is a list of objects"),
+    "an object for a list": ("a.json", GOOD, "{path} holds one object; a .json file is a list of objects"),
     "two lists in .json": ("a.json", "[" + GOOD + "]\n[" + GOOD + "]", "{path}:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
     "a key twice in another case": ("a.json", '[{"text": "a", "Text": "b"}]', "2 keys could be 'text': ['text', 'Text']; leave one ({path}, entry 1)"),
     "a .json in Latin-1": ("a.json", '["caf\xe9"]'.encode("latin-1"), "{path} is not UTF-8 (byte 5); convert it: iconv -f WINDOWS-1252 -t UTF-8 {path} > utf8.json"),

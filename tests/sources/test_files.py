@@ -83,7 +83,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_fault(tmp_path):
         ("a.jsonl", '{"text": "a"}'.encode("utf-16"), "is UTF-16; convert it: iconv"),
         ("a.jsonl", b"\x1f\x8b\x08\x00", "is damaged (Truncated compressed stream)"),
         ("a.json", b"[]\n[]", "a.json:2: invalid JSON: Extra data; write one list of objects, or one object a line"),
-        ("a.json", b'{"text": "a"}', "holds one dict; a .json file is a list"),
+        ("a.json", b'{"text": "a"}', "holds one object; a .json file is a list"),
         ("a.json", b"[\xff]", "is not UTF-8"),
         ("a.csv", b'text\n"a" b\n', "a.csv:2: broken CSV"),
         ("a.parquet", b"PAR1....", "is not a readable Parquet file"),
