@@ -187,7 +187,7 @@ def test_a_held_out_source_that_the_run_refuses_is_named(weightless, tmp_path, c
     ("flags", "message"),
     [
         (["--data", "nowhere.jsonl"], "error: there is no data file nowhere.jsonl"),
-        (["--data", str(ROOT)], "error: "),
+        (["--data", str(ROOT / "docs")], "error: the folder "),
         (["--json", "/dev/null/data.json"], "error: /dev/null/data.json cannot be written: "),
         (["--seq-len", "0"], "error: TrainSpec.seq_len is 0; it must be above 0"),
     ],

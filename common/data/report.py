@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.lengths import fit_line, shortest_fit
 from common.data.packing import TooLong
 from common.data.tally import Tally
-from common.data.trained_text import escape
+from common.data.trained_text import escape, trained_pieces
 from common.recipe import UserError
 from common.sources.source_row import BadRow, NotToLearn
 from common.tokens.chat_format import Tokens
@@ -50,6 +49,7 @@ class DataReport:
     longest: int = 0  # tokens of the longest row, before truncation
     mixed: int | None = None  # rows that a mixture takes; None where the source is not mixed
     mixed_share: float | None = None  # of the mixture's trained tokens
+    mixed_copies: int | None = None  # examples of the mixture that are in an earlier source of it too
     sha256: str | None = None  # of the files (SourceState); None for a data set of the hub
 
     @property
@@ -174,10 +174,9 @@ def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int 
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     first_trained = next((i for i, label in enumerate(tokens.labels) if label != IGNORED), 0)
     start, stop = max(0, first_trained - limit), first_trained + limit
-    shown = zip(tokens.input_ids[start:stop], tokens.labels[start:stop], strict=True)
+    shown = Tokens(tokens.input_ids[start:stop], tokens.labels[start:stop], [])
     text = "…" if start else ""
-    for is_trained, run in groupby(shown, key=lambda pair: pair[1] != IGNORED):
-        decoded = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
-        piece = escape(decoded)
-        text += f"{on}{piece}{off}" if is_trained else piece
+    for piece, is_trained in trained_pieces(shown, tokenizer):
+        line = escape(piece.replace("\n", "⏎"))
+        text += f"{on}{line}{off}" if is_trained else line
     return text + ("…" if stop < len(tokens.input_ids) else "")

@@ -117,7 +117,7 @@ def _make_rows(
     elif selection.held_out.any():
         evaluation = pack(table, seq_len, selection.held_out)
     rows = Rows(train, evaluation, reports)
-    lines = describe_mixture(examples, reports, selection) if len(examples) > 1 else []
+    lines = describe_mixture(examples, reports[: len(examples)], selection) if len(examples) > 1 else []
     lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
     if own is not None:
         lines += _leak_lines(own, examples, selection)

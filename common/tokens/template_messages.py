@@ -65,7 +65,7 @@ def _numbered_ids(conversation: Conversation) -> dict[tuple[int, int], str]:
             waiting.append((call.id, ids[index, number]))
         if message.role == "tool":
             if not waiting:
-                raise BadRow("a tool's result stands before any call")
+                raise BadRow("a tool's result stands before any call: a call is in tool_calls, not in an answer's text")
             named = next((pair for pair in waiting if pair[0] == message.tool_call_id), None)
             if named is None and message.tool_call_id and any(call_id for call_id, _ in waiting):
                 raise BadRow(f"a tool's result is that of a call which is not there: {message.tool_call_id!r:.40}")

@@ -71,6 +71,17 @@ def test_held_out_rows_are_of_the_mixture_in_its_shares(tmp_path, tokenizer):
     assert questions(rows.train, tokenizer) == {"a.jsonl": 270, "b.jsonl": 90}
 
 
+def test_a_mixture_may_have_held_out_rows_of_its_own(tmp_path, tokenizer, capsys):
+    sources = ((write(tmp_path, "a.jsonl", 30), 1), (write(tmp_path, "b.jsonl", 30), 2))
+    shared = tmp_path / "held.jsonl"
+    shared.write_text((tmp_path / "a.jsonl").read_text() + conversation("c.jsonl 0", "word") + "\n")
+    rows = load_rows(DataSpec(sources=sources, eval_source=str(shared)), tokenizer, 64)
+    assert questions(rows.train, tokenizer) == {"a.jsonl": 15, "b.jsonl": 30}
+    assert questions(rows.evaluation, tokenizer) == {"a.jsonl": 30, "c.jsonl": 1}
+    assert [report.mixed for report in rows.reports] == [15, 30, None]
+    assert "15 of the 31 held-out examples are also among the training ones" in capsys.readouterr().out
+
+
 def test_sources_may_have_other_formats(tmp_path, tokenizer):
     other = tmp_path / "b.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"A text of its own, {n}"}) for n in range(20)))
@@ -133,6 +144,7 @@ def test_copies_between_two_sources_are_counted(tmp_path, tokenizer, capsys, sha
     other = tmp_path / "b.jsonl"
     own = [conversation(f"b {n}", "word") for n in range(20 - shared)]
     other.write_text("\n".join([*(tmp_path / "a.jsonl").read_text().splitlines()[:shared], *own]) + "\n")
-    load_rows(DataSpec(sources=((first, 1), (str(other), 1))), tokenizer, 64)
+    rows = load_rows(DataSpec(sources=((first, 1), (str(other), 1))), tokenizer, 64)
+    assert [report.mixed_copies for report in rows.reports] == [0, shared]
     found = [text.strip() for text in capsys.readouterr().out.splitlines() if "two of the sources" in text]
     assert found == ([line] if line else [])
