@@ -139,7 +139,10 @@ class DataSpec:
             "DataSpec.source is empty; give a file or the id of a hub data set",
         )
         for source, weight in self.mixture:
-            require(weight > 0, f"DataSpec.sources: the weight of {source} is {weight}; it must be above 0")
+            require(
+                0 < weight < float("inf"),
+                f"DataSpec.sources: the weight of {source} is {weight}; it must be above 0, and finite",
+            )
         require(
             len({source for source, _ in self.mixture}) == len(self.mixture),
             "DataSpec.sources has the same source twice; give it once, with the sum of the weights",

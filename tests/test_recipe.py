@@ -28,6 +28,7 @@ def test_a_mistyped_field_is_refused():
         (lambda: DataSpec(sources=(("a", "b"), ("c", "d"))), "DataSpec.sources is a tuple of pairs"),
         (lambda: DataSpec(sources="ab"), "DataSpec.sources is a tuple of pairs"),
         (lambda: DataSpec(sources=(("a", 1), ("b", 0))), "the weight of b is 0; it must be above 0"),
+        (lambda: DataSpec(sources=(("a", 1), ("b", float("inf")))), "the weight of b is inf; it must be above 0"),
         (lambda: DataSpec(sources=(("a", 1), ("a", 2))), "DataSpec.sources has the same source twice"),
         (
             lambda: DataSpec(sources=(("a", 1), ("b", 2)), revision="x"),

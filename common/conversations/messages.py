@@ -4,6 +4,7 @@ What a message says besides its text is used, refused, or noted as unread.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from common.conversations.conversation import Message
@@ -71,7 +72,26 @@ def read_messages(entries: Any, key: str, notes: Notes) -> tuple[Message, ...]:
     by_role, pair = find_style(tuple(entries[0]))
     if pair is not None:
         return tuple(message for entry in entries for message in _read_turns(entry, pair, key, notes))
-    return tuple(_read_message(entry, find_message_fields(tuple(entry), by_role), key, notes) for entry in entries)
+    fields = [find_message_fields(tuple(entry), by_role) for entry in entries]
+    messages = [_read_message(entry, found, key, notes) for entry, found in zip(entries, fields, strict=True)]
+    roles = [read_role(entry[found.role]) for entry, found in zip(entries, fields, strict=True)]
+    return _join_calls(messages, roles) if "call" in roles else tuple(messages)
+
+
+def _join_calls(messages: list[Message], roles: list[str]) -> tuple[Message, ...]:
+    """Joins a turn of role "call" to the assistant's turn before it: calls in a row are parallel, as in ms-swift.
+
+    Apart, the model would learn to end its turn where the next call belongs. Raises BadRow for what one turn cannot be.
+    """
+    joined = list[Message]()
+    for message, role in zip(messages, roles, strict=True):
+        if role == "call" and joined and joined[-1].role == "assistant":
+            before = joined.pop()
+            if before.is_trained != message.is_trained or message.reasoning is not None:
+                raise BadRow("a call that goes on with the assistant's turn has thoughts or a flag of its own")
+            message = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+        joined.append(message)
+    return tuple(joined)
 
 
 def _rows_of_table(table: dict[str, Any]) -> Any:

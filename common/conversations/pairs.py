@@ -1,5 +1,6 @@
 """Reads a row that has the two sides under keys of their own: what the user says, and what the assistant answers."""
 
+import re
 from dataclasses import replace
 
 from common.conversations.conversation import Message
@@ -10,10 +11,18 @@ from common.sources.source_row import BadRow, Row, readable
 
 _THOUGHTS_OF_ROW = (*REASONING_KEYS, "reasoning")  # the latter where DataSpec.columns names it
 _ABOUT = ("input", "context")  # what an instruction or a question is about
+# A list of messages as JSON, or as Python prints it: what becomes of one in a CSV file
+_MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:""")
 
 
 def read_pair(fields: Row, user: str, assistant: str, *, notes: Notes) -> tuple[Message, ...]:
     """A row that has the two sides under keys of their own. Of a prompt that is messages, no answer is learnt."""
+    for key in (user, assistant):
+        if isinstance(fields[key], str) and _MESSAGES_AS_TEXT.match(fields[key]):
+            raise BadRow(
+                f"{key} is a text that holds a list of messages: give the list itself, in a .jsonl file; where it is "
+                "meant as text, make it the content of a message"
+            )
     before = _read_history(fields.get("history"))
     if are_messages(fields[user]):
         prompt = untrained(read_messages(fields[user], user, notes))

@@ -25,4 +25,4 @@ def fit_line(rows: Counter[int], seq_len: int) -> str:
         fitting += rows[length]
         parts.append(f"{length:,}: {f'{fitting:,}' if fitting < total else 'all'}")
     shown = parts if len(parts) < MAX_SHOWN else [*parts[: MAX_SHOWN - 2], parts[-1]]
-    return "; ".join([f"{seq_len:,}: {rows[seq_len]:,} of {total:,} rows", *shown])
+    return "; ".join([f"{seq_len:,}: {rows[seq_len]:,} of {total:,} {'row' if total == 1 else 'rows'}", *shown])

@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.lengths import fit_line, shortest_fit
 from common.data.packing import TooLong
 from common.data.tally import Tally
-from common.data.trained_text import escape
+from common.data.trained_text import escape, trained_pieces
 from common.recipe import UserError
 from common.sources.source_row import BadRow, NotToLearn
 from common.tokens.chat_format import Tokens
@@ -50,6 +49,7 @@ class DataReport:
     longest: int = 0  # tokens of the longest row, before truncation
     mixed: int | None = None  # rows that a mixture takes; None where the source is not mixed
     mixed_share: float | None = None  # of the mixture's trained tokens
+    mixed_copies: int | None = None  # examples of the mixture that are in an earlier source of it too
     sha256: str | None = None  # of the files (SourceState); None for a data set of the hub
 
     @property
@@ -91,7 +91,8 @@ class DataReport:
         """Returns the report as it is printed."""
         named = f" ({self.format_name})" if self.format_name else ""  # no row told
         files = f"{self.files:,} files, " if self.files > 1 else ""
-        line = f"{self.source}: {files}{self.read:,} rows read{named}, {self.kept:,} kept, {self.dropped:,} dropped"
+        read = f"{self.read:,} {_row_or_rows(self.read)} read"
+        line = f"{self.source}: {files}{read}{named}, {self.kept:,} kept, {self.dropped:,} dropped"
         line += f", {self.too_long.total:,} too long" if self.too_long.total else ""
         line += f", {self.not_to_learn.total:,} not to be learnt" if self.not_to_learn.total else ""
         lines = [line]
@@ -140,10 +141,8 @@ class DataReport:
         return tally.total > limit * self.read or (not self.kept and tally.total > 0)
 
     def _share_of(self, tally: Tally, what: str, limit: float) -> str:
-        return (
-            f"{tally.total:,} of {self.read:,} rows of {self.source} {what} ({tally.total / self.read:.1%}, "
-            f"limit {limit:.1%})"
-        )
+        rows = f"{tally.total:,} of {self.read:,} {_row_or_rows(self.read)} of {self.source}"
+        return f"{rows} {what} ({tally.total / self.read:.1%}, limit {limit:.1%})"
 
     def record(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -175,10 +174,9 @@ def mark_trained(tokens: Tokens, tokenizer: PreTrainedTokenizerFast, limit: int 
     on, off = ("\033[4m", "\033[0m") if sys.stdout.isatty() else ("⟦", "⟧")
     first_trained = next((i for i, label in enumerate(tokens.labels) if label != IGNORED), 0)
     start, stop = max(0, first_trained - limit), first_trained + limit
-    shown = zip(tokens.input_ids[start:stop], tokens.labels[start:stop], strict=True)
+    shown = Tokens(tokens.input_ids[start:stop], tokens.labels[start:stop], [])
     text = "…" if start else ""
-    for is_trained, run in groupby(shown, key=lambda pair: pair[1] != IGNORED):
-        decoded = tokenizer.decode([token for token, _ in run]).replace("\n", "⏎")
-        piece = escape(decoded)
-        text += f"{on}{piece}{off}" if is_trained else piece
+    for piece, is_trained in trained_pieces(shown, tokenizer):
+        line = escape(piece.replace("\n", "⏎"))
+        text += f"{on}{line}{off}" if is_trained else line
     return text + ("…" if stop < len(tokens.input_ids) else "")

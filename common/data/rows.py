@@ -22,7 +22,7 @@ from common.data.tokenise import Tokeniser, chunked, rows_of, tokenise_source
 from common.machine.collectives import barrier_on_machine, broadcast_on_machine
 from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
-from common.sources.fingerprint import FileStates, file_states, refuse_if_changed
+from common.sources.fingerprint import FileStates, file_states, refuse_if_changed, refuse_shared_files
 from common.tokens.chat_format import ChatFormat, Tokens
 
 
@@ -76,6 +76,7 @@ def _load_here(
 
     for_others: other processes will read that folder. None where the rows are in memory alone.
     """
+    refuse_shared_files(spec)
     states = file_states(spec)
     folder = cache_folder(spec, states, tokenizer, seq_len, seed)
     if folder is not None and (found := load_cached(folder)) is not None:
@@ -132,7 +133,7 @@ def _make_rows(
     elif selection.held_out.any():
         evaluation = pack(table, seq_len, selection.held_out)
     rows = Rows(train, evaluation, reports, examples[0][0])
-    lines = [describe_mixture(examples, reports, selection)] if len(examples) > 1 else []
+    lines = describe_mixture(examples, reports[: len(examples)], selection) if len(examples) > 1 else []
     lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
     if own is not None:
         lines += _leak_lines(own, examples, selection)

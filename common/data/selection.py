@@ -35,16 +35,23 @@ def select(sources: Sequence[Examples], weights: Sequence[float], eval_rows: int
     return Selection(trained & ~held_out, held_out)
 
 
-def describe_mixture(sources: Sequence[Examples], reports: Sequence[DataReport], selection: Selection) -> str:
-    """What the mixture takes of each source, as a line of the report. Notes it in the sources' reports too."""
+def describe_mixture(sources: Sequence[Examples], reports: Sequence[DataReport], selection: Selection) -> list[str]:
+    """What the mixture takes of each source, as lines of the report. Notes it in the sources' reports too."""
     bounds = np.cumsum([0, *map(len, sources)])
     is_mixed = selection.trained | selection.held_out
     masks = [is_mixed[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
     tokens = [int(source.trained_tokens()[mask].sum()) for source, mask in zip(sources, masks, strict=True)]
-    parts = []
+    parts, earlier = [], np.array([], dtype=np.uint64)
     for source, mask, trained, report in zip(sources, masks, tokens, reports, strict=True):
+        hashes = np.unique(source.hash_view()[mask])
+        report.mixed_copies = len(np.intersect1d(hashes, earlier, assume_unique=True))
+        earlier = np.union1d(earlier, hashes)
         report.mixed = len(np.unique(view(source.documents)[mask]))
         report.mixed_share = trained / max(1, sum(tokens))
         rows = f"{report.mixed:,} of {report.kept:,} rows of {report.source}"
         parts.append(f"{rows}, {report.mixed_share:.0%} of the trained tokens")
-    return f"  mixed by weight: {'; '.join(parts)}"
+    lines = [f"  mixed by weight: {'; '.join(parts)}"]
+    if copies := sum(report.mixed_copies or 0 for report in reports):
+        examples = "1 example is" if copies == 1 else f"{copies:,} examples are"
+        lines.append(f"  {examples} in two of the sources, token for token")
+    return lines

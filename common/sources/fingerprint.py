@@ -1,6 +1,7 @@
 """What the data files were before they were read: rows of a file that changes meanwhile are of no one version."""
 
 import hashlib
+from pathlib import Path
 from typing import NamedTuple
 
 from common.machine.disk import sha256_of
@@ -23,6 +24,21 @@ def file_states(spec: DataSpec) -> FileStates:
     """The state of the sources and the eval_source, where they are files. None for one that cannot be read."""
     sources = [*(source for source, _ in spec.mixture), spec.eval_source]
     return {source: source_state(source) for source in sources if source is not None and is_file(source)}
+
+
+def refuse_shared_files(spec: DataSpec) -> None:
+    """Raises UserError where two sources of a mixture have a file in common, whose rows would be taken twice.
+
+    Raises it too where a file of any source is missing, before the first one is read.
+    """
+    source_of: dict[Path, str] = {}
+    for source, _ in spec.mixture:
+        for file in find_files(source).files if is_file(source) else ():
+            other = source_of.setdefault(file.resolve(), source)
+            if other != source:
+                raise UserError(f"{file.resolve()} is in two of DataSpec.sources, {other!r} and {source!r}; leave one")
+    if spec.eval_source is not None and is_file(spec.eval_source):
+        find_files(spec.eval_source)
 
 
 def refuse_if_changed(states: FileStates) -> None:

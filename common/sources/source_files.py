@@ -119,7 +119,8 @@ def _files_of_part(part: str, source: str) -> list[Path]:
                 f"{file}{among and among + ','} is a folder; name its files, as in {shlex.quote(f'{file}/')}*.jsonl"
             )
         if not os.path.exists(file):
-            raise UserError(f"there is no data file {file}{among} (looked in {Path.cwd()})")
+            hint = "; a name with blanks stands in quotes" if source else ""
+            raise UserError(f"there is no data file {file}{among} (looked in {Path.cwd()}){hint}")
     return found
 
 

@@ -30,7 +30,7 @@ def check_start(path: Path) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UserError(f"{path} is UTF-16; convert it: {convert_command(path, 'UTF-16')}")
     if start.startswith(tuple(CODECS)):
-        raise UserError(f"{path} is compressed twice; unpack it once: {command_on(path, 'cat', f'once{path.suffix}')}")
+        raise UserError(f"{path} is compressed twice; unpack it once: {command_on(path, '', f'once{path.suffix}')}")
     if start[_TAR_AT:] == b"ustar":
         raise UserError(f"{path} is an archive of tar; unpack it, and name the files that were in it")
     for magic, remedy in _FOREIGN.items():

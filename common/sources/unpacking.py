@@ -29,11 +29,16 @@ def is_compressed(path: Path) -> bool:
 
 
 def command_on(path: Path, program: str, target: str) -> str:
-    """A line for the shell that puts a file, unpacked, through a program, and the result into the file `target`."""
+    """A line for the shell that puts a file, unpacked, through a program, and the result into the file `target`.
+
+    program: "" for a compressed file that is only to be unpacked.
+    """
     with path.open("rb") as file:
         codec = _codec(file.peek(4))
     name = shlex.quote(str(path))
-    return f"{codec[1]} < {name} | {program} > {target}" if codec else f"{program} {name} > {target}"
+    if codec is None:
+        return f"{program} {name} > {target}"
+    return f"{codec[1]} < {name} {program and f'| {program} '}> {target}"
 
 
 def unpacked_suffix(path: Path) -> str:

@@ -170,7 +170,7 @@ class ChatFormat:
                 "DataSpec(rendered=True) is for rows of text alone, and these are conversations: leave it out"
             )
         try:
-            ids, spans = self.rendered_text.encode(example)
+            ids, spans, notes = self.rendered_text.encode(example)
             self._refuse_beyond(ids)
         except BadRow as fault:
             return fault
@@ -178,7 +178,7 @@ class ChatFormat:
         for start, end in spans:
             labels[start:end] = ids[start:end]
         labels[0] = IGNORED  # no token stands before it, to predict it from
-        return Tokens(ids, labels, [end for _, end in spans])
+        return Tokens(ids, labels, [end for _, end in spans], notes)
 
     def _require_template(self) -> None:
         if not self.tokenizer.chat_template:

@@ -22,6 +22,7 @@ _OPENERS = (
     *("<|im_start|>", "[INST]", "<start_of_turn>", "<|start_header_id|>", "<|begin_of_text|>", "<|user|>"),
     *("<|system|>", "<|start|>", "<|turn>", "<|START_OF_TURN_TOKEN|>", "<｜User｜>"),
 )
+OTHER_PROMPT = "answers are trained behind another prompt than the one that the model will be asked with"
 _ASKED, _ANSWERED = "\ue000u\ue001", "\ue000a\ue001"  # characters for private use, which no template writes itself
 _QUESTION: list[dict[str, Any]] = [{"role": "user", "content": _ASKED}]
 _TOOL_CALL = {"type": "function", "id": "a1b2c3d4e", "function": {"name": "f", "arguments": {}}}
@@ -73,12 +74,12 @@ class RenderedText:
         self.bos_first = bool(bos) and whole.startswith(bos)
         self.headers = self._find_headers(whole)
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]], tuple[str, ...]]:
         """Tokenises a text, with one BOS where the template begins with one.
 
-        Returns the ids, and start and end of each answer, as indices into them. An answer begins where the generation
-        prompt ends, and its last token is an end token. Raises BadRow when no answer begins in the text, when one has
-        no text or no end token, and when BOS stands where the template writes none.
+        Returns the ids, start and end of each answer, as indices into them, and notes. An answer begins where the
+        generation prompt ends, and its last token is an end token. Raises BadRow when no answer begins in the text,
+        when one has no text or no end token, and when BOS stands where the template writes none.
         """
         bos = self.tokenizer.bos_token
         if self.bos_first and not text.startswith(bos):
@@ -92,7 +93,8 @@ class RenderedText:
         spans = [(start, self._end_of_answer(ids, start)) for start in first]
         if any(end > following for (_, end), following in zip(spans, first[1:], strict=False)):
             raise BadRow(self._no_end())
-        return ids, spans
+        is_asked = all(text.endswith(tuple(self.prompts), 0, start) for start in starts)
+        return ids, spans, () if is_asked else (OTHER_PROMPT,)
 
     def _answer_starts(self, text: str) -> list[int]:
         """Returns where the answers begin: indices into the text, in order."""
@@ -166,9 +168,10 @@ class RenderedText:
                 "the chat template marks no beginning of an answer: rendered texts cannot be trained with it"
             )
         headers = {prompt, shared, shared.partition("<think>")[0] or shared}  # an answer may come without thoughts
+        self.prompts = {prompt}
         if prompt == shared and self.control.fullmatch(prompt):  # a mark of the question's end, as [/INST]
-            headers |= self._header_after_result()
-        return headers
+            self.prompts |= self._header_after_result()
+        return headers | self.prompts
 
     def _header_after_result(self) -> set[str]:
         """Returns the control token that ends a tool's result, where the template knows tools and has one."""

@@ -56,7 +56,7 @@ def template_messages(
 def _numbered_ids(conversation: Conversation) -> dict[tuple[int, int], str]:
     """Returns an id of nine digits for each call, by message and place, and for each result the id of its call.
 
-    A result without an id is that of the oldest call that still waits for one.
+    A result without an id is that of the oldest call that still waits for one. Raises BadRow for one of no call.
     """
     ids, waiting = dict[tuple[int, int], str](), list[tuple[str | None, str]]()
     for index, message in enumerate(conversation.messages):
@@ -64,9 +64,12 @@ def _numbered_ids(conversation: Conversation) -> dict[tuple[int, int], str]:
             ids[index, number] = f"{len(ids):09d}"
             waiting.append((call.id, ids[index, number]))
         if message.role == "tool":
+            if not waiting:
+                raise BadRow("a tool's result stands before any call: a call is in tool_calls, not in an answer's text")
             named = next((pair for pair in waiting if pair[0] == message.tool_call_id), None)
-            if (pair := named or next(iter(waiting), None)) is None:
-                raise BadRow("a tool's result stands before any call")
+            if named is None and message.tool_call_id and any(call_id for call_id, _ in waiting):
+                raise BadRow(f"a tool's result is that of a call which is not there: {message.tool_call_id!r:.40}")
+            pair = named or waiting[0]
             waiting.remove(pair)
             ids[index, 0] = pair[1]
     return ids

@@ -168,6 +168,34 @@ def test_sharegpt_with_calls_as_llama_factory_has_it():
     )
 
 
+def call_turn(name: str, role: str = "function_call", **more: object) -> dict:
+    return {"role": role, "content": json.dumps({"name": name, "arguments": {}}), **more}
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_calls_in_a_row_are_parallel_calls_of_one_turn(role):
+    results = [{"role": "tool", "content": text} for text in ("1", "2")]
+    messages = read(chat(call_turn("f", role), call_turn("g", role), *results, call_turn("h", role))).messages
+    assert [[call.name for call in message.tool_calls] for message in messages] == [[], ["f", "g"], [], [], ["h"], []]
+
+
+def test_a_call_goes_on_with_the_text_before_it():
+    assert read(chat(called(content="Let me look."), call_turn("f"))).messages[1] == Message(
+        "assistant", "Let me look.", tool_calls=(ToolCall("f", {}),)
+    )
+
+
+def test_calls_with_a_result_between_them_are_turns_of_their_own():
+    messages = read(chat(call_turn("f"), {"role": "tool", "content": "1"}, call_turn("g"))).messages
+    assert [len(message.tool_calls) for message in messages] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("more", [{"weight": 0}, {"reasoning_content": "Hm."}], ids=["flag", "thoughts"])
+def test_calls_in_a_row_that_cannot_be_one_turn_are_refused(more):
+    with pytest.raises(BadRow, match="a call that goes on with the assistant's turn has thoughts or a flag of its own"):
+        read(chat(call_turn("f"), call_turn("g", **more)))
+
+
 @pytest.mark.parametrize(
     ("turn", "fault"),
     [

@@ -260,6 +260,20 @@ def test_a_row_that_says_two_things_is_refused_with_the_way_out(row, names):
         assert RowReader(columns=named).read(row)
 
 
+@pytest.mark.parametrize("write", [json.dumps, str, lambda value: json.dumps(value, indent=2)])
+@pytest.mark.parametrize("key", ["prompt", "completion"])
+@pytest.mark.parametrize("messages", [turns("Hello"), [{"content": "Hello", "role": "user"}], shared("Hello")])
+def test_messages_in_a_text_of_a_pair_are_not_learnt_as_text(write, key, messages):
+    row = {"prompt": "Hello", "completion": "Hi"} | {key: write(messages)}
+    with pytest.raises(BadRow, match=f"{key} is a text that holds a list of messages"):
+        RowReader().read(row)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "[{", '[{"name": "f"}]', "[role] play", '{"role": "user"}', "[]"])
+def test_another_text_that_looks_like_code_is_learnt(text):
+    assert RowReader().read({"prompt": text, "completion": text}).messages[1].content == text
+
+
 def test_another_format_that_is_empty_says_nothing():
     row = {"messages": turns(*TWO), "question": None, "answer": "", "prompt": "Hello", "completion": None}
     assert len(RowReader().read(row).messages) == 2

@@ -71,6 +71,17 @@ def test_held_out_rows_are_of_the_mixture_in_its_shares(tmp_path, tokenizer):
     assert questions(rows.train, tokenizer) == {"a.jsonl": 270, "b.jsonl": 90}
 
 
+def test_a_mixture_may_have_held_out_rows_of_its_own(tmp_path, tokenizer, capsys):
+    sources = ((write(tmp_path, "a.jsonl", 30), 1), (write(tmp_path, "b.jsonl", 30), 2))
+    shared = tmp_path / "held.jsonl"
+    shared.write_text((tmp_path / "a.jsonl").read_text() + conversation("c.jsonl 0", "word") + "\n")
+    rows = load_rows(DataSpec(sources=sources, eval_source=str(shared)), tokenizer, 64)
+    assert questions(rows.train, tokenizer) == {"a.jsonl": 15, "b.jsonl": 30}
+    assert questions(rows.evaluation, tokenizer) == {"a.jsonl": 30, "c.jsonl": 1}
+    assert [report.mixed for report in rows.reports] == [15, 30, None]
+    assert "15 of the 31 held-out examples are also among the training ones" in capsys.readouterr().out
+
+
 def test_sources_may_have_other_formats(tmp_path, tokenizer):
     other = tmp_path / "b.jsonl"
     other.write_text("\n".join(json.dumps({"text": f"A text of its own, {n}"}) for n in range(20)))
@@ -99,3 +110,41 @@ def test_rows_of_a_bad_step_are_found_in_every_source(tmp_path, tokenizer):
     assert len(wanted) == 2
     places = find_examples(spec, tokenizer, 64, wanted)
     assert places == [f"{sources[0][0]}:4", f"{sources[2][0]}:4"]
+
+
+@pytest.mark.parametrize("again", ["{0}/./a.jsonl", "{0}/b.jsonl {0}/a.jsonl", "{0}/a*.jsonl", "{0}/link.jsonl"])
+def test_a_file_in_two_sources_is_refused_however_it_is_spelt(tmp_path, tokenizer, again):
+    first, other = write(tmp_path, "a.jsonl", 20), write(tmp_path, "b.jsonl", 20)
+    (tmp_path / "link.jsonl").symlink_to(first)
+    sources = ((first, 1), (again.format(tmp_path), 1))
+    with pytest.raises(UserError, match=f"{first} is in two of DataSpec.sources, "):
+        load_rows(DataSpec(sources=sources), tokenizer, 64)
+    load_rows(DataSpec(sources=((first, 1), (other, 1))), tokenizer, 64)
+
+
+@pytest.mark.parametrize("field", ["sources", "eval_source"])
+def test_a_missing_file_is_named_before_another_one_is_read(tmp_path, tokenizer, capsys, field):
+    there, missing = write(tmp_path, "a.jsonl", 20), str(tmp_path / "b.jsonl")
+    values = {"sources": ((there, 1), (missing, 1))} if field == "sources" else {"source": there, field: missing}
+    with pytest.raises(UserError, match=f"there is no data file {missing}"):
+        load_rows(DataSpec(**values), tokenizer, 64)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("shared", "line"),
+    [
+        (0, None),
+        (1, "1 example is in two of the sources, token for token"),
+        (7, "7 examples are in two of the sources, token for token"),
+    ],
+)
+def test_copies_between_two_sources_are_counted(tmp_path, tokenizer, capsys, shared, line):
+    first = write(tmp_path, "a.jsonl", 20)
+    other = tmp_path / "b.jsonl"
+    own = [conversation(f"b {n}", "word") for n in range(20 - shared)]
+    other.write_text("\n".join([*(tmp_path / "a.jsonl").read_text().splitlines()[:shared], *own]) + "\n")
+    rows = load_rows(DataSpec(sources=((first, 1), (str(other), 1))), tokenizer, 64)
+    assert [report.mixed_copies for report in rows.reports] == [0, shared]
+    found = [text.strip() for text in capsys.readouterr().out.splitlines() if "two of the sources" in text]
+    assert found == ([line] if line else [])

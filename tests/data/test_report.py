@@ -12,6 +12,7 @@ from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
 from common.sources.source_row import BadRow, NotToLearn
 from common.tokens.chat_format import ChatFormat, Tokens
+from tests.conftest import ROOT
 from tests.data.test_rows import conversation, write
 
 
@@ -56,6 +57,12 @@ def test_a_source_without_rows_is_refused(tmp_path, tokenizer):
 def test_marked_shows_what_is_trained(tokenizer):
     example = ChatFormat(tokenizer).encode(Conversation((Message("user", "Hello"), Message("assistant", "Hi\nyou"))))
     assert mark_trained(example, tokenizer) == "<s><|user|>Hello<|end|><|assistant|>⟦Hi⏎you<|end|>⟧"
+
+
+def test_a_blank_that_is_trained_is_shown(real_tokenizer):
+    mistral = real_tokenizer("mistral_v3", (ROOT / "models" / "chat_templates" / "mistral_v3.jinja").read_text())
+    tokens = ChatFormat(mistral).encode(Conversation((Message("user", "Hello"), Message("assistant", "Hi"))))
+    assert mark_trained(tokens, mistral) == "<s>[INST] Hello[/INST]⟦ Hi</s>⟧"
 
 
 def test_an_example_shows_what_a_terminal_would_obey(tokenizer):

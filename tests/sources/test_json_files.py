@@ -119,3 +119,21 @@ def test_one_that_is_read_is_a_fault_of_its_row_by_name(row, fault, name, tmp_pa
     ((_, found),) = read_rows(write(tmp_path, name, content))
     with pytest.raises(BadRow, match=fault):
         RowReader().read(found)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"version": "1", "my rows": [{"text": "a"}]}',
+            "object; a .json file is a list of objects, which it has under 'm",
+        ),
+        ('{"text": "a"}', "object; a .json file is a list of objects$"),
+        ('{"text": ["a", "b"]}', "object; a .json file is a list of objects$"),
+        ('"a"', "text; a"),
+        ("3", "int; a"),
+    ],
+)
+def test_a_json_file_that_is_no_list_says_what_it_holds(content, message, tmp_path):
+    with pytest.raises(UserError, match=f"holds one {message}"):
+        list(read_rows(write(tmp_path, "a.json", content)))

@@ -91,6 +91,7 @@ def test_many_names_are_not_one_long_name(folder):
             "there is no data file none.jsonl, one of the 2 files in 'a.jsonl none.jsonl' (looked in",
         ),
         ("my rows.jsonl", "there is no data file my, one of the 2 files in 'my rows.jsonl'"),
+        ("my rows.jsonl", "; a name with blanks stands in quotes"),
         ("John's rows.jsonl", "there is no data file John's rows.jsonl (looked in"),
         ("a.jsonl owner/set", "there is no data file owner/set, one of the 2 files in"),
         (

@@ -219,6 +219,23 @@ def test_a_prompt_that_begins_the_thoughts_is_not_trained_and_an_answer_without_
     assert trained_text(tokenizer, tokens) == "Hi!<|im_end|>Greet.\n</think>\n\nHi!<|im_end|>"
 
 
+@pytest.mark.parametrize("name", REAL)
+def test_an_answer_behind_the_generation_prompt_needs_no_note(real_tokenizer, name):
+    tokenizer = real_tokenizer(*REAL[name])
+    chat = [{"role": "user", "content": "Hi you"}, {"role": "assistant", "content": "Hello"}] * 2
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    assert ChatFormat(tokenizer, rendered=True).encode(text).notes == ()
+
+
+@pytest.mark.parametrize("block", ["", "<think>\nHm\n</think>\n\n"], ids=["no thoughts", "thoughts"])
+def test_an_answer_behind_another_prompt_than_the_model_is_asked_with_is_said(real_tokenizer, block):
+    tokenizer = real_tokenizer(*REAL["qwen3 (ours)"])  # whose prompt ends with an empty block of thoughts
+    text = f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{block}Hello<|im_end|>\n"
+    tokens = ChatFormat(tokenizer, rendered=True).encode(text)
+    assert trained_text(tokenizer, tokens) == f"{block}Hello<|im_end|>"
+    assert tokens.notes == ("answers are trained behind another prompt than the one that the model will be asked with",)
+
+
 def test_a_mistral_answer_after_a_tools_result_is_trained(real_tokenizer):
     tokenizer = real_tokenizer("mistral_v3", OURS["mistral_v3"])
     text = (

@@ -129,6 +129,21 @@ def test_ids_that_a_template_demands_are_said():
     assert ChatFormat(mistral()).encode(Conversation(given, (TOOL,))).notes == ()
 
 
+@pytest.mark.parametrize("unknown", ["call_9", "abcdefghi"])
+@pytest.mark.parametrize("calls", [(PARIS,), (PARIS, OSLO)], ids=["one", "two"])
+def test_a_result_of_a_call_that_is_not_there_is_refused_where_the_template_writes_ids(unknown, calls):
+    chat = (QUESTION, Message("assistant", "", tool_calls=calls), Message("tool", "dry", tool_call_id=unknown), ANSWER)
+    with pytest.raises(BadRow, match=f"a tool's result is that of a call which is not there: '{unknown}'"):
+        ChatFormat(mistral()).encode(Conversation(chat, (TOOL,)))
+
+
+def test_results_in_another_order_than_their_calls_keep_to_them():
+    results = [Message("tool", text, tool_call_id=call.id) for text, call in (("snow", OSLO), ("sun", PARIS))]
+    chat = (QUESTION, Message("assistant", "", tool_calls=(PARIS, OSLO)), *results, ANSWER)
+    text = mistral().decode(ChatFormat(mistral()).encode(Conversation(chat, (TOOL,))).input_ids)
+    assert [part.split('"')[0] for part in text.split('"call_id": "')[1:]] == ["000000001", "000000000"]
+
+
 def test_a_template_that_joins_arguments_as_text_gets_them_as_json():
     calls = "{% for c in m.tool_calls %}{{ c.function.name + c.function.arguments }}{% endfor %}"
     prints = "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
