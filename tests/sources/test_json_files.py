@@ -124,16 +124,16 @@ def test_one_that_is_read_is_a_fault_of_its_row_by_name(row, fault, name, tmp_pa
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        ('{"version": "1", "my rows": [{"text": "a"}]}', "one object, .* Its 'my rows' is such a list: jq -c"),
         (
-            '{"version": "1", "my rows": [{"text": "a"}]}',
-            "object; a .json file is a list of objects, which it has under 'm",
+            '{"text": "a"}',
+            "one object, with the keys 'text'; a .json file is a list of objects; one object a line is .jsonl$",
         ),
-        ('{"text": "a"}', "object; a .json file is a list of objects$"),
-        ('{"text": ["a", "b"]}', "object; a .json file is a list of objects$"),
-        ('"a"', "text; a"),
-        ("3", "int; a"),
+        ('{"text": ["a", "b"]}', "with the keys 'text'; .* is .jsonl$"),
+        ('"a"', "one value that is no list; a"),
+        ("3", "one value that is no list; a"),
     ],
 )
 def test_a_json_file_that_is_no_list_says_what_it_holds(content, message, tmp_path):
-    with pytest.raises(UserError, match=f"holds one {message}"):
+    with pytest.raises(UserError, match=f"holds {message}"):
         list(read_rows(write(tmp_path, "a.json", content)))
