@@ -119,21 +119,3 @@ def test_one_that_is_read_is_a_fault_of_its_row_by_name(row, fault, name, tmp_pa
     ((_, found),) = read_rows(write(tmp_path, name, content))
     with pytest.raises(BadRow, match=fault):
         RowReader().read(found)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"version": "1", "my rows": [{"text": "a"}]}', "one object, .* Its 'my rows' is such a list: jq -c"),
-        (
-            '{"text": "a"}',
-            "one object, with the keys 'text'; a .json file is a list of objects; one object a line is .jsonl$",
-        ),
-        ('{"text": ["a", "b"]}', "with the keys 'text'; .* is .jsonl$"),
-        ('"a"', "one value that is no list; a"),
-        ("3", "one value that is no list; a"),
-    ],
-)
-def test_a_json_file_that_is_no_list_says_what_it_holds(content, message, tmp_path):
-    with pytest.raises(UserError, match=f"holds {message}"):
-        list(read_rows(write(tmp_path, "a.json", content)))
