@@ -87,8 +87,8 @@ def write_large(path, kind: str) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.csv.zst", "a.arrow"])
 def test_a_large_file_is_never_in_memory_whole(name, tmp_path):
     write_large(tmp_path / name, name.split(".")[1])
-    first = tmp_path / ("first.csv" if ".csv" in name else "first.jsonl.gz")
-    first.write_bytes(b"text\na\n" if ".csv" in name else gzip.compress(b'{"text": "a"}'))
+    first = tmp_path / ("first.csv.gz" if ".csv" in name else "first.jsonl.gz")  # what unpacking imports is there then
+    first.write_bytes(gzip.compress(b"text\na\n" if ".csv" in name else b'{"text": "a"}'))
     command = [sys.executable, "-c", READ, str(tmp_path / name), str(first)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows, kib = map(int, done.stdout.split())
