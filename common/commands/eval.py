@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.commands.flags import whole_number
+from common.commands.flags import other_data, whole_number
 from common.machine.paths import local_path
 from common.recipe import Recipe, UserError
 from common.run.folder import EVAL_JSON, refuse_inside
@@ -68,7 +68,7 @@ def rows_to_evaluate(
 
     spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
     if data:
-        given = replace(spec, source=data, sources=(), revision=None, config=None, eval_source=None, eval_rows=0)
+        given = replace(other_data(spec, data), eval_rows=0)
         return load_rows(given, tokenizer, seq_len).train, data
     held_out = load_held_out_rows(adapter.folder)
     if held_out is not None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from common.machine.paths import output_path
-from common.recipe import Recipe, UserError
+from common.recipe import DataSpec, Recipe, UserError
 
 BASES = ("4bit", "original")
 
@@ -46,10 +46,13 @@ def apply_run_flags(recipe: Recipe, flags: argparse.Namespace) -> Recipe:
 
 
 def replace_data(recipe: Recipe, source: str) -> Recipe:
-    """The recipe with another source. Its own held-out rows belong to its own data."""
-    return replace(
-        recipe, data=replace(recipe.data, source=source, sources=(), eval_source=None, revision=None, config=None)
-    )
+    """The recipe with another source."""
+    return replace(recipe, data=other_data(recipe.data, source))
+
+
+def other_data(spec: DataSpec, source: str) -> DataSpec:
+    """The spec with another source. Its own held-out rows belong to its own data."""
+    return replace(spec, source=source, sources=(), eval_source=None, revision=None, config=None)
 
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from common.recipe import UserError
-from common.sources.formats import WANTED_KEYS, is_media, match_keys
+from common.sources.formats import WANTED_KEYS, is_media, match_keys, quoted
 from common.sources.json_files import parse_json
 from common.sources.source_row import BadRow, Row
 
@@ -25,8 +25,7 @@ def find_columns(source: str, names: tuple[str, ...], columns: dict[str, str] | 
     except BadRow as fault:
         raise UserError(f"{source}: its columns: {fault}") from fault
     if matched is None:
-        shown = ", ".join(f"{name!r:.40}" for name in names[:8])
-        raise UserError(f"{source}: no format has its columns: {shown}; name them {WANTED_KEYS}")
+        raise UserError(f"{source}: no format has its columns: {quoted(names)}; name them {WANTED_KEYS}")
     return {key: place for key, place in matched.places.items() if not is_media(names[place])}
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 
 from common.process_state import allow_large_csv_cells
 from common.recipe import UserError
-from common.sources.formats import WANTED_KEYS, match_keys
+from common.sources.formats import WANTED_KEYS, match_keys, quoted
 from common.sources.source_row import MAX_ROW_BYTES, BadRow, PlacedRow
 from common.sources.text_files import check_start, convert_command, is_utf8
 from common.sources.unpacking import open_data, unpacked_suffix
@@ -92,9 +92,8 @@ def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
     delimiter, names = max(others.items(), key=lambda item: len(item[1]), default=("", ()))
     if faults and len(names) < 2:
         raise faults[0]
-    shown = ", ".join(f"{name!r:.40}" for name in names[:8])
     raise UserError(
-        f"{path}: no format has the columns of its first line: {shown} (delimiter {delimiter!r}); "
+        f"{path}: no format has the columns of its first line: {quoted(names)} (delimiter {delimiter!r}); "
         f"name them {WANTED_KEYS}"
     )
 

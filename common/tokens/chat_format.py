@@ -162,7 +162,7 @@ class ChatFormat:
     @cached_property
     def rendered_text(self) -> RenderedText:
         self._require_template()
-        return RenderedText(self.tokenizer, self.end_of_turn_ids())
+        return RenderedText(self.tokenizer, self.tokeniser, self.end_of_turn_ids())
 
     def _encode_rendered(self, example: Example, train_on: TrainOn) -> Tokens | BadRow:
         if not isinstance(example, str):

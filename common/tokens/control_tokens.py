@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +37,11 @@ def with_control(tokenizer: PreTrainedTokenizerFast, own_text: str) -> PreTraine
     return tokenizer
 
 
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Returns what finds any of the texts, the first one that fits."""
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")  # (?!) matches nothing
+
+
 class ControlTokens:
     """Finds control tokens in texts and among ids."""
 
@@ -44,14 +49,13 @@ class ControlTokens:
         special = {index: t.content for index, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.ids = frozenset(special)
         self.texts = tuple(sorted(special.values(), key=len, reverse=True))
-        self.pattern = re.compile("|".join(map(re.escape, self.texts)) if special else "(?!)")  # matches nothing
+        self.pattern = any_of(self.texts)
         # Words that the tokenizer does not know become the unknown token: it says nothing of a place in the template.
         unknown = tokenizer.unk_token_id
         self._counted_ids = frozenset(special.keys() - {unknown})
         counted = [t for t in self.texts if t != special.get(unknown)]
-        self._counted = re.compile("|".join(map(re.escape, counted)) if counted else "(?!)")
-        run = f"(?:{self._counted.pattern})+"
-        self._run = re.compile(run)
+        self._counted = any_of(counted)
+        self._run = re.compile(f"(?:{self._counted.pattern})+")
         self._eos = tokenizer.eos_token
 
     def count(self, text: str) -> int:

@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common.recipe import UserError
 from common.sources.source_row import BadRow
+from common.tokens.control_tokens import any_of
+from common.tokens.pieces import Piece, PieceTokeniser
 
 # What begins a turn in the formats that many data sets were rendered in
 _OPENERS = (
@@ -41,7 +43,7 @@ def foreign_marks(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
     own = {token.content for token in tokenizer.added_tokens_decoder.values()}
     template = tokenizer.chat_template
     others = [text for text in _OPENERS if template and text not in own and text not in template]
-    return re.compile("|".join(map(re.escape, others)) or "(?!)")  # (?!) matches nothing
+    return any_of(others)
 
 
 def refuse_rendered(text: str, control: re.Pattern[str], foreign: re.Pattern[str]) -> None:
@@ -58,17 +60,16 @@ def refuse_rendered(text: str, control: re.Pattern[str], foreign: re.Pattern[str
 class RenderedText:
     """Finds the answers in texts that were rendered in one model's format."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, ends: Collection[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, tokeniser: PieceTokeniser, ends: Collection[int]) -> None:
         """ends: the tokens that end the assistant's turns. Raises UserError when the template marks no answers."""
-        self.tokenizer, self.ends = tokenizer, frozenset(ends)
-        added = tokenizer.added_tokens_decoder
-        control = {index: token.content for index, token in added.items() if token.special or index in self.ends}
-        self.control_ids = control.keys()
-        self.control = re.compile("|".join(map(re.escape, sorted(control.values(), key=len, reverse=True))))
-        self.end_texts = sorted(control[index] for index in self.ends)
+        self.tokenizer, self.tokeniser, self.ends = tokenizer, tokeniser, frozenset(ends)
+        self.control = tokeniser.control
+        self.end_texts = sorted(tokenizer.convert_ids_to_tokens(list(self.ends)))
         whole = self._render([*_QUESTION, {"role": "assistant", "content": _ANSWERED}] * 2)
         # Within an answer one of these tokens begins something else: the answer has no end.
-        self.openers = {tokenizer.convert_tokens_to_ids(text) for text in self.control.findall(whole)} - self.ends
+        self.openers = {
+            tokenizer.convert_tokens_to_ids(text) for text in self.control.pattern.findall(whole)
+        } - self.ends
         bos = tokenizer.bos_token
         self.bos_count = whole.count(bos) if bos else 0  # of a conversation of two answers
         self.bos_first = bool(bos) and whole.startswith(bos)
@@ -115,25 +116,23 @@ class RenderedText:
         cuts: where the text is tokenised in two pieces. Where a token reaches over an answer's beginning it is cut,
         because a prompt ends there.
         """
-        ids = [index for start, end in pairwise((0, *cuts, len(text))) for index in self._ids(text[start:end])]
-        controls = [0, *(found.start() for found in self.control.finditer(text))]
-        places = [0, *(place for place, index in enumerate(ids) if index in self.control_ids)]
+        bounds = pairwise((0, *cuts, len(text)))
+        pieces = [Piece(text[start:end], follows=text[max(0, start - 100) : start]) for start, end in bounds]
+        ids = [index for piece_ids in self.tokeniser.encode(pieces) for index in piece_ids]
+        controls = [0, *(found.start() for found in self.control.finditer(text, 0))]
+        places = [0, *self.control.places(ids)]
         if len(places) != len(controls):
             raise BadRow("the tokenizer finds other control tokens in it than the text holds")
         first, torn = [], []
         for start in starts:
             last = bisect_left(controls, start) - 1  # the control token before the answer: nothing merges over it
-            before = self._ids(text[controls[last] : start])
+            (before,) = self.tokeniser.encode([Piece(text[controls[last] : start])])
             first.append(places[last] + len(before))
             if ids[places[last] : first[-1]] != before:
                 torn.append(start)
         if torn and not set(torn) <= set(cuts):
             return self._tokenise(text, starts, tuple(sorted({*cuts, *torn})))
         return ids, first
-
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
 
     def _end_of_answer(self, ids: list[int], start: int) -> int:
         """Returns the index after the token that ends the answer."""
@@ -169,7 +168,7 @@ class RenderedText:
             )
         headers = {prompt, shared, shared.partition("<think>")[0] or shared}  # an answer may come without thoughts
         self.prompts = {prompt}
-        if prompt == shared and self.control.fullmatch(prompt):  # a mark of the question's end, as [/INST]
+        if prompt == shared and self.control.pattern.fullmatch(prompt):  # a mark of the question's end, as [/INST]
             self.prompts |= self._header_after_result()
         return headers | self.prompts
 
@@ -179,7 +178,7 @@ class RenderedText:
             after = self._render(_WITH_RESULT, answering=True).rpartition(_ANSWERED)[2]
         except UserError:
             return set()
-        found = self.control.findall(after)
+        found = self.control.pattern.findall(after)
         return {found[-1]} if found and after.endswith(found[-1]) else set()
 
     def _without_end(self, prompt: str) -> str:

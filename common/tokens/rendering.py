@@ -94,7 +94,7 @@ class Renderer:
     ) -> tuple[TextLayout, CallForm]:
         if has_tools(conversation):
             return self._lay_out_in_some_form(conversation, outline, answering)
-        arguments = json.dumps(conversation.template_arguments, sort_keys=True, default=str)
+        arguments = arguments_key(conversation.template_arguments)
         key = (tuple(m.role for m in conversation.messages), outline.messages, arguments, answering)
         if key not in self._layouts:
             if len(self._layouts) >= MAX_LAYOUTS:
@@ -172,6 +172,11 @@ class Renderer:
             )
         except _TEMPLATE_FAULTS as error:
             raise BadRow(f"the chat template refuses it: {error}") from error
+
+
+def arguments_key(arguments: dict[str, Any]) -> str:
+    """Returns a text that is the same for the same template arguments."""
+    return json.dumps(arguments, sort_keys=True, default=str)
 
 
 def has_tools(conversation: Conversation) -> bool:

@@ -1,8 +1,7 @@
 """What a chat template writes around an answer: how it asks for one, and how it ends. Short conversations show it."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import suppress
 from os.path import commonprefix
 from typing import Any
 
@@ -10,7 +9,8 @@ from common.conversations.conversation import Conversation, Message, ToolCall
 from common.recipe import UserError
 from common.sources.source_row import BadRow
 from common.tokens.control_tokens import ControlTokens
-from common.tokens.rendering import Renderer, has_tools
+from common.tokens.outline import TextLayout
+from common.tokens.rendering import Renderer, arguments_key, has_tools
 
 SWITCHED_THINKING = "answers are trained behind the prompt that enable_thinking={} gives"
 
@@ -62,29 +62,28 @@ class TemplateSamples:
 
     def prompt(self, role: str, arguments: dict[str, Any], with_tools: bool) -> str | None:
         """Returns what the template writes after a message of this role to ask for an answer; None where it cannot."""
-        key = (role, with_tools, json.dumps(arguments, sort_keys=True, default=str))
+        key = (role, with_tools, arguments_key(arguments))
         if key not in self._prompts:
             self._prompts[key] = None
             for context in _CONTEXTS[role]:
-                asked = Conversation(context, (_TOOL,) if with_tools else (), arguments)
-                try:
-                    layout = self.renderer.layout(asked, answering=True)
-                except BadRow:
-                    if with_tools:  # the template may take calls and no tools
-                        try:
-                            layout = self.renderer.layout(replace(asked, tools=()), answering=True)
-                        except BadRow:
-                            continue
-                    else:
-                        continue
-                if layout.owners and layout.owners[-1] == len(context) - 1:
+                layout = self._lay_out_prompt(context, arguments, with_tools)
+                if layout is not None and layout.owners and layout.owners[-1] == len(context) - 1:
                     self._prompts[key] = _after_names(layout.pieces[-1]) if role == "tool" else layout.pieces[-1]
                     break
         return self._prompts[key]
 
+    def _lay_out_prompt(
+        self, context: tuple[Message, ...], arguments: dict[str, Any], with_tools: bool
+    ) -> TextLayout | None:
+        """Returns the layout of a conversation that asks for an answer; None where the template refuses it."""
+        for tools in ((_TOOL,), ()) if with_tools else ((),):  # the template may take calls and no tools
+            with suppress(BadRow):
+                return self.renderer.layout(Conversation(context, tools, arguments), answering=True)
+        return None
+
     def header(self, arguments: dict[str, Any], with_tools: bool) -> str:
         """Returns what add_generation_prompt adds to a conversation; "" where that is nothing."""
-        key = (with_tools, json.dumps(arguments, sort_keys=True, default=str))
+        key = (with_tools, arguments_key(arguments))
         if key not in self._headers:
             self._headers[key] = self._find_header(arguments, with_tools)
         return self._headers[key]
