@@ -15,7 +15,13 @@ MISTRAL_COMMON = "mistral-common==1.13.1"
 # What mistral-common imports and the tests do not have anyway.
 NEEDS = (
     *("tiktoken==0.14.0", "sentencepiece==0.2.3", "pydantic-extra-types==2.11.1", "pycountry==26.2.16"),
-    *("jsonschema==4.26.0", "jsonschema-specifications==2025.9.1", "referencing==0.37.0", "rpds-py==2026.9.1"),
+    *(
+        "attrs==26.1.0",
+        "jsonschema==4.26.0",
+        "jsonschema-specifications==2025.9.1",
+        "referencing==0.37.0",
+        "rpds-py==2026.9.1",
+    ),
 )
 # Which file of mistral-common has the vocabulary, by the name in tests/real_tokenizers.py.
 FILES = {
