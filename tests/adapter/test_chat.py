@@ -3,6 +3,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,11 +231,17 @@ def test_bytes_that_are_no_text_in_a_real_process(finetuned):
 
 
 @pytest.mark.slow  # a terminal of its own, and the imports: ten seconds
-def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(finetuned):
+def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(finetuned, tmp_path):
+    shutil.copytree(finetuned[1], tmp_path / "run")
+    generation = tmp_path / "run" / "generation_config.json"
+    values = json.loads(generation.read_text())
+    ends = values["eos_token_id"]
+    values["suppress_tokens"] = ends if isinstance(ends, list) else [ends]  # an answer that never ends by itself
+    generation.write_text(json.dumps(values))
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(ROOT)
-        flags = ["--out", str(finetuned[1]), "--temperature", "20", "--max-new-tokens", "900"]  # never ends by itself
+        flags = ["--out", str(tmp_path / "run"), "--max-new-tokens", "900"]
         os.execv(sys.executable, [sys.executable, "-m", "recipes", "chat", "tiny", *flags])
 
     shown = ""
