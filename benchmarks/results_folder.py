@@ -33,3 +33,7 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def read_result(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
