@@ -21,6 +21,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
 ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
+Keep = Literal["last", "best"]
 
 
 class UserError(Exception):
@@ -113,6 +114,9 @@ class DataSpec:
     # True: a row's text was rendered with the model's own chat template, control tokens included, and is taken as it
     # is. Trained are the answers that the template's marks show.
     rendered: bool = False
+    # Prompts and texts off the task, on which base and adapter are compared: how far a run has moved the model
+    # elsewhere. A file or hub data set; None skips it.
+    drift_source: str | None = "data/general.jsonl"
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
 
@@ -224,6 +228,9 @@ class TrainSpec:
     sharding: Sharding = "auto"
     eval_every: int = 100  # optimizer steps between evaluations; the start and the end of the run are evaluated too
     save_every: int = 100  # optimizer steps between checkpoints; the newest two are kept
+    keep: Keep = "last"  # the adapter that a run leaves: of the last step, or of the lowest held-out loss ("best")
+    # Evaluations in a row that do not lower the held-out loss, after which the run stops; None never stops it early.
+    patience: int | None = None
     sample_answers: int = 4  # answers to held-out prompts, by base and adapter, in report.html; 0 skips them
     report_to: ReportTo = "none"  # a tracker, which must be installed, that gets the metrics; "wandb" sends them away
     seed: int = 0  # of the adapter's first weights, dropout, the order of rows, and the choice of held-out rows
@@ -247,6 +254,8 @@ class TrainSpec:
         require(0 <= self.warmup_ratio < 1, f"TrainSpec.warmup_ratio is {self.warmup_ratio}; a share, 0 to below 1")
         require(self.weight_decay >= 0, f"TrainSpec.weight_decay is {self.weight_decay}; 0 or more")
         require(self.sample_answers >= 0, f"TrainSpec.sample_answers is {self.sample_answers}; 0 skips them")
+        require_one_of(self.keep, Keep, "TrainSpec.keep")
+        require(self.patience is None or self.patience > 0, f"TrainSpec.patience is {self.patience}; at least 1")
         require_one_of(self.report_to, ReportTo, "TrainSpec.report_to")
         require_one_of(self.lr_schedule, Schedule, "TrainSpec.lr_schedule")
         require_one_of(self.optimizer, Optimizer, "TrainSpec.optimizer")
