@@ -80,7 +80,7 @@ def plan_lines() -> list[str]:
                 continue
             kept = f"{best.policy.kept or 'none'} of {best.policy.layers}" if best.policy.recomputed else "all"
             host = ", inputs of the others on the host" if best.policy.offload else ""
-            split = f"{best.rows} × {planner.recipe.train.rows_per_step // best.rows}"
+            split = f"{best.rows} × {planner.recipe.train.most_rows_per_step // best.rows}"
             longest = [planner.longest_row(Policy(planner.layers, offload=offload)) for offload in (False, True)]
             lines.append(
                 f"| `{name}` | {gib} GiB | {split} | {kept}{host} "

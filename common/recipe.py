@@ -22,6 +22,7 @@ Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_ada
 ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
 Keep = Literal["last", "best"]
+AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
 
 
 class UserError(Exception):
@@ -207,7 +208,10 @@ class TrainSpec:
     """How to train."""
 
     seq_len: int  # tokens in a packed row
-    rows_per_step: int  # packed rows in one optimizer step, over all GPUs; the plan splits them into micro-batches
+    # Packed rows in one optimizer step, over all GPUs; the plan splits them into micro-batches. "auto" takes the
+    # largest of AUTO_ROWS_PER_STEP that gives 100 steps, and scales the learning rate, which is then that of 16 rows:
+    # common/data/steps.py.
+    rows_per_step: int | Literal["auto"]
     learning_rate: float  # peak
     _: KW_ONLY
     epochs: float = 1.0  # passes over the training rows
@@ -238,10 +242,19 @@ class TrainSpec:
     # backward still adds up in a varying order: torch has no faster deterministic form of it.
     deterministic: bool = True
 
+    @property
+    def most_rows_per_step(self) -> int:
+        """The number of rows, or for "auto" the largest that it may choose, which a plan is made for."""
+        return AUTO_ROWS_PER_STEP[0] if self.rows_per_step == "auto" else self.rows_per_step
+
     def __post_init__(self) -> None:
+        require(
+            self.rows_per_step == "auto" or type(self.rows_per_step) is int,
+            f'TrainSpec.rows_per_step is {self.rows_per_step!r}; give a whole number, or "auto"',
+        )
         for name in (
             "seq_len",
-            "rows_per_step",
+            "most_rows_per_step",
             "learning_rate",
             "epochs",
             "max_grad_norm",
@@ -249,7 +262,7 @@ class TrainSpec:
             "save_every",
         ):
             value = getattr(self, name)
-            require(value > 0, f"TrainSpec.{name} is {value}; it must be above 0")
+            require(value > 0, f"TrainSpec.{name.removeprefix('most_')} is {value}; it must be above 0")
         require(self.max_steps is None or self.max_steps > 0, f"TrainSpec.max_steps is {self.max_steps}; at least 1")
         require(0 <= self.warmup_ratio < 1, f"TrainSpec.warmup_ratio is {self.warmup_ratio}; a share, 0 to below 1")
         require(self.weight_decay >= 0, f"TrainSpec.weight_decay is {self.weight_decay}; 0 or more")
@@ -266,15 +279,16 @@ class TrainSpec:
 
 def rows_per_process(train: TrainSpec, processes: int) -> int:
     """Returns how many rows of an optimizer step each process trains. Raises UserError when it is no whole number."""
-    if train.rows_per_step % processes:
-        counts = [count for count in range(1, train.rows_per_step + 1) if train.rows_per_step % count == 0]
+    rows = train.most_rows_per_step
+    if rows % processes:
+        counts = [count for count in range(1, rows + 1) if rows % count == 0]
         *some, last = map(str, counts)
         numbers = f"{', '.join(some)} or {last}" if some else last
         raise UserError(
-            f"TrainSpec.rows_per_step is {train.rows_per_step}, which {processes} processes cannot share evenly: take "
+            f"TrainSpec.rows_per_step is {rows}, which {processes} processes cannot share evenly: take "
             f"{numbers} GPUs, or a multiple of {processes} rows"
         )
-    return train.rows_per_step // processes
+    return rows // processes
 
 
 @dataclass(frozen=True)

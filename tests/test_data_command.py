@@ -89,9 +89,15 @@ def test_another_length_of_rows_is_tried_without_an_edit(weightless, tmp_path, c
     assert "TrainSpec.seq_len is 99,999" in capsys.readouterr().err
 
 
-def test_an_epoch_of_a_single_step_is_warned_of_as_the_run_does(weightless, capsys):
+def test_few_steps_are_warned_of_as_the_run_does(weightless, capsys):
     look(replace(weightless, train=replace(weightless.train, rows_per_step=999)))
-    assert "rows_per_step is 999: an epoch is a single step" in capsys.readouterr().out
+    assert "warning: the run takes 2 optimizer steps, and below 100 a model learns little" in capsys.readouterr().out
+
+
+def test_the_number_that_auto_would_choose_is_shown(weightless, tmp_path, capsys):
+    weightless = replace(weightless, train=replace(weightless.train, rows_per_step="auto"))
+    assert values(weightless, tmp_path)["packing"]["rows_per_step"] == 1
+    assert 'chosen by rows_per_step="auto"' in capsys.readouterr().out
 
 
 def test_other_data_takes_the_place_of_the_recipes_own_and_of_its_held_out_rows(weightless, tmp_path):

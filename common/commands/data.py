@@ -35,7 +35,7 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
     from common.data.look import look_at
     from common.data.overview import Lengths, Packing, example_lines, overview_values
-    from common.data.steps import few_rows_warning
+    from common.data.steps import step_lines
     from common.model.config import refuse_more_positions
     from common.model.loading import load_tokenizer
 
@@ -44,9 +44,9 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     look = look_at(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed, flags.examples)
     print("\n".join(["", *example_lines(look.examples, tokenizer, on_terminal=sys.stdout.isatty())]))
     if look.rows is not None:
-        print("\n".join(Lengths.of_rows(look.rows).lines() + Packing.of_rows(look.rows, recipe.train).lines()))
-        if warning := few_rows_warning(len(look.rows.train), recipe.train):
-            print(warning)
+        steps = step_lines(len(look.rows.train), recipe.train)
+        packing = Packing.of_rows(look.rows, recipe.train)
+        print("\n".join([*Lengths.of_rows(look.rows).lines(), steps[0], *packing.lines(), *steps[1:]]))
     if flags.json:
         values = overview_values(recipe, look, tokenizer)
         write_named_file(flags.json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

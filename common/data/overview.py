@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.look import Look
 from common.data.rows import Rows
 from common.data.sample import DrawnExample
-from common.data.steps import count_steps, steps_per_epoch
+from common.data.steps import count_steps, settle_rows_per_step, steps_per_epoch
 from common.data.trained_text import lay_out, trained_pieces
 from common.recipe import Recipe, TrainSpec
 from common.tokens.labels import IGNORED
@@ -81,26 +81,23 @@ class Packing:
 
     @classmethod
     def of_rows(cls, rows: Rows, train: TrainSpec) -> "Packing":
-        labels = rows.train.with_format("arrow")["labels"].chunks
         count = len(rows.train)
+        train = settle_rows_per_step(train, count)
         return cls(
             examples=sum(map(len, rows.train["seq_lengths"])),
             held_out_examples=0 if rows.evaluation is None else sum(map(len, rows.evaluation["seq_lengths"])),
             rows=count,
             seq_len=train.seq_len,
             tokens=rows.train_tokens,
-            trained_tokens=sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in labels),
-            rows_per_step=train.rows_per_step,
+            trained_tokens=rows.trained_tokens,
+            rows_per_step=train.most_rows_per_step,
             steps_per_epoch=steps_per_epoch(count, train),
             steps=count_steps(count, train),
         )
 
     def lines(self) -> list[str]:
         trained = self.trained_tokens / self.steps_per_epoch
-        rows = "1 packed row" if self.rows == 1 else f"{self.rows:,} packed rows"
         return [
-            f"optimizer steps: {self.steps_per_epoch:,} an epoch ({rows}, {self.rows_per_step} a step); the run takes "
-            f"{self.steps:,}",
             f"    a step has up to {self.rows_per_step * self.seq_len:,} tokens, of which about {trained:,.0f} are "
             "trained",
         ]

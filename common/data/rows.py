@@ -24,6 +24,7 @@ from common.machine.processes import local_rank, local_world_size
 from common.recipe import DataSpec, UserError
 from common.sources.fingerprint import FileStates, file_states, refuse_if_changed, refuse_shared_files
 from common.tokens.chat_format import ChatFormat, Tokens
+from common.tokens.labels import IGNORED
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ class Rows:
     @property
     def train_tokens(self) -> int:
         return sum(map(sum, self.train["seq_lengths"]))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of an epoch: those of the training rows that the loss counts."""
+        labels = self.train.with_format("arrow")["labels"].chunks
+        return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in labels)
 
 
 def load_rows(

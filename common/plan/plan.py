@@ -31,6 +31,15 @@ class Plan:
     def rows_per_step(self) -> int:
         return self.micro_batch_rows * self.accumulation * self.layout.processes
 
+    def with_rows_per_step(self, rows_per_step: int) -> "Plan":
+        """The plan for fewer rows a step: micro-batches no larger than here, so that its memory is the most it takes.
+
+        rows_per_step: a multiple of the processes.
+        """
+        here = rows_per_step // self.layout.processes
+        rows = max(rows for rows in range(1, min(here, self.micro_batch_rows) + 1) if here % rows == 0)
+        return replace(self, micro_batch_rows=rows, accumulation=here // rows)
+
 
 def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
     """The plan for a card, real or assumed, in each process of this run. Raises UserError as choose_option."""
@@ -109,12 +118,13 @@ def build_plan(
 ) -> Plan:
     """A plan and its text. rows: of a micro-batch. why: the lines of the text after the first."""
     accumulation = rows_per_process(train, layout.processes) // rows
+    at_most = "up to " if train.rows_per_step == "auto" else ""
     micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     shared, how = "", ""
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     text = (
-        f"plan: {train.rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: {micro_batches} of "
-        f"{rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}{how}\n  {why}"
+        f"plan: {at_most}{train.most_rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: "
+        f"{micro_batches} of {rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}{how}\n  {why}"
     )
     return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)

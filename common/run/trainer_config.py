@@ -55,7 +55,7 @@ def build_trainer(
 
 def refuse_unplanned(model: PeftModel, recipe: Recipe, plan: Plan) -> None:
     """Raises RuntimeError where the model or the recipe is not what the plan is about."""
-    if plan.rows_per_step != recipe.train.rows_per_step:
+    if plan.rows_per_step != recipe.train.rows_per_step:  # numbers both, by settle_steps
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
     if is_lean(model) != (recipe.train.kernels == "lean" and unsupported_reason(model) is None):
         raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls use_lean_layers")

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,15 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
-from common.data.steps import few_rows_warning
+from common.data.steps import count_steps, settle_rows_per_step, step_lines
 from common.machine.collectives import run_on_main
 from common.machine.processes import is_main_process
+from common.model.lora import trainable_params
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.run.capacity import capacity_warning
 from common.run.ending import leave_files, refuse_unmoved
 from common.run.folder import CHECKPOINTS
 from common.run.held_out_loss import lowest_held_out_loss
@@ -41,7 +44,8 @@ def train(
     Returns what run.json says under "metrics". Raises UserError when the numbers go wrong or the memory runs out, and
     Stopped after a signal.
     """
-    folder = Path(recipe.out)
+    folder, written = Path(recipe.out), recipe
+    recipe, plan = settle_steps(recipe, plan, rows)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
@@ -49,7 +53,8 @@ def train(
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
-    if warning := few_rows_warning(len(rows.train), recipe.train):
+    print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes)))
+    if warning := capacity_warning(tokens_to_learn(rows, recipe.train), trainable_params(model), recipe.lora):
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -61,6 +66,8 @@ def train(
     if not any("loss" in entry for entry in report.history):
         raise UserError(f"none of the {trainer.state.global_step} steps gave finite numbers; mend the rows named above")
     metrics = run_metrics(trainer.state.global_step, report.history, plan, trainer.step_down.taken)
+    if written.train.rows_per_step == "auto":  # run.json has the recipe as it was settled
+        metrics["recipe_as_written"] = {"rows_per_step": "auto", "learning_rate": written.train.learning_rate}
     print(memory_line(metrics))
     if line := lowest_held_out_loss(report.history):
         print(line)
@@ -70,6 +77,20 @@ def train(
         run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
+
+
+def settle_steps(recipe: Recipe, plan: Plan, rows: Rows) -> tuple[Recipe, Plan]:
+    """Recipe and plan with a number where rows_per_step is "auto", which only the data decides."""
+    train = settle_rows_per_step(recipe.train, len(rows.train), plan.layout.processes)
+    if train is recipe.train:
+        return recipe, plan
+    return replace(recipe, train=train), plan.with_rows_per_step(train.most_rows_per_step)
+
+
+def tokens_to_learn(rows: Rows, train: TrainSpec) -> float:
+    """Different trained tokens that the run sees: those of its rows, or of the share that it has time for."""
+    seen = count_steps(len(rows.train), train) * train.most_rows_per_step / len(rows.train)
+    return rows.trained_tokens * min(1.0, seen)
 
 
 def prepare_process(train: TrainSpec, folder: Path) -> None:

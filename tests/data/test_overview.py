@@ -55,7 +55,6 @@ def test_packing_counts_examples_tokens_and_steps():
         steps=6,
     )
     assert packing.lines() == [
-        "optimizer steps: 2 an epoch (3 packed rows, 2 a step); the run takes 6",
         "    a step has up to 128 tokens, of which about 38 are trained",
     ]
 

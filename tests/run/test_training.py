@@ -213,7 +213,27 @@ def test_fewer_rows_than_a_step_has_still_train_and_are_pointed_out(recipe, tmp_
     recipe = replace(recipe, data=DataSpec(str(data), eval_rows=0))
     metrics = train(*prepare(recipe, split(recipe, micro_batch_rows=1)))
     assert metrics["steps"] == 3
-    assert "warning: there are 2 packed rows and rows_per_step is 4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "optimizer steps: 1 an epoch (2 packed rows, 4 a step); the run takes 3" in said
+
+
+def test_rows_per_step_auto_is_settled_by_the_data_and_kept_in_run_json(recipe, capsys):
+    """60 conversations are too few for 100 steps of more than one row; the plan was for 16."""
+    auto = replace(recipe.train, rows_per_step="auto", learning_rate=4e-3, epochs=0.2, max_steps=None, save_every=1)
+    recipe = replace(recipe, train=auto)
+    plan = plan_for_card(recipe)
+    assert plan.rows_per_step == 16 and "plan: up to 16 rows of 128 tokens" in plan.text
+    metrics = train(*prepare(recipe, plan))
+    run = json.loads((Path(recipe.out) / "run.json").read_text())
+    assert (run["recipe"]["train"]["rows_per_step"], run["recipe"]["train"]["learning_rate"]) == (1, 1e-3)
+    assert metrics["recipe_as_written"] == {"rows_per_step": "auto", "learning_rate": 4e-3}
+    assert run["plan"]["micro_batch_rows"] * run["plan"]["accumulation"] == 1
+    said = capsys.readouterr().out
+    assert "learning_rate 0.004 × √(1/16) = 0.001" in said and "warning: the run takes" in said
+    steps = metrics["steps"]
+    assert max(entry["learning_rate"] for entry in read_metrics(Path(recipe.out)) if "loss" in entry) <= 1e-3
+    again = train(*prepare(replace(recipe, existing_run="resume"), plan))  # its checkpoints are this recipe's
+    assert again["steps"] == steps
 
 
 @pytest.mark.parametrize(
