@@ -39,7 +39,7 @@ class Plan:
         here = rows_per_step // self.layout.processes
         rows = max(rows for rows in range(1, min(here, self.micro_batch_rows) + 1) if here % rows == 0)
         each = f" on each of {self.layout.processes} processes" if self.layout.processes > 1 else ""
-        split = f"{_rows(rows_per_step)} a step, {_micro_batches(here // rows, rows)}{each}"
+        split = f"{_row_or_rows_of(rows_per_step)} a step, {_micro_batches(here // rows, rows)}{each}"
         text = f"{self.text}\n  settled by the data: {split}; the peak is that of the plan at most"
         return replace(self, micro_batch_rows=rows, accumulation=here // rows, text=text)
 
@@ -134,8 +134,8 @@ def build_plan(
 
 def _micro_batches(count: int, rows: int) -> str:
     micro_batches = "1 micro-batch" if count == 1 else f"{count} micro-batches"
-    return f"{micro_batches} of {_rows(rows)}"
+    return f"{micro_batches} of {_row_or_rows_of(rows)}"
 
 
-def _rows(count: int) -> str:
+def _row_or_rows_of(count: int) -> str:
     return "1 row" if count == 1 else f"{count} rows"
