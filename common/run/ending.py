@@ -72,7 +72,7 @@ def leave_files(
     saved = ["adapter", "tokenizer", "run.json"]
     write_optional("generation_config.json", lambda: save_generation_config(model, tokenizer, folder))
     saved += write_optional("metrics.jsonl", lambda: metrics_file.write_whole(folder))
-    saved += write_optional("loss.png", lambda: draw_loss(folder))
+    saved += write_optional("loss.png", lambda: draw_loss(folder, metrics["kept_step"]))
     write_optional("sample answers", add_samples)
     is_on_a_page = write_optional("report.html", lambda: write_report(folder))
     print(f"{', '.join(saved[:-1])} and {saved[-1]} are in {folder}")

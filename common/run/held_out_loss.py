@@ -83,14 +83,17 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def lowest_held_out_loss(entries: list[dict[str, Any]]) -> str | None:
-    """A line that says so when the held-out loss was clearly lower before the end of the run; None when it was not.
+def lowest_held_out_loss(entries: list[dict[str, Any]], kept_step: int | None = None) -> str | None:
+    """A line that says so when the held-out loss was clearly lower before the step that is kept; None when it was not.
 
-    entries: of metrics.jsonl. Clearly: by a hundredth of it.
+    entries: of metrics.jsonl. kept_step: None keeps the last. Clearly: by a hundredth of it.
     """
     measured = [(entry["eval_loss"], entry["step"]) for entry in entries if "eval_loss" in entry]
-    if not measured or measured[-1][0] < 1.01 * min(measured)[0]:
+    kept = [(loss, step) for loss, step in measured if step == kept_step] or measured[-1:]
+    if not measured or kept[-1][0] < 1.01 * min(measured)[0]:
         return None
     lowest, step = min(measured)
-    found = f"held-out loss was lowest at step {step} ({lowest:.4f}); it is {measured[-1][0]:.4f} now"
-    return f"{found}: " + ("fewer epochs would do" if step else "try a lower learning rate, and look at the data")
+    found = f"held-out loss was lowest at step {step} ({lowest:.4f}); it is {kept[-1][0]:.4f} now"
+    if step == 0:
+        return f"{found}: training made it worse. Try a lower learning rate, and look at the data"
+    return f'{found}: fewer epochs would do, or TrainSpec(keep="best")'

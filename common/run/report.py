@@ -69,6 +69,8 @@ def page_values(
     def curve(key: str) -> list[tuple[float, float]]:
         return [(entry["step"], entry[key]) for entry in steps]
 
+    kept_step = metrics.get("kept_step", metrics["steps"])  # which runs of earlier versions do not have
+    kept = [(step, loss) for step, loss in held_out if step == kept_step][-1:]
     before, after = metrics["eval_loss_before"], metrics["eval_loss"]
     return {
         "name": name,
@@ -81,12 +83,17 @@ def page_values(
         "perplexities": None if after is None else [f"{perplexity(loss):,.2f}" for loss in (before, after)],
         "samples": evaluation.get("samples") or run.get("samples", []),
         "evaluation": evaluation,
-        "lowest": lowest_held_out_loss(entries),
+        "lowest": lowest_held_out_loss(entries, kept_step),
+        "kept": f"{kept_step:,} of {metrics['steps']:,}",
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
         "losses": line_chart(
             "Loss over the optimizer steps",
             "optimizer step",
-            [Curve("training", curve("loss"), "training"), Curve("held out", held_out, "held-out", dots=True)],
+            [
+                Curve("training", curve("loss"), "training"),
+                Curve("held out", held_out, "held-out", dots=True),
+                Curve("kept", kept, "kept"),
+            ],
             from_zero=False,
         ),
         "rates": line_chart(

@@ -33,6 +33,7 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": steps_done,
+        "kept_step": steps_done,  # whose adapter is left; TrainSpec(keep="best") may take an earlier one
         "seconds": steps[-1]["seconds"],
         "tokens": steps[-1]["tokens"],
         "tokens_per_s": steps[-1]["tokens_per_s"],

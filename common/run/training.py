@@ -13,14 +13,16 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
 from common.data.steps import count_steps, settle_rows_per_step, step_lines
-from common.machine.collectives import run_on_main
+from common.machine.collectives import broadcast_from_main, run_on_main
 from common.machine.processes import is_main_process
 from common.model.lora import trainable_params
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import capacity_warning
+from common.run.checkpoints import step_of_checkpoint
 from common.run.ending import leave_files, refuse_unmoved
 from common.run.folder import CHECKPOINTS
 from common.run.held_out_loss import lowest_held_out_loss
@@ -46,6 +48,7 @@ def train(
     """
     folder, written = Path(recipe.out), recipe
     recipe, plan = settle_steps(recipe, plan, rows)
+    refuse_without_held_out(recipe.train, rows)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
@@ -58,7 +61,8 @@ def train(
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
-        checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run)
+        keeps_best = recipe.train.keep == "best"
+        checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run, keeps_best=keeps_best)
     if (held_out := rows.evaluation) is not None:
         run_on_main(lambda: save_held_out_rows(held_out, folder))
     with _failures_in_words(trainer, plan, checkpoint):
@@ -69,7 +73,9 @@ def train(
     if written.train.rows_per_step == "auto":  # run.json has the recipe as it was settled
         metrics["recipe_as_written"] = {"rows_per_step": "auto", "learning_rate": written.train.learning_rate}
     print(memory_line(metrics))
-    if line := lowest_held_out_loss(report.history):
+    losses = held_out_losses([*report.history, *trainer.state.log_history])
+    metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
+    if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
     adapter = gather_adapter(model)
     refuse_unmoved(adapter, trainer.state.global_step)
@@ -91,6 +97,17 @@ def tokens_to_learn(rows: Rows, train: TrainSpec) -> float:
     """Different trained tokens that the run sees: those of its rows, or of the share that it has time for."""
     seen = count_steps(len(rows.train), train) * train.most_rows_per_step / len(rows.train)
     return rows.trained_tokens * min(1.0, seen)
+
+
+def take_best(trainer: Trainer, losses: Losses) -> dict[str, Any]:
+    """Gives the model the adapter with the lowest held-out loss. Returns which step's it is, for run.json."""
+    last = trainer.state.global_step
+    best = broadcast_from_main(checkpoint_to_keep(Path(trainer.args.output_dir), losses, last))
+    kept = last if best is None else step_of_checkpoint(best)
+    if best is not None:
+        trainer.take_adapter_of(best)
+    print(kept_line(losses, kept))
+    return {"kept_step": kept, "eval_loss": losses[kept], "last_eval_loss": losses[last]}
 
 
 def prepare_process(train: TrainSpec, folder: Path) -> None:
