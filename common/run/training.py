@@ -14,6 +14,7 @@ from common.data.rows import Rows
 from common.data.steps import few_rows_warning
 from common.machine.collectives import run_on_main
 from common.machine.processes import is_main_process
+from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
@@ -42,6 +43,7 @@ def train(
     Stopped after a signal.
     """
     folder = Path(recipe.out)
+    mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
