@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
 from common.data import cache as row_cache
 from common.data import rows as data
@@ -193,7 +193,7 @@ def test_everything_of_the_tokenizer_is_part_of_the_name(source, small_llama):
         lambda tokenizer: setattr(tokenizer, "eos_token", tokenizer.pad_token),
         lambda tokenizer: setattr(tokenizer, "bos_token", None),
         lambda tokenizer: tokenizer.add_tokens(["a_word"]),
-        lambda tokenizer: tokenizer.add_special_tokens({"additional_special_tokens": ["<|mark|>"]}),
+        lambda tokenizer: tokenizer.add_tokens([AddedToken("a_word", special=True)]),
         lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.NFC()),
     ]
     names = [changed(change) for change in changes]

@@ -99,8 +99,8 @@ def test_dequantised_weights_are_those_of_the_raw_codes_in_float64(dtype, nested
     assert found.dtype == dtype and found.shape == shape
     # Two roundings, to fp32 within and to the dtype at last.
     torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
-    # Half of the widest gap between two codes, 0.304, times the largest scale, and what double quantisation costs it.
-    assert (found.double() - weight.double()).abs().max() < 0.16 * weight.abs().max()
+    # Half of the widest gap between two codes, 0.304, times the largest scale; double quantisation costs a bit of it.
+    assert (found.double() - weight.double()).abs().max() < 0.2 * weight.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

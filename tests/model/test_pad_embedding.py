@@ -17,8 +17,7 @@ ROWS = [*pack([tokens(20), tokens(15, 200)], 64), *pack([tokens(9, 400)], 64), *
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kernels", ["lean", "stock"])
+@pytest.mark.parametrize(("attention", "kernels"), [("sdpa", "lean"), ("sdpa", "stock"), ("eager", "stock")])
 def test_padding_changes_neither_loss_nor_gradient(small_llama, bad, attention, kernels, capsys):
     """Rows of 35, 9 and 30 tokens in one micro-batch, against each row alone, which has no padding."""
     spec = ModelSpec(str(small_llama))

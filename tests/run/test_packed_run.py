@@ -19,7 +19,7 @@ from tests.run.test_training import prepare, split
 
 @pytest.mark.parametrize("micro_batch_rows", [1, 4])
 def test_an_epoch_has_as_many_steps_as_packed_rows_by_rows_per_step_and_trains_each_row_once(recipe, micro_batch_rows):
-    recipe = replace(recipe, train=replace(recipe.train, max_steps=0, epochs=1.0, eval_every=1000, sample_answers=0))
+    recipe = replace(recipe, train=replace(recipe.train, max_steps=None, epochs=1.0, eval_every=1000, sample_answers=0))
     model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, micro_batch_rows, Policy(2, 2)))
     examples = sum(len(row["seq_lengths"]) for row in rows.train)
     assert len(rows.train) < 0.7 * examples  # they are packed

@@ -1,8 +1,10 @@
 """Nothing is lost at the edges: first tokens, end tokens, and texts that hold the marks that tokenising uses itself."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+from transformers import LlamaConfig
 
 from common.conversations.conversation import Conversation, Message, ToolCall
 from common.data.batches import collate
@@ -64,10 +66,10 @@ def test_prompt_and_completion_together_are_the_whole(real_tokenizer, name):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_end_token_is_trained_where_the_pad_token_is_the_end_token(real_tokenizer, tmp_path, name):
     """As many tokenizers on the hub are. We pad with another token; and what is padded is known by its place."""
-    tokenizer = tokenizer_of(real_tokenizer, name)
+    tokenizer = deepcopy(tokenizer_of(real_tokenizer, name))  # what tests share keeps its own
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     end = ChatFormat(tokenizer).end_of_turn_id()
     assert end == tokenizer.eos_token_id
     assert load_tokenizer(ModelSpec(str(tmp_path))).pad_token_id not in {end, None}
