@@ -16,6 +16,7 @@ from common.data.steps import count_steps, settle_rows_per_step, step_lines
 from common.machine.collectives import broadcast_from_main, run_on_main
 from common.machine.processes import is_main_process
 from common.model.lora import trainable_params
+from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
@@ -49,6 +50,7 @@ def train(
     folder, written = Path(recipe.out), recipe
     recipe, plan = settle_steps(recipe, plan, rows)
     refuse_without_held_out(recipe.train, rows)
+    mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
     prepare_process(recipe.train, folder)
