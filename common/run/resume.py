@@ -37,6 +37,7 @@ RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.existing_run",
     "DataSpec.max_bad_share",
     "DataSpec.max_long_share",
+    "DataSpec.drift_source",
     "TrainSpec.checkpointing",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
