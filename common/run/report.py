@@ -12,6 +12,7 @@ from common.machine.slow_work import format_duration
 from common.machine.write_errors import writing
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
+from common.run.drift import Drift
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.held_out_loss import lowest_held_out_loss, perplexity
 from common.run.metrics_file import read_metrics
@@ -70,6 +71,7 @@ def page_values(
         return [(entry["step"], entry[key]) for entry in steps]
 
     before, after = metrics["eval_loss_before"], metrics["eval_loss"]
+    drift = evaluation.get("drift") or run.get("drift")
     return {
         "name": name,
         "run": run,
@@ -81,6 +83,7 @@ def page_values(
         "perplexities": None if after is None else [f"{perplexity(loss):,.2f}" for loss in (before, after)],
         "samples": evaluation.get("samples") or run.get("samples", []),
         "evaluation": evaluation,
+        "drift": drift and Drift(**drift),
         "lowest": lowest_held_out_loss(entries),
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
         "losses": line_chart(
