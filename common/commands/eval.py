@@ -38,6 +38,7 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
     from common.run.evaluation import compare_with_base, print_evaluation, write_evaluation
+    from common.run.general_texts import texts_if_there
     from common.run.prompts import sample_prompts
     from common.run.report import write_report
 
@@ -45,9 +46,10 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     tokenizer = trained_tokenizer(adapter)
     rows, source = rows_to_evaluate(adapter, tokenizer, flags.data)
     prompts = sample_prompts(rows, tokenizer, flags.samples, adapter.recipe.train.seed)
+    general = texts_if_there(adapter.recipe.data.drift_source, tokenizer, adapter.recipe.train.seq_len)
     model = load_trained(adapter, tokenizer)
     print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
-    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts)}
+    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts, general)}
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON
     write_evaluation(result, path)

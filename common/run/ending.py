@@ -16,6 +16,7 @@ from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
 from common.run.asking import ask_as_trained
+from common.run.drift import Drift
 from common.run.evaluation import compare_completions
 from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
@@ -51,6 +52,7 @@ def leave_files(
     metrics: dict[str, Any],
     metrics_file: MetricsFile,
     adapter: dict[str, Tensor],
+    drift: Drift | None = None,
 ) -> None:
     """Writes what must not be lost, then each optional file by itself: a failure of one is a warning.
 
@@ -59,12 +61,12 @@ def leave_files(
 
     def write_essential(folder: Path) -> None:
         save_adapter(model, folder, adapter)
-        write_run_json(folder, recipe, plan, rows, model, metrics, samples=[])
+        write_run_json(folder, recipe, plan, rows, model, metrics, samples=[], drift=drift)
         save_tokenizer(saved_tokenizer, folder)
 
     def add_samples() -> None:
         if samples := sample_completions(model, tokenizer, rows, recipe.train):
-            write_run_json(folder, recipe, plan, rows, model, metrics, samples)
+            write_run_json(folder, recipe, plan, rows, model, metrics, samples, drift)
 
     saved_tokenizer = ask_as_trained(tokenizer, rows.reports)
     fallback = output_path(recipe.fallback_out) if recipe.fallback_out is not None else None

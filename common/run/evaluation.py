@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batches import collate
 from common.machine.disk import write_named_file
 from common.model.attention import uses_packed_attention
+from common.run.drift import Drift, measure_drift
+from common.run.general_texts import GeneralTexts
 from common.run.generation import generate
 from common.run.held_out_loss import batch_nll, mean_nll, perplexity
 from common.run.prompts import Prompt
@@ -56,9 +59,16 @@ def compare_completions(
 
 
 def compare_with_base(
-    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset, prompts: Sequence[Prompt]
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Dataset,
+    prompts: Sequence[Prompt],
+    general: GeneralTexts | None = None,
 ) -> dict[str, Any]:
-    """Held-out loss, perplexity and completions, of the base and with the adapter, in one load of the weights."""
+    """Held-out loss, perplexity and completions, of the base and with the adapter, in one load of the weights.
+
+    general: texts on which drift is measured too.
+    """
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
 
     def nll(batch: dict[str, Any]) -> float:
@@ -67,10 +77,12 @@ def compare_with_base(
     with_adapter, tokens = mean_nll(rows, nll, collate_rows)
     with model.disable_adapter():
         of_base, _ = mean_nll(rows, nll, collate_rows)
+    drift = None if general is None else measure_drift(model, general, tokenizer)
     return {
         "trained_tokens": tokens,
         "base": {"loss": of_base, "perplexity": perplexity(of_base)},
         "adapter": {"loss": with_adapter, "perplexity": perplexity(with_adapter)},
+        "drift": None if drift is None else asdict(drift),
         "samples": compare_completions(model, tokenizer, prompts),
     }
 
@@ -87,6 +99,8 @@ def print_evaluation(result: dict[str, Any]) -> None:
     for name, title in (("base", "base"), ("adapter", "with the adapter")):
         losses.add_row(title, f"{result[name]['loss']:.4f}", f"{result[name]['perplexity']:,.2f}")
     console.print(losses)
+    if result["drift"] is not None:
+        print("\n".join(Drift(**result["drift"]).lines()))
     if not result["samples"]:
         return
     completions = Table(show_lines=True)

@@ -45,7 +45,7 @@ def mean_nll(
     sharded layers, see fill_up.
     """
     total, tokens = 0.0, 0
-    own = list(_own_batches(rows, collate_rows, micro_batch_rows))
+    own = list(own_batches(rows, collate_rows, micro_batch_rows))
     with report_slow_work("held-out loss", len(rows), "rows") as work:
         for number, batch in enumerate(fill_up(own, filler)):
             loss = nll(batch)
@@ -57,10 +57,12 @@ def mean_nll(
     return total / max(all_tokens, 1), int(all_tokens)
 
 
-def _own_batches(
-    rows: Dataset, collate_rows: Callable[[list[dict[str, list[int]]]], Batch], micro_batch_rows: int
+def own_batches(
+    rows: Dataset | Sequence[dict[str, list[int]]],
+    collate_rows: Callable[[list[dict[str, list[int]]]], Batch],
+    micro_batch_rows: int,
 ) -> Iterator[Batch]:
-    """This process's share of the rows. Each row is in one share: a distributed loader would repeat some to fill up."""
+    """This process's share of packed rows. Each is in one share: a distributed loader would repeat some to fill up."""
     own = range(rank(), len(rows), world_size())
     for start in range(0, len(own), micro_batch_rows):
         yield collate_rows([rows[row] for row in own[start : start + micro_batch_rows]])

@@ -12,6 +12,7 @@ from common.machine.slow_work import format_duration
 from common.machine.write_errors import writing
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
+from common.run.drift import Drift
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.held_out_loss import lowest_held_out_loss, perplexity
 from common.run.metrics_file import read_metrics
@@ -72,6 +73,7 @@ def page_values(
     kept_step = metrics.get("kept_step", metrics["steps"])  # which runs of earlier versions do not have
     kept = [(step, loss) for step, loss in held_out if step == kept_step][-1:]
     before, after = metrics["eval_loss_before"], metrics["eval_loss"]
+    drift = evaluation.get("drift") or run.get("drift")
     return {
         "name": name,
         "run": run,
@@ -85,6 +87,7 @@ def page_values(
         "evaluation": evaluation,
         "lowest": lowest_held_out_loss(entries, kept_step),
         "kept": f"{kept_step:,} of {metrics['steps']:,}",
+        "drift": drift and Drift(**drift),
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
         "losses": line_chart(
             "Loss over the optimizer steps",

@@ -24,8 +24,10 @@ from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import capacity_warning
 from common.run.checkpoints import step_of_checkpoint
+from common.run.drift import measure_drift
 from common.run.ending import leave_files, refuse_unmoved
 from common.run.folder import CHECKPOINTS
+from common.run.general_texts import load_general_texts
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
@@ -53,6 +55,8 @@ def train(
     mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
+    source = recipe.data.drift_source
+    general = None if source is None else load_general_texts(source, tokenizer, recipe.train.seq_len)
     prepare_process(recipe.train, folder)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
@@ -79,10 +83,13 @@ def train(
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
+    drift = None if general is None else measure_drift(model, general, tokenizer, plan.micro_batch_rows)
+    if drift is not None:
+        print("\n".join(drift.lines()))
     adapter = gather_adapter(model)
     refuse_unmoved(adapter, trainer.state.global_step)
     with StopSignals("stopping when the files of the run are written") as stop:
-        run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter))
+        run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter, drift))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
 

@@ -36,7 +36,7 @@ def rising(recipe, tmp_path) -> Recipe:
         row["messages"][1]["content"] = row["messages"][1]["content"][::-1]
     (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, held_out)) + "\n")
     values = {"max_steps": 24, "learning_rate": 3e-2, "eval_every": 2, "save_every": 5, "lr_schedule": "constant"}
-    data = DataSpec(str(tmp_path / "few.jsonl"), eval_source=str(tmp_path / "other.jsonl"))
+    data = DataSpec(str(tmp_path / "few.jsonl"), eval_source=str(tmp_path / "other.jsonl"), drift_source=None)
     return replace(recipe, data=data, train=replace(recipe.train, keep="best", **values))
 
 
@@ -145,7 +145,7 @@ def test_a_best_that_is_damaged_gives_way_to_the_next_and_is_named(rising, capsy
 
 def test_without_held_out_rows_it_is_refused_before_training(rising):
     for values in ({}, {"keep": "last", "patience": 3}):
-        recipe = replace(rising, data=DataSpec(rising.data.source, eval_rows=0))
+        recipe = replace(rising, data=DataSpec(rising.data.source, eval_rows=0, drift_source=None))
         with pytest.raises(UserError, match="go by the held-out loss, and no rows are held out"):
             train(*prepare(at(recipe, Path(rising.out), **values)))
     assert not (Path(rising.out) / "checkpoints").exists()

@@ -18,7 +18,7 @@ def test_smollm2_is_trained(real_model, tmp_path):
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
     recipe = Recipe(
         ModelSpec(str(real_model)),
-        DataSpec(str(tmp_path / "chats.jsonl"), eval_rows=0),
+        DataSpec(str(tmp_path / "chats.jsonl"), eval_rows=0, drift_source=None),
         LoraSpec(rank=4, alpha=8),
         TrainSpec(seq_len=128, rows_per_step=2, learning_rate=1e-3, max_steps=2),
         card_gib=None,
