@@ -189,10 +189,10 @@ class LoraSpec:
     """The adapter: it adds scale * B A to a frozen weight, with scale = alpha / rank (arXiv:2106.09685)."""
 
     rank: int  # columns of B and rows of A
-    alpha: float
+    alpha: float  # leave it as it is where you change the rank: the best learning rate then stays (docs/defaults.md)
     _: KW_ONLY
     dropout: float = 0.0  # of A's input; above 0 a layer keeps masks for backward: 70 KiB per token and layer for 8B
-    rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: worth it at rank 64 and above
+    rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: as if alpha were sqrt(rank) times as large
     dora: bool = False  # trains a vector of magnitudes per linear layer too, arXiv:2402.09353: slower
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
 
