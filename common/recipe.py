@@ -284,8 +284,9 @@ def rows_per_process(train: TrainSpec, processes: int) -> int:
         counts = [count for count in range(1, rows + 1) if rows % count == 0]
         *some, last = map(str, counts)
         numbers = f"{', '.join(some)} or {last}" if some else last
+        said = f'"auto", at most {rows}' if train.rows_per_step == "auto" else str(rows)
         raise UserError(
-            f"TrainSpec.rows_per_step is {rows}, which {processes} processes cannot share evenly: take "
+            f"TrainSpec.rows_per_step is {said}, which {processes} processes cannot share evenly: take "
             f"{numbers} GPUs, or a multiple of {processes} rows"
         )
     return rows // processes

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -133,6 +134,15 @@ def test_a_dry_run_downloads_nothing_and_takes_a_small_model_without_a_gpu():
     assert (recipe.card_gib, recipe.out, recipe.existing_run) == (None, "outputs/llama3-8b-dry-run", "overwrite")
     assert recipe.lora == llama.lora
     assert shrink_to_dry_run(recipe, layers=5).model.layers == 5
+
+
+def test_a_dry_run_on_a_gpu_takes_as_many_rows_as_the_plan_is_made_for(monkeypatch):
+    """ "auto" would choose by the data set that ships, and try less memory than planned."""
+    llama = importlib.import_module("recipes.llama3_8b").RECIPE
+    auto = replace(llama, train=replace(llama.train, rows_per_step="auto"))
+    assert shrink_to_dry_run(auto).train.rows_per_step == 2
+    monkeypatch.setattr("common.machine.device.this_machine", lambda: SimpleNamespace(is_gpu=True))
+    assert shrink_to_dry_run(auto).train.rows_per_step == 16
 
 
 @pytest.mark.slow

@@ -100,6 +100,15 @@ def test_the_number_that_auto_would_choose_is_shown(weightless, tmp_path, capsys
     assert 'chosen by rows_per_step="auto"' in capsys.readouterr().out
 
 
+def test_an_adapter_that_is_too_small_is_pointed_out_before_any_run(weightless, capsys):
+    look(weightless)
+    assert "LoraSpec(rank=" not in capsys.readouterr().out
+    source = write(Path(weightless.data.source).parent, *[conversation(f"{n}", f"Number {n}" * 9) for n in range(400)])
+    small = replace(weightless.lora, rank=1, target_modules=("k_proj",))
+    look(replace(weightless, lora=small, data=DataSpec(source)))
+    assert "million different tokens, and an adapter of" in capsys.readouterr().out
+
+
 def test_other_data_takes_the_place_of_the_recipes_own_and_of_its_held_out_rows(weightless, tmp_path):
     (tmp_path / "other").mkdir()
     other = write(tmp_path / "other", *[conversation(f"Other {n}") for n in range(20)])

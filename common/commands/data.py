@@ -35,9 +35,10 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     print(f"reading {recipe.data.name} as {recipe.model.name} would be trained on it", flush=True)
     from common.data.look import look_at
     from common.data.overview import Lengths, Packing, example_lines, overview_values
-    from common.data.steps import step_lines
+    from common.data.steps import settle_rows_per_step, step_lines
     from common.model.config import refuse_more_positions
     from common.model.loading import load_tokenizer
+    from common.run.capacity import warn_of_capacity
 
     refuse_more_positions(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -47,6 +48,9 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
         steps = step_lines(len(look.rows.train), recipe.train)
         packing = Packing.of_rows(look.rows, recipe.train)
         print("\n".join([*Lengths.of_rows(look.rows).lines(), steps[0], *packing.lines(), *steps[1:]]))
+        settled = replace(recipe, train=settle_rows_per_step(recipe.train, len(look.rows.train)))
+        if warning := warn_of_capacity(look.rows, settled):
+            print(warning)
     if flags.json:
         values = overview_values(recipe, look, tokenizer)
         write_named_file(flags.json, json.dumps(values, indent=2, ensure_ascii=False) + "\n")

@@ -32,6 +32,7 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
     from common.machine.processes import world_size
 
     train = replace(recipe.train, max_steps=4, eval_every=1000, save_every=1000, sample_answers=0)
+    train = replace(train, rows_per_step=train.most_rows_per_step)  # "auto" would choose by the data set that ships
     if not this_machine().is_gpu:
         layers = layers or 2
         if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as on the recipe's own cards

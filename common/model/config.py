@@ -11,7 +11,7 @@ from common.machine.paths import local_path
 from common.model.architectures import ARCHITECTURES
 from common.model.download import model_folder
 from common.model.quantization import refuse_other_quantization
-from common.recipe import ModelSpec, Recipe, UserError
+from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 
 SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, so that a plan needs no network
 
@@ -44,6 +44,26 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
         config.num_hidden_layers = min(spec.layers, config.num_hidden_layers)
         config.layer_types = config.layer_types[: spec.layers] if getattr(config, "layer_types", None) else None
     return config
+
+
+def lora_parameters(config: PretrainedConfig, lora: LoraSpec) -> int:
+    """Elements of the matrices A and B on all decoder layers: rank * (inputs + outputs) for each target module.
+
+    The models of ARCHITECTURES have the same seven linear layers. A target of another name, which attach_lora refuses,
+    counts nothing.
+    """
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
+    width_of = {  # inputs + outputs
+        "q_proj": hidden + queries,
+        "k_proj": hidden + keys,
+        "v_proj": hidden + keys,
+        "o_proj": queries + hidden,
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + config.intermediate_size),
+    }
+    widths = sum(width_of.get(target, 0) for target in set(lora.target_modules))
+    return int(config.num_hidden_layers * lora.rank * widths)
 
 
 def refuse_other_shape(spec: ModelSpec, name: str, stored: torch.Size, config_shape: torch.Size) -> None:

@@ -38,7 +38,10 @@ class Plan:
         """
         here = rows_per_step // self.layout.processes
         rows = max(rows for rows in range(1, min(here, self.micro_batch_rows) + 1) if here % rows == 0)
-        return replace(self, micro_batch_rows=rows, accumulation=here // rows)
+        each = f" on each of {self.layout.processes} processes" if self.layout.processes > 1 else ""
+        split = f"{_row_or_rows_of(rows_per_step)} a step, {_micro_batches(here // rows, rows)}{each}"
+        text = f"{self.text}\n  settled by the data: {split}; the peak is that of the plan at most"
+        return replace(self, micro_batch_rows=rows, accumulation=here // rows, text=text)
 
 
 def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
@@ -119,12 +122,20 @@ def build_plan(
     """A plan and its text. rows: of a micro-batch. why: the lines of the text after the first."""
     accumulation = rows_per_process(train, layout.processes) // rows
     at_most = "up to " if train.rows_per_step == "auto" else ""
-    micro_batches = "1 micro-batch" if accumulation == 1 else f"{accumulation} micro-batches"
     shared, how = "", ""
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     text = (
         f"plan: {at_most}{train.most_rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: "
-        f"{micro_batches} of {rows} {'row' if rows == 1 else 'rows'}{shared}; {policy}{how}\n  {why}"
+        f"{_micro_batches(accumulation, rows)}{shared}; {policy}{how}\n  {why}"
     )
     return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)
+
+
+def _micro_batches(count: int, rows: int) -> str:
+    micro_batches = "1 micro-batch" if count == 1 else f"{count} micro-batches"
+    return f"{micro_batches} of {_row_or_rows_of(rows)}"
+
+
+def _row_or_rows_of(count: int) -> str:
+    return "1 row" if count == 1 else f"{count} rows"

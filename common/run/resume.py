@@ -1,5 +1,6 @@
 """Whether a run may go on from a checkpoint: what the checkpoint belongs to is compared with what would go on."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -11,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainerState
 
 from common.data.rows import Rows
-from common.machine.collectives import barrier, run_on_main
+from common.machine.collectives import barrier, broadcast_from_main, run_on_main
 from common.machine.device import this_machine
 from common.machine.disk import remove_leftovers
 from common.machine.paths import is_same_place
@@ -19,7 +20,7 @@ from common.machine.slow_work import report_slow_work
 from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.best import best_step, held_out_losses, is_out_of_patience
-from common.run.checkpoints import go_back_to, newest_intact, read_run_identity
+from common.run.checkpoints import go_back_to, list_checkpoints, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
 # Fields of a recipe that name a place, and the part of run_identity that is a hash of what lies there
@@ -183,6 +184,18 @@ def checkpoint_to_resume(folder: Path, run: dict[str, Any], *, keeps_best: bool 
 
 def read_state(checkpoint: Path) -> TrainerState:
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
+
+def rows_per_step_before(folder: Path) -> int | None:
+    """Rows per step of the run whose checkpoints are in the folder, by the newest that tells; None where none does.
+
+    Every process calls it.
+    """
+    found: int | None = None
+    for checkpoint in reversed(list_checkpoints(folder)):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # checkpoint_to_resume names the damaged
+            found = read_run_identity(checkpoint)["recipe"]["TrainSpec.rows_per_step"]
+    return broadcast_from_main(found)
 
 
 def finished_state(checkpoint: Path, steps: int, patience: int | None = None) -> TrainerState | None:

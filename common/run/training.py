@@ -12,17 +12,16 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
-from common.data.steps import count_steps, settle_rows_per_step, step_lines
+from common.data.steps import settle_rows_per_step, step_lines
 from common.machine.collectives import broadcast_from_main, run_on_main
 from common.machine.processes import is_main_process
-from common.model.lora import trainable_params
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
-from common.run.capacity import capacity_warning
+from common.run.capacity import warn_of_capacity
 from common.run.checkpoints import step_of_checkpoint
 from common.run.drift import measure_drift
 from common.run.ending import leave_files, refuse_unmoved
@@ -32,7 +31,7 @@ from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
-from common.run.resume import checkpoint_to_resume
+from common.run.resume import checkpoint_to_resume, rows_per_step_before
 from common.run.run_json import memory_line, run_metrics
 from common.run.stopping import StopSignals
 from common.run.trackers import GuardedTracker, keep_tracker_files
@@ -50,7 +49,8 @@ def train(
     Stopped after a signal.
     """
     folder, written = Path(recipe.out), recipe
-    recipe, plan = settle_steps(recipe, plan, rows)
+    begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
+    recipe, plan = settle_steps(recipe, plan, rows, begun_with)
     refuse_without_held_out(recipe.train, rows)
     mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
@@ -62,8 +62,8 @@ def train(
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
-    print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes)))
-    if warning := capacity_warning(tokens_to_learn(rows, recipe.train), trainable_params(model), recipe.lora):
+    print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes, begun_with)))
+    if warning := warn_of_capacity(rows, recipe):
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -94,18 +94,12 @@ def train(
     return metrics
 
 
-def settle_steps(recipe: Recipe, plan: Plan, rows: Rows) -> tuple[Recipe, Plan]:
-    """Recipe and plan with a number where rows_per_step is "auto", which only the data decides."""
-    train = settle_rows_per_step(recipe.train, len(rows.train), plan.layout.processes)
+def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None = None) -> tuple[Recipe, Plan]:
+    """Recipe and plan with a number where rows_per_step is "auto", which the data decides: settle_rows_per_step."""
+    train = settle_rows_per_step(recipe.train, len(rows.train), plan.layout.processes, begun_with)
     if train is recipe.train:
         return recipe, plan
     return replace(recipe, train=train), plan.with_rows_per_step(train.most_rows_per_step)
-
-
-def tokens_to_learn(rows: Rows, train: TrainSpec) -> float:
-    """Different trained tokens that the run sees: those of its rows, or of the share that it has time for."""
-    seen = count_steps(len(rows.train), train) * train.most_rows_per_step / len(rows.train)
-    return rows.trained_tokens * min(1.0, seen)
 
 
 def take_best(trainer: Trainer, losses: Losses) -> dict[str, Any]:

@@ -42,12 +42,13 @@ def test_a_recipe_may_set_the_steps():
     [
         (400, {}, None),
         (399, {}, None),
-        (396, {}, "takes 99 optimizer steps, .* rows_per_step=2: 198 optimizer steps; epochs=2: 198 optimizer steps; "),
-        (46, {"rows_per_step": 16}, "takes 3 opt.*: rows_per_step=1: 46 .*; rows_per_step=1 and epochs=3: 138"),
+        (396, {}, "99 opt.* rows_per_step=2 with learning_rate=0.000707: 198 .*; epochs=2: 198 .*=0.002 as that"),
+        (46, {"rows_per_step": 16}, " 3 opt.*_step=1 with learning_rate=0.00025: 46 .*; .*_step=1 and epochs=3: 138"),
         (46, {"rows_per_step": 16, "epochs": 40}, None),
         (46, {"rows_per_step": 16, "max_steps": 5}, None),
         (120, {"rows_per_step": 1, "epochs": 0.5}, "takes 60 optimizer steps, .*: epochs=1: 120 optimizer steps$"),
-        (4, {}, "takes 1 optimizer step, .*: rows_per_step=1: 4 optimizer steps; rows"),
+        (4, {}, "takes 1 optimizer step, .*: rows_per_step=1 with learning_rate=0.0005: 4 optimizer steps; or"),
+        (1, {"rows_per_step": 16}, "takes 1 optimizer step, .* add data$"),
         (1, {"rows_per_step": 1}, "takes 1 optimizer step, .* add data$"),
     ],
 )  # fmt: skip
@@ -79,7 +80,9 @@ def test_auto_says_what_it_chose():
 
 
 def test_processes_that_cannot_share_any_number_are_told():
-    with pytest.raises(UserError, match="3 processes cannot share them evenly: set a multiple of 3"):
+    with pytest.raises(
+        UserError, match='is "auto", at most 16, which 3 processes cannot share evenly: take 1, 2, 4, 8 or 16'
+    ):
         settle_rows_per_step(replace(TRAIN, rows_per_step="auto"), 100, 3)
 
 
@@ -87,3 +90,27 @@ def test_processes_that_cannot_share_any_number_are_told():
 def test_another_value_is_refused(value):
     with pytest.raises(UserError, match="TrainSpec.rows_per_step is"):
         replace(TRAIN, rows_per_step=value)
+
+
+def test_nothing_is_advised_that_the_processes_cannot_share():
+    two = few_steps_warning(46, replace(TRAIN, rows_per_step=16), processes=2)
+    assert "rows_per_step=2 with" in two and "rows_per_step=2 and epochs=5: 115 optimizer steps" in two
+    all_of_them = few_steps_warning(160, replace(TRAIN, rows_per_step=16), processes=16)
+    assert "rows_per_step" not in all_of_them and "epochs=10: 100 optimizer steps" in all_of_them
+    auto = step_lines(46, replace(TRAIN, rows_per_step="auto"), 2)[-1]  # 2 rows already, the fewest for two
+    assert "rows_per_step" not in auto and "epochs=5: 115 optimizer steps" in auto
+
+
+@pytest.mark.parametrize("epochs", [0.1, 1, 50])
+def test_a_run_that_goes_on_keeps_its_number_whatever_its_epochs_are_now(epochs):
+    auto = replace(TRAIN, rows_per_step="auto", epochs=epochs)
+    settled = settle_rows_per_step(auto, 100, 1, begun_with=4)
+    assert (settled.rows_per_step, settled.learning_rate) == (4, TRAIN.learning_rate / 2)
+    steps, kept = step_lines(100, auto, 1, begun_with=4)  # and no warning
+    assert ", 4 a step)" in steps and "kept from the run's beginning" in kept
+    with pytest.raises(UserError, match="rows_per_step is 4, which 16 processes cannot share"):
+        settle_rows_per_step(auto, 100, 16, begun_with=4)
+
+
+def test_it_says_where_max_steps_ends_the_run():
+    assert step_lines(400, replace(TRAIN, max_steps=7))[0].endswith("; the run takes 7 (max_steps)")

@@ -189,3 +189,17 @@ def test_two_machines_meet_and_train_as_one(runs, tmp_path):
     texts = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], texts
     assert_same(tmp_path / "run", runs(1, 6)[0])
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_that_auto_takes_for_them(tmp_path):
+    """386 rows, two epochs: 98 steps of 8 rows, 194 of 4. Three of them, on one process and on two."""
+    script = tmp_path / "auto.py"
+    script.write_text(SCRIPT.replace("rows_per_step=12", 'rows_per_step="auto"'))
+    for processes in (1, 2):
+        several = ["--gpus", "2"] if processes == 2 else []
+        command = [sys.executable, str(script), *several, "--max-steps", "3", "--out", str(tmp_path / str(processes))]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=CPU | {"SHARDING": "never"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("optimizer steps: 97 an epoch (386 packed rows, 4 a step); the run takes 3") == 1
+    assert_same(tmp_path / "2", tmp_path / "1")

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from common.model.config import load_config, lora_parameters
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora, trainable_params
 from common.recipe import ALL_LINEAR, LoraSpec, ModelSpec, UserError
@@ -71,3 +72,25 @@ def test_pitfall_19_small_updates_move_fp32_adapters_and_not_bf16_ones():
 
     assert unmoved(torch.float32) == 0
     assert unmoved(torch.bfloat16) > 0.3
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lora", [LoraSpec(4, 8), LoraSpec(6, 8, target_modules=("q_proj", "v_proj", "down_proj"))])
+def test_the_config_tells_how_many_parameters_adapters_have(small_model, architecture, lora):
+    folder = small_model(architecture)
+    config = load_config(ModelSpec(str(folder)))
+    assert lora_parameters(config, lora) == trainable_params(attach_lora(base(folder), lora))
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 41_943_040),  # 32 layers * rank 16 * 81,920 (in + out of 7 projections)
+        ("Qwen/Qwen3-14B", 64_225_280),  # 40 layers * rank 16 * 100,352
+    ],
+)
+def test_parameters_of_rank_16(name, parameters):
+    config = load_config(ModelSpec(name))
+    assert lora_parameters(config, LoraSpec(16, 32)) == parameters
+    assert lora_parameters(config, LoraSpec(16, 32, dora=True)) == parameters  # magnitudes do not grow with the rank
+    assert lora_parameters(config, LoraSpec(16, 32, target_modules=("q_proj", "qkv_proj"))) < parameters

@@ -8,8 +8,10 @@ import pytest
 
 from common.machine.device import GIB
 from common.machine.layout import Layout
+from common.model.activation_checkpointing import Policy
 from common.plan.card import Card
-from common.plan.plan import choose_option, fits_whole, make_plan, plan_on
+from common.plan.misfit import choose_or_explain
+from common.plan.plan import build_plan, choose_option, fits_whole, make_plan, plan_on
 from common.recipe import ModelSpec, UserError
 from tests.plan.planners import QWEN, RECIPE, SHARDED, edited, plan_for, planner_for
 
@@ -73,3 +75,31 @@ def test_llama_3_70b_fits_two_cards_of_24_gib():
     assert option.peak + shared.card.overhead_bytes <= 24 * GIB
     with pytest.raises(UserError, match="let several share it"):
         choose_option(recipe, CARD_24, None, 1)
+
+
+@pytest.mark.parametrize(("processes", "planned"), [(1, (4, 4)), (1, (16, 1)), (2, (4, 2)), (2, (2, 4)), (16, (1, 1))])
+@pytest.mark.parametrize("rows", [16, 8, 4, 2, 1])
+def test_a_plan_for_fewer_rows_splits_them_evenly_and_takes_no_larger_micro_batch(processes, planned, rows):
+    layout = Layout(processes)
+    plan = build_plan(edited(rows_per_step="auto").train, layout, planned[0], Policy(32), "a test")
+    assert (plan.micro_batch_rows, plan.accumulation) == planned
+    assert plan.text.startswith("plan: up to 16 rows of 2,048 tokens per optimizer step: ")
+    if rows % processes:
+        return
+    fewer = plan.with_rows_per_step(rows)
+    assert fewer.rows_per_step == rows and fewer.micro_batch_rows <= plan.micro_batch_rows
+    assert (fewer.layout, fewer.checkpointing, fewer.peak_bytes) == (plan.layout, plan.checkpointing, plan.peak_bytes)
+    last = fewer.text.splitlines()[-1]
+    assert last.startswith(f"  settled by the data: {rows} row")
+    assert f" of {fewer.micro_batch_rows} row" in last and ("processes" in last) == (processes > 1)
+
+
+def test_fewer_rows_than_planned_for_take_no_more_memory():
+    """Counted: the same policy, as many rows at a time or fewer, with an earlier one's gradients or without."""
+    planner = planner_for(edited(rows_per_step="auto"), 24)
+    chosen = choose_or_explain(planner)
+    plan = make_plan(planner, chosen)
+    for rows in (8, 4, 2, 1):
+        fewer = plan.with_rows_per_step(rows)
+        alone = planner_for(edited(rows_per_step=rows), 24)
+        assert alone.exact(fewer.micro_batch_rows, fewer.checkpointing)[0].peak <= chosen.peak

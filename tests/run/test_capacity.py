@@ -1,9 +1,15 @@
 """The rule of capacity, with the parameters that an adapter of Llama 3 8B has."""
 
-import pytest
+from dataclasses import replace
 
-from common.recipe import LoraSpec
-from common.run.capacity import capacity_warning
+import pytest
+from datasets import Dataset
+
+from common.data.rows import Rows, load_rows
+from common.model.loading import load_tokenizer
+from common.recipe import LoraSpec, TrainSpec
+from common.run.capacity import capacity_warning, tokens_to_learn, warn_of_capacity
+from recipes.tiny import RECIPE
 
 RANK_16 = 41_943_040  # of Llama 3 8B, all linear layers
 
@@ -35,3 +41,27 @@ def test_too_much_for_any_adapter():
 
 def test_alpha_is_not_mentioned_where_its_scale_depends_on_the_root_of_the_rank():
     assert "alpha" not in capacity_warning(100e6, RANK_16, LoraSpec(16, 32, rslora=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "tokens"),
+    [
+        ({}, 60),  # 20 rows of 3 trained tokens
+        ({"epochs": 3}, 60),  # the same ones again
+        ({"epochs": 0.5}, 36),  # 3 of 5 steps, 12 rows
+        ({"max_steps": 2}, 24),
+        ({"max_steps": 500}, 60),
+    ],
+)
+def test_each_token_of_the_data_counts_once_and_only_where_the_run_comes_to_it(values, tokens):
+    row = {"input_ids": [7] * 5, "labels": [-100, -100, 7, 7, 7], "seq_lengths": [5]}
+    rows = Rows(Dataset.from_list([row] * 20), None, [])
+    assert tokens_to_learn(rows, TrainSpec(8, 4, 1e-3, **values)) == pytest.approx(tokens)
+
+
+def test_the_small_recipe_has_an_adapter_that_is_large_enough_and_one_parameter_in_a_hundred_of_it_is_not():
+    train = RECIPE.train
+    rows = load_rows(RECIPE.data, load_tokenizer(RECIPE.model), train.seq_len, train.seed)
+    assert warn_of_capacity(rows, RECIPE) is None
+    small = replace(RECIPE, lora=LoraSpec(1, 32, target_modules=("k_proj",)))
+    assert "(rank 1) holds about" in warn_of_capacity(rows, small)

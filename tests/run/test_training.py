@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from common.data.batches import collate
 from common.data.rows import load_rows
+from common.data.steps import settle_rows_per_step
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.lean_layers import use_lean_layers
@@ -232,8 +233,25 @@ def test_rows_per_step_auto_is_settled_by_the_data_and_kept_in_run_json(recipe, 
     assert "learning_rate 0.004 × √(1/16) = 0.001" in said and "warning: the run takes" in said
     steps = metrics["steps"]
     assert max(entry["learning_rate"] for entry in read_metrics(Path(recipe.out)) if "loss" in entry) <= 1e-3
+    assert "settled by the data: 1 row a step, 1 micro-batch of 1 row" in run["plan"]["text"]
+    page = (Path(recipe.out) / "report.html").read_text()
+    assert "peak learning rate 0.001, cosine, 1 row of 128 tokens per step (rows_per_step=" in page
     again = train(*prepare(replace(recipe, existing_run="resume"), plan))  # its checkpoints are this recipe's
     assert again["steps"] == steps
+
+
+def test_a_resumed_run_with_auto_keeps_its_rows_per_step_when_its_epochs_change(recipe, capsys):
+    """72 rows: one row a step in one epoch, four in six. The run takes two steps, then one of the longer schedule."""
+    auto = replace(recipe.train, rows_per_step="auto", learning_rate=4e-3, epochs=1.0, max_steps=2, save_every=2)
+    recipe = replace(recipe, train=auto)
+    train(*prepare(recipe))
+    longer = replace(recipe, train=replace(auto, epochs=6.0, max_steps=3), existing_run="resume")
+    assert settle_rows_per_step(longer.train, 72).rows_per_step == 4
+    capsys.readouterr()
+    assert train(*prepare(longer))["steps"] == 3
+    said = capsys.readouterr().out
+    assert "kept from the run's beginning, for rows_per_step=" in said and "TrainSpec.epochs was 1.0 and is 6.0" in said
+    assert json.loads((Path(recipe.out) / "run.json").read_text())["recipe"]["train"]["rows_per_step"] == 1
 
 
 @pytest.mark.parametrize(
