@@ -17,13 +17,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from benchmarks.results_folder import installed_versions, read_result, result_path, write_result
 from benchmarks.short_run import Settings, ShortRun, add_flags, bf16_machine, data_of, finite, settings_of
 from common.exit_status import exit_status
+from common.model.loading import load_4bit
+from common.model.nf4 import dequantize, names_of_4bit_linears, quantize
 from common.process_state import quiet_libraries
-from common.recipe import LoraSpec, UserError
+from common.recipe import LoraSpec, ModelSpec, UserError
 
 CASES = {
     "base_16": "16-bit base",
@@ -86,6 +89,26 @@ def run_pair(cost: Cost, data: str, seed: int) -> dict[str, Any]:
     return {"data": data, "seed": seed, "held_out_tokens": tokens, "losses": found, "seconds": seconds}
 
 
+def rounding_error(model: str) -> dict[str, float]:
+    """How far NF4 moves the linear weights, and normally distributed values, for which it was made.
+
+    Root mean square of the errors, as a share of that of the values.
+    """
+    base = load_4bit(ModelSpec(model, bits=16), bf16_machine())
+    weights = [base.get_submodule(name).weight.detach() for name in names_of_4bit_linears(base)]
+    normal = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(weights[0].device)
+    return {"weights": _relative_error(weights), "normal": _relative_error([normal])}
+
+
+def _relative_error(tensors: list[torch.Tensor]) -> float:
+    errors, squares = 0.0, 0.0
+    for tensor in tensors:
+        values = tensor.float()
+        errors += (dequantize(*quantize(values)) - values).square().sum().item()
+        squares += values.square().sum().item()
+    return float((errors / squares) ** 0.5)
+
+
 def measure(cost: Cost, seeds: list[int], path: Path) -> dict[str, Any]:
     """Runs what the result at `path` does not have yet, and writes it after each pair of runs. Returns it."""
     result = cost.begin_result(path)
@@ -95,6 +118,9 @@ def measure(cost: Cost, seeds: list[int], path: Path) -> dict[str, Any]:
                 result["runs"].append(run_pair(cost, data, seed))
                 write_result(result, path)
                 print(f"{data}, seed {seed}: {result['runs'][-1]['losses']}", flush=True)
+    if "rounding_error" not in result:
+        result["rounding_error"] = rounding_error(cost.settings.model)
+        write_result(result, path)
     return result
 
 
@@ -115,6 +141,9 @@ def table(result: dict[str, Any]) -> str:
     ]
     for case, words in CASES.items():
         lines.append(f"| {words} | {' | '.join(_cell(result, data, case) for data in names)} |")
+    if "rounding_error" in result:
+        weights, normal = result["rounding_error"]["weights"], result["rounding_error"]["normal"]
+        lines += ["", f"NF4 moves these weights by {weights:.2%}, root mean square, and normal ones by {normal:.2%}."]
     return "\n".join(lines)
 
 

@@ -25,12 +25,14 @@ def test_both_bases_are_measured_before_and_after_the_same_run(tmp_path, capsys)
     assert len({losses["trained_4_on_16"], *(losses[case] for case in ("base_16", "trained_16", "trained_4"))}) == 4
     assert losses["trained_4_on_16"] < losses["base_16"]
     assert run["held_out_tokens"] > 0
+    assert 0.07 < json.loads(path.read_text())["rounding_error"]["weights"] < 0.12
 
-    assert nf4_cost.main([*SMALL, "--seeds", "0", "1", "--json", str(path)]) == 0
-    both = json.loads(path.read_text())["runs"]
-    assert both[:1] == first and [run["seed"] for run in both] == [0, 1]
-    assert both[1]["losses"]["base_16"] == losses["base_16"]  # the base has no seed
-    assert "seeds: 2" in capsys.readouterr().out
+    assert nf4_cost.main([*SMALL, "--seeds", "0", "--json", str(path)]) == 0
+    assert json.loads(path.read_text())["runs"] == first  # nothing ran again: its seconds are the same
+    printed = capsys.readouterr().out
+    assert "seeds: 1" in printed
+    # NF4's 16 values for 64 normal ones, scaled to the largest of them: 9.2 %, by simulation
+    assert "and normal ones by 9.20%." in printed
 
     assert nf4_cost.main([*SMALL, "--alpha", "8", "--json", str(path)]) == 2
     assert "has other alpha; give this result a file of its own" in capsys.readouterr().err
