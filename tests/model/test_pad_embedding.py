@@ -16,7 +16,7 @@ from tests.data.test_packing import tokens
 ROWS = [*pack([tokens(20), tokens(15, 200)], 64), *pack([tokens(9, 400)], 64), *pack([tokens(30, 500)], 64)]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e15])
 @pytest.mark.parametrize(("attention", "kernels"), [("sdpa", "lean"), ("sdpa", "stock"), ("eager", "stock")])
 def test_padding_changes_neither_loss_nor_gradient(small_llama, bad, attention, kernels, capsys):
     """Rows of 35, 9 and 30 tokens in one micro-batch, against each row alone, which has no padding."""
@@ -30,7 +30,7 @@ def test_padding_changes_neither_loss_nor_gradient(small_llama, bad, attention, 
             torch.nn.init.normal_(parameter, std=0.05)
     model.get_input_embeddings().weight.data[tokenizer.pad_token_id] = bad
     mend_pad_embedding(model, tokenizer)
-    assert ("it counts as zero here" in capsys.readouterr().out) == (bad != 1e30)
+    assert ("it counts as zero here" in capsys.readouterr().out) == (bad != 1e15)
     found = []
     for batches in ([ROWS], [[row] for row in ROWS]):
         model.zero_grad()
