@@ -116,7 +116,7 @@ class DataSpec:
     # is. Trained are the answers that the template's marks show.
     rendered: bool = False
     # Prompts and texts off the task, on which base and adapter are compared: how far a run has moved the model
-    # elsewhere. A file or hub data set; None skips it.
+    # elsewhere. A file, or a hub data set with a split "train"; None measures nothing.
     drift_source: str | None = "data/general.jsonl"
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
@@ -157,6 +157,10 @@ class DataSpec:
             "DataSpec.revision and config are one data set's, and DataSpec.sources may name several; leave them out",
         )
         require(self.eval_rows >= 0, f"DataSpec.eval_rows is {self.eval_rows}; 0 skips evaluation")
+        require(
+            self.drift_source is None or bool(self.drift_source.strip()),
+            "DataSpec.drift_source is empty; None measures no drift",
+        )
         require(self.config is None or bool(self.config.strip()), "DataSpec.config is empty; None is for none")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
         if self.columns is not None:

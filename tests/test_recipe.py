@@ -37,6 +37,7 @@ def test_a_mistyped_field_is_refused():
         ),
         (lambda: DataSpec("d", max_long_share=-0.1), "DataSpec.max_long_share is -0.1; it is a share, 0 to 1"),
         (lambda: DataSpec("d", eval_rows=-1), "0 skips evaluation"),
+        (lambda: DataSpec("d", drift_source=" "), "DataSpec.drift_source is empty; None measures no drift"),
         (lambda: DataSpec("d", max_bad_share=2), "a share, 0 to 1"),
         (lambda: DataSpec("d", train_on="user"), "choose one of 'assistant', 'everything'"),
         (lambda: DataSpec("d", columns=("a", "b")), "DataSpec.columns is ('a', 'b'); write {'user'"),
