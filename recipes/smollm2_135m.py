@@ -40,7 +40,8 @@ def main(recipe: Recipe = RECIPE) -> None:
     checkpoint_activations(model, plan.checkpointing)
     shard_layers(model, plan.layout)  # where the plan shards: reads each layer that load_4bit left empty, shards it
     prompts = load_prompts(recipe.data.eval_source, tokenizer)
-    before = generate(model, tokenizer, prompts)
+    # the longest answer wanted has 31 tokens
+    before = generate(model, tokenizer, prompts, max_new_tokens=48, at_a_time=126)
     train(model, tokenizer, rows, recipe, plan)
-    after = generate(model, tokenizer, prompts)
+    after = generate(model, tokenizer, prompts, max_new_tokens=48, at_a_time=126)
     print_before_after(prompts, before, after)

@@ -1,4 +1,4 @@
-"""Answers on a slow device: said before they begin, told of token by token, and shorter or fewer where time is short."""
+"""Answers on a slow device: announced, told of token by token, and shorter or fewer where time is short."""
 
 import json
 import re
