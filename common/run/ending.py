@@ -17,7 +17,7 @@ from common.recipe import Recipe, TrainSpec, UserError
 from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
 from common.run.asking import ask_as_trained
 from common.run.drift import Drift
-from common.run.evaluation import compare_completions
+from common.run.evaluation import SAMPLE_SECONDS, compare_completions
 from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
 from common.run.loss_picture import draw_loss
@@ -85,7 +85,10 @@ def leave_files(
 def sample_completions(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, train: TrainSpec
 ) -> list[dict[str, str]]:
-    """Completions of held-out prompts without the adapter and with it; none where that runs out of memory."""
+    """Completions of held-out prompts without the adapter and with it; none where that runs out of memory.
+
+    A slow device gives fewer or shorter ones: each side has SAMPLE_SECONDS.
+    """
     if rows.evaluation is None:
         return []
     if is_sharded(model) and train.sample_answers:
@@ -93,7 +96,7 @@ def sample_completions(
         return []
     prompts = sample_prompts(rows.evaluation, tokenizer, train.sample_answers, train.seed)
     try:
-        return compare_completions(model, tokenizer, prompts)
+        return compare_completions(model, tokenizer, prompts, SAMPLE_SECONDS)
     except torch.OutOfMemoryError:
         print("no sample answers: they did not fit the card beside the optimizer; make eval shows some")
         return []
