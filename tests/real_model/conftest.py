@@ -30,7 +30,7 @@ def write_short_chats(path: Path, first: int, count: int) -> str:
 
 def real_recipe(model: Path, folder: Path, bits: int = 4, lora: LoraSpec | None = None, **train: object) -> Recipe:
     """Thirty steps of one row; ten conversations are held out. Data and output are in the folder."""
-    train = {"max_steps": STEPS, "warmup_ratio": 0.0, "sample_answers": 0} | train
+    train = {"seq_len": 96, "max_steps": STEPS, "warmup_ratio": 0.0, "sample_answers": 0} | train
     return Recipe(
         ModelSpec(str(model), bits=bits),
         DataSpec(
@@ -39,7 +39,7 @@ def real_recipe(model: Path, folder: Path, bits: int = 4, lora: LoraSpec | None 
             drift_source=None,
         ),
         lora or LoraSpec(rank=4, alpha=8),
-        TrainSpec(seq_len=96, rows_per_step=1, learning_rate=1e-3, **train),
+        TrainSpec(rows_per_step=1, learning_rate=1e-3, **train),
         card_gib=None,
         out=str(folder / "run"),
     )

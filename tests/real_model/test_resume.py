@@ -17,7 +17,7 @@ from tests.run.test_training import adapter, interrupt_at, prepare
 def test_a_resumed_run_ends_at_the_same_adapter_bit_for_bit(real_model, tmp_path, monkeypatch):
     """With LoRA dropout, whose masks the random state of the checkpoint draws again."""
     lora = LoraSpec(rank=4, alpha=8, dropout=0.1)
-    recipe = real_recipe(real_model, tmp_path, lora=lora, max_steps=4, save_every=2)
+    recipe = real_recipe(real_model, tmp_path, lora=lora, seq_len=48, max_steps=4, save_every=2)
     recipe = replace(recipe, data=replace(recipe.data, eval_source=None, eval_rows=0))
     train(*prepare(replace(recipe, out=str(tmp_path / "whole"))))
     broken = replace(recipe, out=str(tmp_path / "broken"))

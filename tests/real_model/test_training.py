@@ -54,7 +54,8 @@ def test_thirty_losses_are_those_of_plain_trl_and_peft(trained, real_model, tmp_
     Errors of roundings add up as a random walk, so a gradient is off by U * sqrt(ADDITIONS) of its norm, 3e-5. So is
     each of Adam's updates, which are as large as the learning rate in each of N numbers: after k steps the adapter is
     off by at most k * rate * sqrt(N) * 3e-5, and the loss, to first order, by that times the norm of its gradient. The
-    losses themselves are off by 3e-5 of theirs.
+    losses themselves are off by 3e-5 of theirs. (Where a gradient is smaller than its error Adam's update may be
+    anything up to the rate; but there the loss does not depend on it, to first order.)
     """
     train, lora = trained.train, trained.lora
     values = {
