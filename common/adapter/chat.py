@@ -61,6 +61,8 @@ class _Printer(TextStreamer):
         self.show, self.text = show, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if stream_end:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # tokens of a character that the answer's end cut
         self.text += text
         self.show(text)
 
