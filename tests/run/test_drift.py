@@ -184,7 +184,7 @@ def test_the_page_shows_it_with_advice(finetuned, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes((finetuned[1] / "metrics.jsonl").read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(run | {"drift": asdict(drift(2.31, 2.51))}))
     page = write_report(tmp_path).read_text()
-    for part in ("2.3100", "2.5100", "0.0912", "104 texts of texts.jsonl", "refuses 2 more", "That is much (+0.20)"):
+    for part in ("2.3100", "2.5100", "0.0912", "104 texts of texts.jsonl", "refuses 2 more", "That is much (+0.20): half of TrainSpec."):
         assert part in page
     del run["drift"]  # of an earlier version
     (tmp_path / "run.json").write_text(json.dumps(run))
