@@ -134,7 +134,10 @@ class _Clock(StoppingCriteria):
         self.work, self.prompts, self.at_a_time = work, prompts, at_a_time
         self.max_new_tokens, self.max_seconds = max_new_tokens, max_seconds
         self.started_at = time.perf_counter()
-        self.start = self.count = self.tokens = self.all_tokens = 0
+        self.start = self.count = self.tokens = 0  # of the batch under way
+        self.read = self.written = 0  # prompts read, and tokens after the first one of each batch
+        self.reading = self.writing = 0.0  # seconds for them
+        self.last = self.started_at
         self.stopped = False
 
     def is_up(self) -> bool:
@@ -146,7 +149,7 @@ class _Clock(StoppingCriteria):
 
         The first token needs the whole prompt, which may take minutes by itself: time is looked at before each layer.
         """
-        self.start, self.count, self.tokens = start, count, 0
+        self.start, self.count, self.tokens, self.last = start, count, 0, time.perf_counter()
         self._tell()
 
         def check(*_: object) -> None:
@@ -163,25 +166,29 @@ class _Clock(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """After each token of a batch. Returns bool (prompts,): whether each is done."""
-        self.tokens += 1
-        self.all_tokens += 1
+        now = time.perf_counter()
+        if self.tokens:
+            self.writing, self.written = self.writing + now - self.last, self.written + 1
+        else:
+            self.reading, self.read = self.reading + now - self.last, self.read + self.count
+        self.last, self.tokens = now, self.tokens + 1
         self._tell()
         self.stopped = self.is_up()
         return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
 
     def _tell(self) -> None:
-        """Token steps of all batches are alike, so those to come tell the time that is left at most."""
+        """Says how far it is, and for how long it goes on if no answer ends before its limit."""
         note = f"{self.start:,} of {self.prompts:,} done, "
         if self.tokens:
             note += f"the next {self.count} at token {self.tokens} of at most {self.max_new_tokens}"
         else:
             note += f"reading the next {self.count} prompts"
-        if self.all_tokens:
-            later = -(-(self.prompts - self.start - self.count) // self.at_a_time)
-            steps = self.max_new_tokens - self.tokens + later * self.max_new_tokens
-            passed = time.perf_counter() - self.started_at
-            left = steps * passed / self.all_tokens
+        if self.written:
+            later = self.prompts - self.start - self.count
+            batches = -(-later // self.at_a_time)
+            steps = self.max_new_tokens - self.tokens + batches * self.max_new_tokens
+            left = steps * self.writing / self.written + later * self.reading / self.read
             if self.max_seconds is not None:
-                left = min(left, max(self.max_seconds - passed, 0))
+                left = min(left, max(self.started_at + self.max_seconds - self.last, 0))
             note += f", at most about {format_duration(left)} left"
         self.work.note = note
