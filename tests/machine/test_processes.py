@@ -94,7 +94,9 @@ def assert_same(together: Path, alone: Path) -> None:
         assert given == [(step, pytest.approx(value, rel=2e-4)) for step, value in wanted], key
     assert furthest(together, alone) < 1e-3
     ours, theirs = (json.loads((folder / "run.json").read_text())["drift"] for folder in (together, alone))
-    assert ours == {name: pytest.approx(value, rel=2e-3) for name, value in theirs.items()}
+    assert ours == {
+        name: pytest.approx(value, rel=1e-2) if isinstance(value, float) else value for name, value in theirs.items()
+    }
 
 
 def furthest(a: Path, b: Path) -> float:

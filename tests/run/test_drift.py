@@ -10,13 +10,12 @@ import torch
 
 from common.cli import run_command
 from common.recipe import UserError
-from common.run import drift as module
+from common.run import general_texts
 from common.run.drift import ADVICE, LARGE_RISE, Drift, measure_drift
 from common.run.general_texts import load_general_texts
 from common.run.report import write_report
 from common.run.resume import refuse_another_run, run_identity
 from common.run.training import train
-from tests.conftest import ROOT
 from tests.run.test_training import prepare
 
 TEXTS = [
@@ -34,8 +33,9 @@ def own(tmp_path) -> str:
 
 
 @pytest.fixture
-def measured(recipe, own):
-    """A model with an adapter of noise, the texts and the tokenizer."""
+def measured(recipe, own, monkeypatch):
+    """A model with an adapter of noise, the texts in rows of unlike lengths, and the tokenizer."""
+    monkeypatch.setattr(general_texts, "DRIFT_ROW_TOKENS", 16)
     model, tokenizer, *_ = prepare(recipe)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -68,10 +68,24 @@ def in_float64(model, texts) -> dict[str, float]:
 def test_it_is_what_the_logits_of_each_text_give_in_float64(measured, micro_batch_rows):
     model, texts, tokenizer = measured
     model.eval()
+    assert len(texts.rows) > 1
     found, wanted = measure_drift(model, texts, tokenizer, micro_batch_rows), in_float64(model, texts)
     assert found.kl > 1e-3
     assert {name: asdict(found)[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
     assert (found.texts, found.left_out, found.source) == (3, 0, texts.source)
+
+
+def test_no_text_sees_another_one_in_its_row(measured, own):
+    """Packed into one row they give what they give in rows of their own."""
+    model, texts, tokenizer = measured
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(general_texts, "DRIFT_ROW_TOKENS", 128)
+        together = load_general_texts(own, tokenizer, 128)
+    assert len(together.rows) == 1 < len(texts.rows)
+    alone = asdict(measure_drift(model, texts, tokenizer))
+    assert asdict(measure_drift(model, together, tokenizer)) == {
+        name: pytest.approx(value, rel=1e-5) for name, value in alone.items()
+    }
 
 
 def test_an_adapter_that_has_learnt_nothing_has_none(recipe, own):
@@ -138,7 +152,7 @@ def test_a_run_says_it_and_keeps_it_with_make_eval_and_the_page(recipe, own, cap
     assert run_command("eval", "x", recipe, ["--samples", "0"]) == 0
     assert "off the task: 3 texts" in capsys.readouterr().out
     evaluated = json.loads((folder / "eval.json").read_text())["drift"]
-    assert evaluated == {name: pytest.approx(value, rel=1e-4) for name, value in told.items()}
+    assert evaluated == {name: pytest.approx(value, rel=1e-3) for name, value in told.items()}
 
 
 def test_none_measures_nothing(recipe, capsys):
@@ -197,4 +211,3 @@ def test_the_small_model_is_measured_on_what_it_could_do(finetuned):
     assert told["source"] == "data/tiny/general.jsonl" and told["texts"] == 100 and told["left_out"] == 0
     assert told["base_loss"] < 1 and told["kl"] > 0
     assert "off the task: 100 texts" in finetuned[0]
-    assert module.LARGE_RISE > 0 and (ROOT / told["source"]).exists()
