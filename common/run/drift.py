@@ -26,7 +26,7 @@ from common.run.general_texts import GeneralTexts
 from common.run.held_out_loss import fill_up, own_batches
 
 LARGE_RISE = 0.1
-ADVICE = (
+KEEP_MORE = (
     "half of TrainSpec.learning_rate, fewer epochs, or general rows mixed in (DataSpec.sources) keep more of the base"
 )
 
@@ -54,7 +54,7 @@ class Drift:
     def advice(self) -> str | None:
         """What to do about a loss that has risen by more than LARGE_RISE; None where it has not."""
         rise = self.loss - self.base_loss
-        return f"that is much ({rise:+.2f}): {ADVICE}" if rise > LARGE_RISE else None
+        return f"that is much ({rise:+.2f}): {KEEP_MORE}" if rise > LARGE_RISE else None
 
 
 def measure_drift(
