@@ -11,7 +11,7 @@ import torch
 from common.cli import run_command
 from common.recipe import UserError
 from common.run import general_texts
-from common.run.drift import ADVICE, LARGE_RISE, Drift, measure_drift
+from common.run.drift import KEEP_MORE, LARGE_RISE, Drift, measure_drift
 from common.run.general_texts import load_general_texts
 from common.run.report import write_report
 from common.run.resume import refuse_another_run, run_identity
@@ -190,7 +190,7 @@ def test_advice_follows_where_the_loss_has_risen_by_much():
     ]
     assert drift(2.31, 2.11).advice() is None
     _, line = drift(2.31, 2.51).lines()
-    assert line == f"  that is much (+0.20): {ADVICE}"
+    assert line == f"  that is much (+0.20): {KEEP_MORE}"
 
 
 def test_the_page_shows_it_with_advice(finetuned, tmp_path):

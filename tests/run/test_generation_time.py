@@ -138,7 +138,7 @@ def test_exact_match_is_of_whole_answers_alone(model, tokenizer, capsys):
 
 
 def test_a_run_on_a_slow_device_shows_shorter_sample_answers_and_marks_them(recipe, monkeypatch, capsys):
-    monkeypatch.setattr(ending, "SAMPLE_SECONDS", 1.0)
+    monkeypatch.setattr(ending, "SAMPLE_SECONDS", 0.5)
     recipe = replace(recipe, train=replace(recipe.train, max_steps=1))
     parts = prepare(recipe)
     with slow_device(0.12):
@@ -148,8 +148,8 @@ def test_a_run_on_a_slow_device_shows_shorter_sample_answers_and_marks_them(reci
     assert sides == sorted(sides) and sides[-1] < out.index("the run on a page")
     samples = json.loads((Path(recipe.out) / "run.json").read_text())["samples"]
     assert len(samples) == 4
-    assert {sample["before_cut"] for sample in samples} == {sample["after_cut"] for sample in samples} == {"after 1 s"}
-    assert (Path(recipe.out) / "report.html").read_text().count("… (cut after 1 s)") == 8
+    assert {sample["before_cut"] for sample in samples} == {sample["after_cut"] for sample in samples} == {"after 0.5 s"}
+    assert (Path(recipe.out) / "report.html").read_text().count("… (cut after 0.5 s)") == 8
 
 
 def test_samples_that_no_time_is_left_for_are_counted(adapted, tokenizer, capsys):
