@@ -25,8 +25,11 @@ from common.model.sharding import is_sharded
 from common.run.general_texts import GeneralTexts
 from common.run.held_out_loss import fill_up, own_batches
 
+# Nats a token. PEFT's comparison of methods measures the same rise, on texts of Wikipedia (huggingface/peft, pull request
+# 2925): Llama 3.2 3B on MetaMath has 0.059 with the usual scale of the adapter, and 0.111 with a fourfold one. 0.1 is
+# also a tenth more perplexity.
 LARGE_RISE = 0.1
-KEEP_MORE = (
+DRIFT_ADVICE = (
     "half of TrainSpec.learning_rate, fewer epochs, or general rows mixed in (DataSpec.sources) keep more of the base"
 )
 
@@ -54,7 +57,7 @@ class Drift:
     def advice(self) -> str | None:
         """What to do about a loss that has risen by more than LARGE_RISE; None where it has not."""
         rise = self.loss - self.base_loss
-        return f"that is much ({rise:+.2f}): {KEEP_MORE}" if rise > LARGE_RISE else None
+        return f"that is much ({rise:+.2f}): {DRIFT_ADVICE}" if rise > LARGE_RISE else None
 
 
 def measure_drift(

@@ -11,7 +11,7 @@ import torch
 from common.cli import run_command
 from common.recipe import UserError
 from common.run import general_texts
-from common.run.drift import KEEP_MORE, LARGE_RISE, Drift, measure_drift
+from common.run.drift import DRIFT_ADVICE, LARGE_RISE, Drift, measure_drift
 from common.run.general_texts import load_general_texts
 from common.run.report import write_report
 from common.run.resume import refuse_another_run, run_identity
@@ -190,7 +190,7 @@ def test_advice_follows_where_the_loss_has_risen_by_much():
     ]
     assert drift(2.31, 2.11).advice() is None
     _, line = drift(2.31, 2.51).lines()
-    assert line == f"  that is much (+0.20): {KEEP_MORE}"
+    assert line == f"  that is much (+0.20): {DRIFT_ADVICE}"
 
 
 def test_the_page_shows_it_with_advice(finetuned, tmp_path):
@@ -198,7 +198,14 @@ def test_the_page_shows_it_with_advice(finetuned, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes((finetuned[1] / "metrics.jsonl").read_bytes())
     (tmp_path / "run.json").write_text(json.dumps(run | {"drift": asdict(drift(2.31, 2.51))}))
     page = write_report(tmp_path).read_text()
-    for part in ("2.3100", "2.5100", "0.0912", "104 texts of texts.jsonl", "refuses 2 more", "That is much (+0.20): half of TrainSpec."):
+    for part in (
+        "2.3100",
+        "2.5100",
+        "0.0912",
+        "104 texts of texts.jsonl",
+        "refuses 2 more",
+        "That is much (+0.20): half of TrainSpec.",
+    ):
         assert part in page
     del run["drift"]  # of an earlier version
     (tmp_path / "run.json").write_text(json.dumps(run))

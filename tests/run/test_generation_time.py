@@ -148,7 +148,9 @@ def test_a_run_on_a_slow_device_shows_shorter_sample_answers_and_marks_them(reci
     assert sides == sorted(sides) and sides[-1] < out.index("the run on a page")
     samples = json.loads((Path(recipe.out) / "run.json").read_text())["samples"]
     assert len(samples) == 4
-    assert {sample["before_cut"] for sample in samples} == {sample["after_cut"] for sample in samples} == {"after 0.5 s"}
+    assert (
+        {sample["before_cut"] for sample in samples} == {sample["after_cut"] for sample in samples} == {"after 0.5 s"}
+    )
     assert (Path(recipe.out) / "report.html").read_text().count("… (cut after 0.5 s)") == 8
 
 
