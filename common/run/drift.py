@@ -25,9 +25,9 @@ from common.model.sharding import is_sharded
 from common.run.general_texts import GeneralTexts
 from common.run.held_out_loss import fill_up, own_batches
 
-# Nats a token. PEFT's comparison of methods measures the same rise, on texts of Wikipedia (huggingface/peft, pull request
-# 2925): Llama 3.2 3B on MetaMath has 0.059 with the usual scale of the adapter, and 0.111 with a fourfold one. 0.1 is
-# also a tenth more perplexity.
+# Nats a token. PEFT's comparison of methods measures the same rise, on texts of Wikipedia (huggingface/peft, pull
+# request 2925): Llama 3.2 3B on MetaMath has 0.059 with the usual scale of the adapter, and 0.111 with a fourfold one.
+# 0.1 is also a tenth more perplexity.
 LARGE_RISE = 0.1
 DRIFT_ADVICE = (
     "half of TrainSpec.learning_rate, fewer epochs, or general rows mixed in (DataSpec.sources) keep more of the base"
