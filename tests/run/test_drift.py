@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from common.cli import run_command
 from common.recipe import UserError
@@ -84,7 +85,7 @@ def test_no_text_sees_another_one_in_its_row(measured, own):
     assert len(together.rows) == 1 < len(texts.rows)
     alone = asdict(measure_drift(model, texts, tokenizer))
     assert asdict(measure_drift(model, together, tokenizer)) == {
-        name: pytest.approx(value, rel=1e-5) for name, value in alone.items()
+        name: value if name == "source" else pytest.approx(value, rel=1e-5) for name, value in alone.items()
     }
 
 
@@ -103,7 +104,7 @@ def test_the_model_stays_as_it_was(measured, training):
     drawn = torch.get_rng_state()
     measure_drift(model, texts, tokenizer)
     assert model.training is training and torch.equal(torch.get_rng_state(), drawn)
-    assert not any(getattr(part, "disable_adapters", False) for part in model.modules())
+    assert not any(part.disable_adapters for part in model.modules() if isinstance(part, LoraLayer))
     assert not model.get_base_model().base_model._forward_hooks
     for name, parameter in model.named_parameters():
         assert (parameter.requires_grad, parameter.grad) == (before[name][0], None)
@@ -152,7 +153,9 @@ def test_a_run_says_it_and_keeps_it_with_make_eval_and_the_page(recipe, own, cap
     assert run_command("eval", "x", recipe, ["--samples", "0"]) == 0
     assert "off the task: 3 texts" in capsys.readouterr().out
     evaluated = json.loads((folder / "eval.json").read_text())["drift"]
-    assert evaluated == {name: pytest.approx(value, rel=1e-3) for name, value in told.items()}
+    assert evaluated == {
+        name: value if name == "source" else pytest.approx(value, rel=1e-3) for name, value in told.items()
+    }
 
 
 def test_none_measures_nothing(recipe, capsys):
