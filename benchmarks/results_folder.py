@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from common.recipe import UserError
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -36,4 +38,7 @@ def installed_versions(packages: Sequence[str]) -> dict[str, str]:
 
 
 def read_result(path: Path) -> Any:
+    """Raises UserError when there is no such file."""
+    if not path.exists():
+        raise UserError(f"there is no result {path}")
     return json.loads(path.read_text(encoding="utf-8"))

@@ -59,7 +59,9 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
         save_every=1_000_000,
         **options,
     )
-    recipe = Recipe(ModelSpec(job.model), DataSpec(job.rows), LoraSpec(RANK, RANK), train, None, out=folder)
+    recipe = Recipe(
+        ModelSpec(job.model), DataSpec(job.rows, drift_source=None), LoraSpec(RANK, RANK), train, None, out=folder
+    )
     plan = plan_for_card(recipe)
     tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, SEED)

@@ -116,7 +116,7 @@ class DataSpec:
     # is. Trained are the answers that the template's marks show.
     rendered: bool = False
     # Prompts and texts off the task, on which base and adapter are compared: how far a run has moved the model
-    # elsewhere. A file or hub data set; None skips it.
+    # elsewhere. A file, or a hub data set with a split "train"; None measures nothing.
     drift_source: str | None = "data/general.jsonl"
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
@@ -157,6 +157,10 @@ class DataSpec:
             "DataSpec.revision and config are one data set's, and DataSpec.sources may name several; leave them out",
         )
         require(self.eval_rows >= 0, f"DataSpec.eval_rows is {self.eval_rows}; 0 skips evaluation")
+        require(
+            self.drift_source is None or bool(self.drift_source.strip()),
+            "DataSpec.drift_source is empty; None measures no drift",
+        )
         require(self.config is None or bool(self.config.strip()), "DataSpec.config is empty; None is for none")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
         if self.columns is not None:
@@ -189,10 +193,10 @@ class LoraSpec:
     """The adapter: it adds scale * B A to a frozen weight, with scale = alpha / rank (arXiv:2106.09685)."""
 
     rank: int  # columns of B and rows of A
-    alpha: float
+    alpha: float  # leave it as it is where you change the rank: the best learning rate then stays (docs/defaults.md)
     _: KW_ONLY
     dropout: float = 0.0  # of A's input; above 0 a layer keeps masks for backward: 70 KiB per token and layer for 8B
-    rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: worth it at rank 64 and above
+    rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: as if alpha were sqrt(rank) times as large
     dora: bool = False  # trains a vector of magnitudes per linear layer too, arXiv:2402.09353: slower
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
 

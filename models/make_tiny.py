@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.tiny_world import base_document, tool_call_pair
+from models.tiny_world import base_document, other_document, tool_call_pair
 
 ROOT = Path(__file__).parent.parent
 BOS, PAD, END, USER, ASSISTANT, SYSTEM = "<s>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = """\
 """
 ROW_TOKENS = 256  # of one pretraining row
 ROWS_PER_STEP = 16  # of pretraining
-TRAIN_ROWS, HELD_OUT_ROWS = 2000, 100
+TRAIN_ROWS, HELD_OUT_ROWS, GENERAL_ROWS = 2000, 100, 100
 
 
 def render(document: list[tuple[str, str]] | str) -> str:
@@ -136,14 +136,25 @@ def write_conversations(folder: Path) -> None:
     while len(pairs) < TRAIN_ROWS + HELD_OUT_ROWS:
         request, call = tool_call_pair(rng)
         pairs[request] = call
-    lines = [
-        json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
-        for q, a in pairs.items()
-    ]
+    lines = [as_row([pair]) for pair in pairs.items()]
     Random(3).shuffle(lines)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "held_out.jsonl").write_text("\n".join(lines[:HELD_OUT_ROWS]) + "\n")
     (folder / "train.jsonl").write_text("\n".join(lines[HELD_OUT_ROWS:]) + "\n")
+
+
+def write_general(folder: Path) -> None:
+    """Writes general.jsonl: what the model can do beside its task, on which a run measures drift."""
+    rng = Random(4)
+    (folder / "general.jsonl").write_text("".join(as_row(other_document(rng)) + "\n" for _ in range(GENERAL_ROWS)))
+
+
+def as_row(document: list[tuple[str, str]] | str) -> str:
+    """The line of a .jsonl file that holds a document."""
+    if isinstance(document, str):
+        return json.dumps({"text": document})
+    turns = [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in document]
+    return json.dumps({"messages": [message for turn in turns for message in turn]})
 
 
 def main() -> None:
@@ -155,6 +166,7 @@ def main() -> None:
     parser.add_argument("--data-out", type=Path, default=ROOT / "data" / "tiny")
     args = parser.parse_args()
     write_conversations(args.data_out)
+    write_general(args.data_out)
     rng = Random(0)
     tokenizer = make_tokenizer([render(base_document(rng)) for _ in range(20_000)])
     model = pretrain(tokenizer, args.steps, args.lr, args.bf16).to(torch.bfloat16)

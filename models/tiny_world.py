@@ -4,6 +4,7 @@ All texts are drawn from a random.Random that the caller has seeded, so they can
 - `base_document` gives what the base model reads: chats with a polite assistant that answers requests in prose,
   questions about people, facts about people written as JSON, notes, clock times. None holds a tool call.
 - `tool_call_pair` gives what fine-tuning teaches: the same kinds of requests, answered with one JSON tool call.
+- `other_document` gives what the base model can do beside that task, to measure whether it still can.
 """
 
 import json
@@ -153,6 +154,7 @@ def buy(rng: Random) -> tuple[str, str, Slots]:
 
 
 REQUESTS: tuple[Callable[[Random], tuple[str, str, Slots]], ...] = (remind, message, timer, book, lights, buy)
+REQUEST_SHARE = 0.45  # of the base model's documents
 Turns = list[tuple[str, str]]  # (user, assistant) pairs of one conversation
 
 
@@ -215,8 +217,16 @@ def note(rng: Random) -> str:
 
 def base_document(rng: Random) -> Turns | str:
     """One document of the base model's training text: a conversation or a plain text."""
-    kind = rng.random()
-    if kind < 0.45:
+    return _document(rng.random(), rng)
+
+
+def other_document(rng: Random) -> Turns | str:
+    """One document like those of the base model's training text that make no request."""
+    return _document(rng.uniform(REQUEST_SHARE, 1), rng)
+
+
+def _document(kind: float, rng: Random) -> Turns | str:
+    if kind < REQUEST_SHARE:
         return [rng.choice(REQUESTS)(rng)[:2] for _ in range(rng.choice((1, 1, 2, 3)))]
     if kind < 0.52:
         return question_turns(rng)

@@ -14,7 +14,11 @@ from common.run import generate, load_prompts, print_before_after, train
 
 RECIPE = Recipe(
     model=ModelSpec("models/tiny"),
-    data=DataSpec("data/tiny/train.jsonl", eval_source="data/tiny/held_out.jsonl"),
+    data=DataSpec(
+        "data/tiny/train.jsonl",
+        eval_source="data/tiny/held_out.jsonl",
+        drift_source="data/tiny/general.jsonl",  # what this model could do before: it knows no other text
+    ),
     lora=LoraSpec(rank=16, alpha=32),
     train=TrainSpec(
         seq_len=256,  # the examples have 25 to 75 tokens

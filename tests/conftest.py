@@ -25,7 +25,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -45,7 +44,7 @@ from common.model.lora import attach_lora
 from common.process_state import quiet_libraries
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run.artefacts import save_trained
-from tests import real_tokenizers, wheels
+from tests import real_tokenizers, real_weights
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -125,15 +124,9 @@ def real_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
 
 
 @pytest.fixture(scope="session")
-def real_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of SmolLM2-135M-Instruct in 16 bits, from 4-bit weights: as the hub's but for their rounding."""
-    folder = tmp_path_factory.mktemp("smollm2")
-    unpacked, to_16_bits = wheels.wheel(real_tokenizers.SMOLLM2), GgufConfig(dequantize=True)
-    AutoModelForCausalLM.from_pretrained(
-        unpacked, gguf_file=real_tokenizers.SMOLLM2_GGUF, dtype=torch.bfloat16, quantization_config=to_16_bits
-    ).save_pretrained(folder)
-    real_tokenizers.real_tokenizer("smollm2").save_pretrained(folder)
-    return folder
+def real_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct in 16 bits, shared by all tests: see tests/real_weights.py."""
+    return real_weights.real_weights()
 
 
 @pytest.fixture(scope="session")
@@ -208,7 +201,7 @@ def adapted(small_model, tmp_path_factory) -> Callable[..., Recipe]:
         out = tmp_path_factory.mktemp("adapter")
         save_trained(model, load_tokenizer(spec), out)
         train = TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3)
-        return Recipe(spec, DataSpec(TRAIN), lora, train, card_gib=None, out=str(out))
+        return Recipe(spec, DataSpec(TRAIN, drift_source=None), lora, train, card_gib=None, out=str(out))
 
     return make
 
@@ -221,10 +214,10 @@ def write_chats(folder: Path) -> str:
 
 
 def small_recipe(model: Path, folder: Path) -> Recipe:
-    """Three steps of a small model; data and output are in the folder."""
+    """Three steps of a small model; data and output are in the folder. No drift is measured: it takes a second."""
     return Recipe(
         model=ModelSpec(str(model)),
-        data=DataSpec(write_chats(folder), eval_rows=20),
+        data=DataSpec(write_chats(folder), eval_rows=20, drift_source=None),
         lora=LoraSpec(rank=4, alpha=8),
         train=TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3, max_steps=3),
         card_gib=None,

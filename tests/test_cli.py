@@ -54,7 +54,7 @@ def project(tmp_path) -> Path:
 
 def test_an_unknown_recipe_prints_those_that_exist():
     assert refused(recipes("nope")) == (
-        "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, mistral-7b, qwen-14b, tiny"
+        "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, mistral-7b, qwen-14b, smollm2-135m, tiny"
     )
     for name in ("", "../common/cli", "__main__", "tiny.py"):
         assert "there is no recipe" in refused(recipes(name))

@@ -73,7 +73,7 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     recipe = replace(
         RECIPE,
         model=replace(RECIPE.model, weights="random", layers=layers),
-        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=0),
+        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=0, drift_source=None),
         train=replace(RECIPE.train, max_steps=steps),
         out=out,
     )

@@ -27,7 +27,7 @@ def test_two_layers_of_llama3_8b_load_and_train(tmp_path):
     recipe = replace(
         RECIPE,
         model=replace(RECIPE.model, weights="random", layers=2),
-        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=2),
+        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=2, drift_source=None),
         train=replace(RECIPE.train, seq_len=128, rows_per_step=2, max_steps=3, warmup_ratio=0.0),
         out=str(tmp_path),
     )

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 
+from common.model.config import load_config
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 
 NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny"]
@@ -36,6 +37,7 @@ def test_a_mistyped_field_is_refused():
         ),
         (lambda: DataSpec("d", max_long_share=-0.1), "DataSpec.max_long_share is -0.1; it is a share, 0 to 1"),
         (lambda: DataSpec("d", eval_rows=-1), "0 skips evaluation"),
+        (lambda: DataSpec("d", drift_source=" "), "DataSpec.drift_source is empty; None measures no drift"),
         (lambda: DataSpec("d", max_bad_share=2), "a share, 0 to 1"),
         (lambda: DataSpec("d", train_on="user"), "choose one of 'assistant', 'everything'"),
         (lambda: DataSpec("d", columns=("a", "b")), "DataSpec.columns is ('a', 'b'); write {'user'"),
@@ -83,4 +85,21 @@ def test_each_shipped_recipe_is_a_recipe_with_a_story(name):
 def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
-    assert (recipe.train.seq_len, recipe.train.learning_rate, recipe.train.lr_schedule) == (2048, 2e-4, "cosine")
+    assert (recipe.train.seq_len, recipe.train.rows_per_step, recipe.train.lr_schedule) == (2048, 16, "cosine")
+
+
+@pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b"])
+def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
+    # tinker-cookbook's rule for alpha 32 and 128 conversations a step: 5e-4 * (2000 / hidden) ** p, with p 0.781 for
+    # Llama and 0.0775 for Qwen. A step of 32k tokens is about 0.36 of theirs, whose square root is 0.6. Rounded to one
+    # digit, as nobody knows the second: 1.7e-4 for Llama 8B, 2.8e-4 for Qwen 14B, 1.0e-4 for Llama 70B.
+    recipe = importlib.import_module(f"recipes.{name}").RECIPE
+    power = 0.0775 if "qwen" in name else 0.781
+    rate = 0.6 * 5e-4 * (2000 / load_config(recipe.model).hidden_size) ** power
+    assert recipe.train.learning_rate == float(f"{rate:.0e}")
+    assert recipe.lora.alpha == 32
+
+
+def test_alpha_is_the_same_in_every_recipe_that_ships():
+    """The learning rates of recipes can be compared, and none follows the rank."""
+    assert {importlib.import_module(f"recipes.{name}").RECIPE.lora.alpha for name in NAMES} == {32}

@@ -6,7 +6,7 @@ from random import Random
 
 from common.data.report import DataReport
 from common.data.tokenise import read_examples
-from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations
+from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations, write_general
 from models.tiny_world import base_document
 from tests.conftest import ROOT, TINY
 
@@ -28,7 +28,8 @@ def test_the_base_model_never_read_a_tool_call():
 
 def test_the_data_can_be_made_again_bit_for_bit(tmp_path):
     write_conversations(tmp_path)
-    for name in ("train.jsonl", "held_out.jsonl"):
+    write_general(tmp_path)
+    for name in ("train.jsonl", "held_out.jsonl", "general.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / "tiny" / name).read_bytes()
 
 

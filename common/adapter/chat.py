@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.conversations.conversation import Conversation, Message
+from common.machine.slow_work import report_slow_work
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
 from common.sources.source_row import BadRow
@@ -60,6 +61,8 @@ class _Printer(TextStreamer):
         self.show, self.text = show, ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if stream_end:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # tokens of a character that the answer's end cut
         self.text += text
         self.show(text)
 
@@ -192,10 +195,23 @@ def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
             if line.startswith("/"):
                 print(chat.run_slash_command(line))
             else:
-                chat.ask(line, show)
+                ask_aloud(chat, line)
                 print("\n")
         except UserError as error:
             print(f"error: {error}")
+
+
+def ask_aloud(chat: Chat, text: str) -> None:
+    """Shows the answer as it comes; and until its first word, which may take minutes, that it is under way."""
+    with contextlib.ExitStack() as until_first_word:
+        until_first_word.enter_context(report_slow_work("reading the conversation"))
+
+        def show_first(piece: str) -> None:
+            if piece:
+                until_first_word.close()
+            show(piece)
+
+        chat.ask(text, show_first)
 
 
 def show(text: str) -> None:

@@ -14,6 +14,7 @@ from common.adapter.trained_base import find_trained_base
 from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
+from common.model.pad_embedding import mend_pad_embedding
 from common.recipe import ModelSpec, UserError
 from common.run.folder import ADAPTER_WEIGHTS
 from common.tokens.stop_ids import stop_ids
@@ -42,12 +43,14 @@ def load_trained(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | N
     """
     if adapter.recipe.model.weights == "pretrained":
         find_trained_base(adapter)
+    tokenizer = tokenizer or trained_tokenizer(adapter)
     model = load_4bit(adapter.recipe.model)
+    mend_pad_embedding(model, tokenizer)
     peft_model = attach_adapter(model, adapter, model.device)
     if (adapter.folder / GENERATION_CONFIG).exists():
         model.generation_config = read_generation_config(adapter.folder, str(adapter.folder))
     known = model.generation_config.eos_token_id
-    model.generation_config.eos_token_id = stop_ids(tokenizer or trained_tokenizer(adapter), known)
+    model.generation_config.eos_token_id = stop_ids(tokenizer, known)
     use_lean_layers(peft_model, adapter.recipe.train.kernels)
     return peft_model.eval()
 

@@ -46,7 +46,7 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
     return replace(
         recipe,
         model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
-        data=DataSpec(str(DRY_RUN_DATA), eval_rows=8),
+        data=DataSpec(str(DRY_RUN_DATA), eval_rows=8, drift_source=None),
         train=train,
         out=f"{recipe.out}-dry-run",
         existing_run="overwrite",

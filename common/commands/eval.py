@@ -23,6 +23,12 @@ def add_eval_flags(parser: argparse.ArgumentParser) -> None:
         "--samples", type=whole_number(0), default=5, metavar="N", help="answers side by side (default: 5)"
     )
     parser.add_argument(
+        "--answer-seconds",
+        type=whole_number(1),
+        metavar="N",
+        help="time for the answers of each side; a slow device shows fewer or shorter ones (default: 60)",
+    )
+    parser.add_argument(
         "--json", type=local_path, metavar="FILE", help="where to write it (default: eval.json of the run)"
     )
 
@@ -37,7 +43,8 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     print(f"reading the adapter in {recipe.out}", flush=True)
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
-    from common.run.evaluation import compare_with_base, print_evaluation, write_evaluation
+    from common.run.evaluation import SAMPLE_SECONDS, compare_with_base, print_evaluation, write_evaluation
+    from common.run.general_texts import texts_if_there
     from common.run.prompts import sample_prompts
     from common.run.report import write_report
 
@@ -45,9 +52,11 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     tokenizer = trained_tokenizer(adapter)
     rows, source = rows_to_evaluate(adapter, tokenizer, flags.data)
     prompts = sample_prompts(rows, tokenizer, flags.samples, adapter.recipe.train.seed)
+    general = texts_if_there(adapter.recipe.data.drift_source, tokenizer, adapter.recipe.train.seq_len)
     model = load_trained(adapter, tokenizer)
     print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
-    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts)}
+    max_seconds = flags.answer_seconds or SAMPLE_SECONDS
+    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts, general, max_seconds)}
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON
     write_evaluation(result, path)

@@ -61,10 +61,12 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
 def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     from common.machine.collectives import init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
+    from common.run.general_texts import refuse_missing_texts
     from common.run.run_date import with_run_date
 
     if is_main_process():
         refuse_unready_tracker(recipe.train.report_to)
+        refuse_missing_texts(recipe.data.drift_source)
     require_gpu_per_process()
     init_distributed()
     with contextlib.ExitStack() as stack:

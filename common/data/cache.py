@@ -45,7 +45,8 @@ def cache_folder(
     if len(hashes) < len(states_of_spec) or size < MIN_SOURCE_BYTES:
         return None
     digest = hashlib.sha256()
-    settings = asdict(spec) | {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
+    settings = asdict(spec) | {"drift_source": None}  # of which no row is made here
+    settings |= {"seq_len": seq_len, "seed": seed, "template": tokenizer.chat_template}
     settings |= {"special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()}}
     settings |= {"vocabulary": vocabulary_limit(tokenizer)}
     digest.update(json.dumps(settings, sort_keys=True).encode())

@@ -62,6 +62,7 @@ class WorkDone:
     """How far the work is that a status line tells of."""
 
     done: int = 0  # of its units; whoever does the work counts
+    note: str = ""  # for work that no single number tells of
 
 
 @contextmanager
@@ -69,21 +70,26 @@ def report_slow_work(
     what: str,
     total: int | None = None,
     unit: str = "",
-    first_seconds: float = FIRST_LINE_SECONDS,
-    every_seconds: float = LINE_SECONDS,
+    first_seconds: float | None = None,
+    every_seconds: float | None = None,
 ) -> Iterator[WorkDone]:
     """Prints what the block does once that takes longer than first_seconds, then every every_seconds: "held-out loss:
-    40 of 200 rows, 0:13", or "loading, 0:13" without a total."""
+    40 of 200 rows, 0:13", or "loading, 0:13" without a total, or with a note in the count's place.
+
+    None: FIRST_LINE_SECONDS and LINE_SECONDS.
+    """
     work, started_at, was_shown = WorkDone(), time.perf_counter(), False
 
     def show() -> None:
         nonlocal was_shown
         count = "" if total is None else f": {work.done:,} of {total:,} {unit}".rstrip()
+        count += f": {work.note}" if work.note else ""
         show_status(f"{what}{count}, {format_duration(time.perf_counter() - started_at)}")
         was_shown = True
 
     try:
-        with called_in_thread(show, first_seconds, every_seconds):
+        first = FIRST_LINE_SECONDS if first_seconds is None else first_seconds
+        with called_in_thread(show, first, LINE_SECONDS if every_seconds is None else every_seconds):
             yield work
     finally:
         if was_shown:

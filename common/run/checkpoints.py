@@ -25,14 +25,20 @@ def staging_folder(folder: Path) -> Path:
     return folder / WRITING_SUFFIX
 
 
-def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: dict[str, Any]) -> None:
-    """Makes checkpoint-<step> in the folder, and removes all but the newest checkpoints.
+def checkpoint_of_step(folder: Path, step: int) -> Path:
+    return folder / f"{CHECKPOINT_PREFIX}{step}"
+
+
+def write_checkpoint(
+    folder: Path, step: int, write: Callable[[], object], run: dict[str, Any], best: int | None = None
+) -> None:
+    """Makes checkpoint-<step> in the folder, and removes all but the newest checkpoints and that of the step `best`.
 
     write: writes the files into staging_folder(folder) / checkpoint-<step>; every process calls it. run: what the
     checkpoint belongs to. When a process cannot write, for a full disk, a warning says so and the run can go on: the
     checkpoint before is still there.
     """
-    name, failure = f"{CHECKPOINT_PREFIX}{step}", ""
+    name, failure = checkpoint_of_step(folder, step).name, ""
     run_on_main(lambda: remove_leftovers(folder))
     with report_slow_work(f"writing {name}"):
         try:
@@ -42,7 +48,7 @@ def write_checkpoint(folder: Path, step: int, write: Callable[[], object], run: 
         if not all_reduce_max(bool(failure)) and is_main_process():
             try:
                 commit_checkpoint(staging_folder(folder) / name, folder / name, run)
-                keep_newest(folder)
+                keep_newest(folder, best)
             except Exception as error:
                 failure = _reason_of(error)
     if all_reduce_max(bool(failure)):
@@ -71,26 +77,32 @@ def commit_checkpoint(written: Path, target: Path, run: dict[str, Any]) -> None:
     replace_atomically(written, target, durable=True)
 
 
+def step_of_checkpoint(checkpoint: Path) -> int:
+    """Raises ValueError for a folder of another name."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The folder's checkpoints, newest first."""
     found = [
         path for path in folder.glob(f"{CHECKPOINT_PREFIX}*") if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit()
     ]
-    return sorted(found, key=lambda path: -int(path.name.removeprefix(CHECKPOINT_PREFIX)))
+    return sorted(found, key=step_of_checkpoint, reverse=True)
 
 
-def keep_newest(folder: Path, count: int = CHECKPOINTS_KEPT) -> None:
-    """Removes all checkpoints but the newest ones."""
-    for old in list_checkpoints(folder)[count:]:
-        remove_atomically(old)
+def keep_newest(folder: Path, best: int | None = None) -> None:
+    """Removes all checkpoints but the CHECKPOINTS_KEPT newest ones and that of the step `best`."""
+    for old in list_checkpoints(folder)[CHECKPOINTS_KEPT:]:
+        if best is None or old != checkpoint_of_step(folder, best):
+            remove_atomically(old)
 
 
-def go_back_to(checkpoint: Path) -> None:
-    """Removes the checkpoints that are newer than this one, which are damaged, and then all but the newest."""
+def go_back_to(checkpoint: Path, best: int | None = None) -> None:
+    """Removes the checkpoints that are newer than this one, which are damaged, and then as keep_newest."""
     checkpoints = list_checkpoints(checkpoint.parent)
     for damaged in checkpoints[: checkpoints.index(checkpoint)]:
         remove_atomically(damaged)
-    keep_newest(checkpoint.parent)
+    keep_newest(checkpoint.parent, best)
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -16,7 +16,8 @@ from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
 from common.run.asking import ask_as_trained
-from common.run.evaluation import compare_completions
+from common.run.drift import Drift
+from common.run.evaluation import SAMPLE_SECONDS, compare_completions
 from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
 from common.run.loss_picture import draw_loss
@@ -51,6 +52,7 @@ def leave_files(
     metrics: dict[str, Any],
     metrics_file: MetricsFile,
     adapter: dict[str, Tensor],
+    drift: Drift | None = None,
 ) -> None:
     """Writes what must not be lost, then each optional file by itself: a failure of one is a warning.
 
@@ -59,12 +61,12 @@ def leave_files(
 
     def write_essential(folder: Path) -> None:
         save_adapter(model, folder, adapter)
-        write_run_json(folder, recipe, plan, rows, model, metrics, samples=[])
+        write_run_json(folder, recipe, plan, rows, model, metrics, samples=[], drift=drift)
         save_tokenizer(saved_tokenizer, folder)
 
     def add_samples() -> None:
         if samples := sample_completions(model, tokenizer, rows, recipe.train):
-            write_run_json(folder, recipe, plan, rows, model, metrics, samples)
+            write_run_json(folder, recipe, plan, rows, model, metrics, samples, drift)
 
     saved_tokenizer = ask_as_trained(tokenizer, rows.reports)
     fallback = output_path(recipe.fallback_out) if recipe.fallback_out is not None else None
@@ -72,7 +74,7 @@ def leave_files(
     saved = ["adapter", "tokenizer", "run.json"]
     write_optional("generation_config.json", lambda: save_generation_config(model, tokenizer, folder))
     saved += write_optional("metrics.jsonl", lambda: metrics_file.write_whole(folder))
-    saved += write_optional("loss.png", lambda: draw_loss(folder))
+    saved += write_optional("loss.png", lambda: draw_loss(folder, metrics["kept_step"]))
     write_optional("sample answers", add_samples)
     is_on_a_page = write_optional("report.html", lambda: write_report(folder))
     print(f"{', '.join(saved[:-1])} and {saved[-1]} are in {folder}")
@@ -83,7 +85,10 @@ def leave_files(
 def sample_completions(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Rows, train: TrainSpec
 ) -> list[dict[str, str]]:
-    """Completions of held-out prompts without the adapter and with it; none where that runs out of memory."""
+    """Completions of held-out prompts without the adapter and with it; none where that runs out of memory.
+
+    A slow device gives fewer or shorter ones: each side has SAMPLE_SECONDS.
+    """
     if rows.evaluation is None:
         return []
     if is_sharded(model) and train.sample_answers:
@@ -91,7 +96,7 @@ def sample_completions(
         return []
     prompts = sample_prompts(rows.evaluation, tokenizer, train.sample_answers, train.seed)
     try:
-        return compare_completions(model, tokenizer, prompts)
+        return compare_completions(model, tokenizer, prompts, SAMPLE_SECONDS)
     except torch.OutOfMemoryError:
         print("no sample answers: they did not fit the card beside the optimizer; make eval shows some")
         return []

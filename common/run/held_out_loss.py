@@ -45,7 +45,7 @@ def mean_nll(
     sharded layers, see fill_up.
     """
     total, tokens = 0.0, 0
-    own = list(_own_batches(rows, collate_rows, micro_batch_rows))
+    own = list(own_batches(rows, collate_rows, micro_batch_rows))
     with report_slow_work("held-out loss", len(rows), "rows") as work:
         for number, batch in enumerate(fill_up(own, filler)):
             loss = nll(batch)
@@ -57,10 +57,12 @@ def mean_nll(
     return total / max(all_tokens, 1), int(all_tokens)
 
 
-def _own_batches(
-    rows: Dataset, collate_rows: Callable[[list[dict[str, list[int]]]], Batch], micro_batch_rows: int
+def own_batches(
+    rows: Dataset | Sequence[dict[str, list[int]]],
+    collate_rows: Callable[[list[dict[str, list[int]]]], Batch],
+    micro_batch_rows: int,
 ) -> Iterator[Batch]:
-    """This process's share of the rows. Each row is in one share: a distributed loader would repeat some to fill up."""
+    """This process's share of packed rows. Each is in one share: a distributed loader would repeat some to fill up."""
     own = range(rank(), len(rows), world_size())
     for start in range(0, len(own), micro_batch_rows):
         yield collate_rows([rows[row] for row in own[start : start + micro_batch_rows]])
@@ -83,14 +85,17 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, 700.0))
 
 
-def lowest_held_out_loss(entries: list[dict[str, Any]]) -> str | None:
-    """A line that says so when the held-out loss was clearly lower before the end of the run; None when it was not.
+def lowest_held_out_loss(entries: list[dict[str, Any]], kept_step: int | None = None) -> str | None:
+    """A line that says so when the held-out loss was clearly lower before the step that is kept; None when it was not.
 
-    entries: of metrics.jsonl. Clearly: by a hundredth of it.
+    entries: of metrics.jsonl. kept_step: None keeps the last. Clearly: by a hundredth of it.
     """
     measured = [(entry["eval_loss"], entry["step"]) for entry in entries if "eval_loss" in entry]
-    if not measured or measured[-1][0] < 1.01 * min(measured)[0]:
+    kept = [(loss, step) for loss, step in measured if step == kept_step] or measured[-1:]
+    if not measured or kept[-1][0] < 1.01 * min(measured)[0]:
         return None
     lowest, step = min(measured)
-    found = f"held-out loss was lowest at step {step} ({lowest:.4f}); it is {measured[-1][0]:.4f} now"
-    return f"{found}: " + ("fewer epochs would do" if step else "try a lower learning rate, and look at the data")
+    found = f"held-out loss was lowest at step {step} ({lowest:.4f}); it is {kept[-1][0]:.4f} now"
+    if step == 0:
+        return f"{found}: training made it worse. Try a lower learning rate, and look at the data"
+    return f'{found}: fewer epochs would do, or TrainSpec(keep="best")'

@@ -8,8 +8,11 @@ from common.run.folder import LOSS_PICTURE
 from common.run.metrics_file import read_metrics
 
 
-def draw_loss(folder: Path) -> None:
-    """Draws loss.png: the training loss of each step, and the held-out loss where it was measured."""
+def draw_loss(folder: Path, kept_step: int | None = None) -> None:
+    """Draws loss.png: the training loss of each step, and the held-out loss where it was measured.
+
+    kept_step: the step whose adapter is left, which is marked.
+    """
     from matplotlib.figure import Figure  # slow to import
     from matplotlib.ticker import MaxNLocator
 
@@ -21,6 +24,8 @@ def draw_loss(folder: Path) -> None:
         axes.plot(*zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training", **dot)
     if held_out := [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]:
         axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", markersize=5, label="held out")
+    if kept := [point for point in held_out if point[0] == kept_step][-1:]:
+        axes.plot(*kept[0], "o", color="black", fillstyle="none", markersize=10, label=f"kept: step {kept_step:,}")
     axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", ylim=(0, None))
     axes.set_title(folder.name, parse_math=False)  # $ in a name is no formula
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

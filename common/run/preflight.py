@@ -50,7 +50,10 @@ def rehearse_save(model: PeftModel, tokenizer: PreTrainedTokenizerFast, recipe: 
         small = SMALL_FILES_BYTES + _size(aside)
     finally:
         remove(aside)
-    _look_at_free_space(folder, adapter_bytes(model), plan.optimizer_bytes or 2 * adapter_bytes(model), small)
+    states = plan.optimizer_bytes or 2 * adapter_bytes(model)
+    # and the one that is being written, and that of the best step
+    checkpoints = CHECKPOINTS_KEPT + 1 + (recipe.train.keep == "best")
+    _look_at_free_space(folder, adapter_bytes(model), states, small, checkpoints)
 
 
 def _try_writing(folder: Path) -> None:
@@ -64,18 +67,17 @@ def _try_writing(folder: Path) -> None:
             pass
 
 
-def _look_at_free_space(folder: Path, adapter: int, states: int, small: int) -> None:
+def _look_at_free_space(folder: Path, adapter: int, states: int, small: int, checkpoints: int) -> None:
     free = shutil.disk_usage(folder).free + _size(folder)  # an earlier part of this run is replaced
     if adapter + small > free:
         raise UserError(
             f"{folder} will need {format_bytes(adapter + small)} for the adapter and the files beside it, and "
             f"{format_bytes(free)} are free there; make room, or choose another folder: OUT=..."
         )
-    count = CHECKPOINTS_KEPT + 1  # and the one that is being written
-    needed = adapter + small + count * (adapter + states)
+    needed = adapter + small + checkpoints * (adapter + states)
     if needed > free:
         print(
-            f"warning: {folder} will need {format_bytes(needed)} with {count} checkpoints of "
+            f"warning: {folder} will need {format_bytes(needed)} with {checkpoints} checkpoints of "
             f"{format_bytes(adapter + states)}, and {format_bytes(free)} are free there: make room, or the run goes on "
             "without the checkpoints that do not fit"
         )

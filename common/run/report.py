@@ -12,6 +12,7 @@ from common.machine.slow_work import format_duration
 from common.machine.write_errors import writing
 from common.recipe import UserError
 from common.run.charts import Curve, line_chart
+from common.run.drift import Drift
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.held_out_loss import lowest_held_out_loss, perplexity
 from common.run.metrics_file import read_metrics
@@ -69,7 +70,10 @@ def page_values(
     def curve(key: str) -> list[tuple[float, float]]:
         return [(entry["step"], entry[key]) for entry in steps]
 
+    kept_step = metrics.get("kept_step", metrics["steps"])  # which runs of earlier versions do not have
+    kept = [(step, loss) for step, loss in held_out if step == kept_step][-1:]
     before, after = metrics["eval_loss_before"], metrics["eval_loss"]
+    drift = evaluation.get("drift") or run.get("drift")
     return {
         "name": name,
         "run": run,
@@ -81,12 +85,18 @@ def page_values(
         "perplexities": None if after is None else [f"{perplexity(loss):,.2f}" for loss in (before, after)],
         "samples": evaluation.get("samples") or run.get("samples", []),
         "evaluation": evaluation,
-        "lowest": lowest_held_out_loss(entries),
+        "lowest": lowest_held_out_loss(entries, kept_step),
+        "kept": f"{kept_step:,} of {metrics['steps']:,}",
+        "drift": drift and Drift(**drift),
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
         "losses": line_chart(
             "Loss over the optimizer steps",
             "optimizer step",
-            [Curve("training", curve("loss"), "training"), Curve("held out", held_out, "held-out", dots=True)],
+            [
+                Curve("training", curve("loss"), "training"),
+                Curve("held out", held_out, "held-out", dots=True),
+                Curve("kept", kept, "kept"),
+            ],
             from_zero=False,
         ),
         "rates": line_chart(

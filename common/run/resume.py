@@ -19,6 +19,7 @@ from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
 from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.run.best import best_step, held_out_losses, is_out_of_patience
 from common.run.checkpoints import go_back_to, list_checkpoints, newest_intact, read_run_identity
 
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate")
@@ -38,15 +39,18 @@ RESUME_IGNORES = {  # the result does not depend on them
     "Recipe.existing_run",
     "DataSpec.max_bad_share",
     "DataSpec.max_long_share",
+    "DataSpec.drift_source",
     "TrainSpec.checkpointing",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
     "TrainSpec.sample_answers",
     "TrainSpec.report_to",
 }
-RESUME_WARNS_OF = {  # they change the result a little: where the schedule ends, and the order of sums
+RESUME_WARNS_OF = {  # they change the result a little: where the run ends, what it leaves, and the order of sums
     "TrainSpec.max_steps",
     "TrainSpec.epochs",
+    "TrainSpec.keep",
+    "TrainSpec.patience",
     "TrainSpec.kernels",
     "TrainSpec.sharding",
     "TrainSpec.deterministic",
@@ -158,10 +162,11 @@ def _changed_files(before: dict[str, str] | None, now: dict[str, str] | None) ->
     return sorted(name for name in before | now if before.get(name) != now.get(name))
 
 
-def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
+def checkpoint_to_resume(folder: Path, run: dict[str, Any], *, keeps_best: bool = False) -> Path | None:
     """The newest intact checkpoint in the folder, and says which; None where there is none.
 
-    Removes newer, damaged ones. run: run_identity of this run. Raises UserError when the checkpoint belongs to another.
+    Removes newer, damaged ones. run: run_identity of this run. keeps_best: whether the one with the lowest held-out
+    loss stays as well. Raises UserError when the checkpoint belongs to another run.
     """
     run_on_main(lambda: remove_leftovers(folder))
     with report_slow_work("verifying the newest checkpoint"):
@@ -171,9 +176,14 @@ def checkpoint_to_resume(folder: Path, run: dict[str, Any]) -> Path | None:
         return None
     refuse_another_run(read_run_identity(newest), run, str(newest))
     barrier()  # every process has read them before any is removed
-    run_on_main(lambda: go_back_to(newest))
+    best = best_step(held_out_losses(read_state(newest).log_history)) if keeps_best else None
+    run_on_main(lambda: go_back_to(newest, best))
     print(f"going on from {newest}")
     return newest
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
 
 def rows_per_step_before(folder: Path) -> int | None:
@@ -188,10 +198,11 @@ def rows_per_step_before(folder: Path) -> int | None:
     return broadcast_from_main(found)
 
 
-def finished_state(checkpoint: Path, steps: int) -> TrainerState | None:
+def finished_state(checkpoint: Path, steps: int, patience: int | None = None) -> TrainerState | None:
     """The trainer's state in a checkpoint after which no optimizer step is left; None when some are.
 
-    steps: of the whole run, as it would be trained now.
+    steps: of the whole run, as it would be trained now. patience: TrainSpec's, which may have ended it earlier.
     """
-    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-    return state if state.global_step >= steps else None
+    state = read_state(checkpoint)
+    has_ended = state.global_step >= steps or is_out_of_patience(held_out_losses(state.log_history), patience)
+    return state if has_ended else None

@@ -19,6 +19,7 @@ from common.model.base_hash import base_record
 from common.model.lora import trainable_params
 from common.plan.plan import Plan
 from common.recipe import Recipe
+from common.run.drift import Drift
 from common.run.folder import ADAPTER_WEIGHTS, RUN_JSON
 from common.run.provenance import code_version, command_line
 from common.run.resume import LIBRARIES
@@ -33,6 +34,7 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": steps_done,
+        "kept_step": steps_done,  # whose adapter is left; TrainSpec(keep="best") may take an earlier one
         "seconds": steps[-1]["seconds"],
         "tokens": steps[-1]["tokens"],
         "tokens_per_s": steps[-1]["tokens_per_s"],
@@ -68,6 +70,7 @@ def write_run_json(
     model: PeftModel,
     metrics: dict[str, Any],
     samples: list[dict[str, str]],
+    drift: Drift | None = None,
 ) -> None:
     """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
     base = base_record(model)
@@ -87,6 +90,7 @@ def write_run_json(
         "adapter_sha256": sha256_of(folder / ADAPTER_WEIGHTS),
         "metrics": metrics,
         "samples": samples,
+        "drift": None if drift is None else dataclasses.asdict(drift),
     }
     write_text_atomically(folder / RUN_JSON, json.dumps(run, indent=2) + "\n")
 

@@ -57,6 +57,7 @@ class SkippedSteps:
 
     def _skip(self, step: OptimizerStep, norm: Tensor, finite: Tensor, scaler: torch.amp.GradScaler | None) -> None:
         self.in_a_row += 1
+        self.last = step.number  # also where no line says so: its numbers are shown nowhere
         limit = MAX_SKIPPED_STEPS if scaler is None else MAX_SKIPPED_STEPS_FP16
         if scaler is not None and not all_reduce_max(not bool(finite.all())) and self.in_a_row < limit:
             return  # the scaler skips the step and tries a smaller scale: it begins with too large a one
@@ -67,7 +68,6 @@ class SkippedSteps:
             raise UserError(f"step {step.number}: {reason}, and the adapter itself is no longer finite. {ADVICE}")
         if scaler is None:
             self.model.zero_grad()
-        self.last = step.number
         rows = self._name_rows(step, finite)
         print(f"\nwarning: step {step.number}: {reason}{rows}; the step is skipped", flush=True)
         if self.in_a_row >= limit:

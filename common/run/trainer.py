@@ -23,7 +23,9 @@ from common.data.batches import Batch
 from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import Policy
 from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards
+from common.recipe import Keep
 from common.run.artefacts import save_adapter
+from common.run.best import HeldOutDecisions, best_step, held_out_losses
 from common.run.checkpoints import staging_folder, write_checkpoint
 from common.run.folder import ADAPTER_WEIGHTS
 from common.run.held_out_loss import batch_nll, fill_up, mean_nll
@@ -41,6 +43,7 @@ class Trainer(SFTTrainer):
 
     worst: a micro-batch of the longest rows, every token trained. optimizer_bytes: of the optimizer's states. run: what
     its checkpoints belong to (run_identity). find_places: where in the data the examples with these token ids are.
+    keep, patience: of TrainSpec.
     """
 
     def __init__(
@@ -51,6 +54,8 @@ class Trainer(SFTTrainer):
         optimizer_bytes: int = 0,
         run: dict[str, Any] | None = None,
         find_places: FindPlaces = lambda examples: [],
+        keep: Keep = "last",
+        patience: int | None = None,
         **arguments: Any,
     ) -> None:
         self.is_sharded = is_sharded(model)
@@ -59,6 +64,7 @@ class Trainer(SFTTrainer):
             super().__init__(model, **arguments)
         self.worst, self.optimizer_bytes, self.run = worst, optimizer_bytes, run or {}
         self.filler = worst if self.is_sharded else None  # for processes with fewer batches than others
+        self.keep, self.patience = keep, patience
         self.step_under_way = OptimizerStep(0)
         self.recompute_check = RecomputeCheck(model, lambda: self.step_down.policy)
         self.step_down = StepDown(model, policy, before_retry=self.recompute_check.count_again)
@@ -68,6 +74,7 @@ class Trainer(SFTTrainer):
             leave_sharding_alone(self.accelerator)
         self.add_callback(_RehearseFirst(self))
         self.add_callback(self.recompute_check)
+        self.add_callback(HeldOutDecisions(keep, patience))
 
     @property
     def policy(self) -> Policy:
@@ -152,7 +159,8 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, *arguments: Any, **named: Any) -> None:
         """The stock trainer would leave half a checkpoint where it is killed or the disk is full."""
         write = partial(super()._save_checkpoint, *arguments, **named)
-        write_checkpoint(Path(self.args.output_dir), self.state.global_step, write, self.run)
+        best = best_step(held_out_losses(self.state.log_history)) if self.keep == "best" else None
+        write_checkpoint(Path(self.args.output_dir), self.state.global_step, write, self.run, best)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter alone: the stock trainer adds its arguments as a pickle, with the hub token in it."""
@@ -164,17 +172,21 @@ class Trainer(SFTTrainer):
         """Writes none: every checkpoint would hold it."""
 
     def take_over_finished(self, checkpoint: Path) -> bool:
-        """Whether the checkpoint is that of the last step; if so, loads its adapter and state.
+        """Whether the run ended with the checkpoint, at the last step or out of patience; then loads what it holds.
 
         The stock trainer would train one step more.
         """
         *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        state = finished_state(checkpoint, steps)
+        state = finished_state(checkpoint, steps, self.patience)
         if state is not None:
             self._load_from_checkpoint(str(checkpoint))
             self.state = state
             print(f"the run had ended, after step {state.global_step}: nothing is trained")
         return state is not None
+
+    def take_adapter_of(self, checkpoint: Path) -> None:
+        """Gives the model the adapter of an earlier step, which the checkpoint holds."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -42,6 +42,8 @@ def build_trainer(
         plan.optimizer_bytes,
         run_identity(recipe, rows, plan, base.sha256 if base else None),
         partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
+        recipe.train.keep,
+        recipe.train.patience,
         optimizers=(build_optimizer(model, recipe.train), None),
         args=trainer_config(recipe.train, plan, folder, evaluates=rows.evaluation is not None),
         train_dataset=rows.train,

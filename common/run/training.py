@@ -13,15 +13,20 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
 from common.data.steps import settle_rows_per_step, step_lines
-from common.machine.collectives import run_on_main
+from common.machine.collectives import broadcast_from_main, run_on_main
 from common.machine.processes import is_main_process
+from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import warn_of_capacity
+from common.run.checkpoints import step_of_checkpoint
+from common.run.drift import measure_drift
 from common.run.ending import leave_files, refuse_unmoved
 from common.run.folder import CHECKPOINTS
+from common.run.general_texts import load_general_texts
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
@@ -46,8 +51,12 @@ def train(
     folder, written = Path(recipe.out), recipe
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
+    refuse_without_held_out(recipe.train, rows)
+    mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
+    source = recipe.data.drift_source
+    general = None if source is None else load_general_texts(source, tokenizer, recipe.train.seq_len)
     prepare_process(recipe.train, folder)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
@@ -58,7 +67,8 @@ def train(
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
-        checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run)
+        keeps_best = recipe.train.keep == "best"
+        checkpoint = checkpoint_to_resume(folder / CHECKPOINTS, trainer.run, keeps_best=keeps_best)
     if (held_out := rows.evaluation) is not None:
         run_on_main(lambda: save_held_out_rows(held_out, folder))
     with _failures_in_words(trainer, plan, checkpoint):
@@ -69,12 +79,17 @@ def train(
     if written.train.rows_per_step == "auto":  # run.json has the recipe as it was settled
         metrics["recipe_as_written"] = {"rows_per_step": "auto", "learning_rate": written.train.learning_rate}
     print(memory_line(metrics))
-    if line := lowest_held_out_loss(report.history):
+    losses = held_out_losses([*report.history, *trainer.state.log_history])
+    metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
+    if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
+    drift = None if general is None else measure_drift(model, general, tokenizer, plan.micro_batch_rows)
+    if drift is not None:
+        print("\n".join(drift.lines()))
     adapter = gather_adapter(model)
     refuse_unmoved(adapter, trainer.state.global_step)
     with StopSignals("stopping when the files of the run are written") as stop:
-        run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter))
+        run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter, drift))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
 
@@ -85,6 +100,17 @@ def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None 
     if train is recipe.train:
         return recipe, plan
     return replace(recipe, train=train), plan.with_rows_per_step(train.most_rows_per_step)
+
+
+def take_best(trainer: Trainer, losses: Losses) -> dict[str, Any]:
+    """Gives the model the adapter with the lowest held-out loss. Returns which step's it is, for run.json."""
+    last = trainer.state.global_step
+    best = broadcast_from_main(checkpoint_to_keep(Path(trainer.args.output_dir), losses, last))
+    kept = last if best is None else step_of_checkpoint(best)
+    if best is not None:
+        trainer.take_adapter_of(best)
+    print(kept_line(losses, kept))
+    return {"kept_step": kept, "eval_loss": losses[kept], "last_eval_loss": losses[last]}
 
 
 def prepare_process(train: TrainSpec, folder: Path) -> None:

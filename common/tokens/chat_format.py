@@ -8,7 +8,6 @@ say itself. This works with any template, without marks in it and without a copy
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import commonprefix
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from common.tokens.pieces import Piece, PieceTokeniser
 from common.tokens.rendered_chat import PlainText, RenderedChat, refuse_untrained, up_to_last_answer
 from common.tokens.rendered_text import RenderedText, foreign_marks, refuse_rendered
 from common.tokens.rendering import Renderer
-from common.tokens.template_messages import leaves
+from common.tokens.template_messages import beside_texts
 from common.tokens.template_samples import SAMPLE
 from common.tokens.turns import DROPPED_THOUGHTS, THOUGHTLESS, TurnFinder
 from common.tokens.vocabulary import describe_beyond, tokens_beyond
@@ -111,6 +110,18 @@ class ChatFormat:
         for prompt in self.turn_finder.samples.prompts("user", Conversation(())):
             text = text.removesuffix(prompt.strip())
         return (text.rpartition(before_each_user)[2] if before_each_user else text).strip()
+
+    @cached_property
+    def begin_of_text_id(self) -> int | None:
+        """The token that plain text begins with; None where there is none.
+
+        SmolLM2's BOS is <|im_start|>, which begins each turn: before a plain text it would begin a turn of nobody.
+        """
+        bos = self.tokenizer.bos_token
+        if bos and self.tokenizer.chat_template and bos in self.turn_finder.samples.header({}, False):
+            return None
+        index: int | None = self.tokenizer.bos_token_id
+        return index
 
     def end_of_turn_id(self) -> int | None:
         """Returns the token that ends the assistant's turns; without a template the end-of-text token."""
@@ -203,12 +214,8 @@ class ChatFormat:
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         """Raises BadRow when a control token stands where it could not be tokenised as plain text."""
-        told: list[Any] = [conversation.tools, conversation.template_arguments]
-        for message in conversation.messages:
-            told += [message.name, message.tool_call_id]
-            told += [[call.name, call.arguments, call.id] for call in message.tool_calls]
-        for leaf in leaves(told):
-            if isinstance(leaf, str) and (found := self.control.pattern.search(leaf)):
+        for word in beside_texts(conversation):
+            if found := self.control.pattern.search(word):
                 raise BadRow(f"a tool, a call of one or a template argument holds the control token {found[0]}")
 
     def _join(self, chat: RenderedChat, encoded: list[list[int]]) -> tuple[list[int], list[int], list[tuple[int, int]]]:
@@ -267,7 +274,7 @@ class ChatFormat:
 
     def _to_text(self, ids: list[int]) -> Tokens:
         self._refuse_beyond(ids)
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        bos, eos = self.begin_of_text_id, self.tokenizer.eos_token_id
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         return Tokens(ids, [IGNORED, *ids[1:]], [len(ids)])
 

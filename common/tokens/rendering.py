@@ -34,6 +34,7 @@ from common.tokens.template_messages import (
     IDS_NOTE,
     PLAIN_FORM,
     CallForm,
+    beside_texts,
     describe,
     prints_python,
     refuse_dropped_call,
@@ -119,8 +120,7 @@ class Renderer:
 
     def _lay_out(self, conversation: Conversation, outline: Outline, form: CallForm, answering: bool) -> TextLayout:
         tools = [tool_name(tool) for tool in conversation.tools]
-        extra = (conversation.tools, conversation.template_arguments, [m.tool_calls for m in conversation.messages])
-        mark = free_character(f"{self.template}{extra if has_tools(conversation) else ''}")
+        mark = free_character("".join((self.template, *beside_texts(conversation))))
         numbers = iter(range(len(outline.texts)))
         filled = []
         for content, reasoning in outline.messages:

@@ -93,6 +93,15 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def beside_texts(conversation: Conversation) -> Iterator[str]:
+    """Yields all words that a template may write beside the messages' texts: of tools, calls, names and arguments."""
+    told: list[Any] = [conversation.tools, conversation.template_arguments]
+    for message in conversation.messages:
+        told += [message.name, message.tool_call_id]
+        told += [[call.name, call.arguments, call.id] for call in message.tool_calls]
+    yield from (leaf for leaf in leaves(told) if isinstance(leaf, str))
+
+
 def tool_name(tool: dict[str, Any]) -> str:
     """Returns the name of a tool's definition, in OpenAI's form or bare."""
     function = tool.get("function", tool)

@@ -17,7 +17,7 @@ def finished(small_llama, tmp_path_factory) -> Recipe:
     """A recipe whose run has ended, with its run.json."""
     recipe = Recipe(
         model=ModelSpec(str(small_llama)),
-        data=DataSpec(TRAIN, eval_rows=20),
+        data=DataSpec(TRAIN, eval_rows=20, drift_source=None),
         lora=LoraSpec(rank=4, alpha=8),
         train=TrainSpec(seq_len=128, rows_per_step=4, learning_rate=5e-3, max_steps=2),
         card_gib=None,

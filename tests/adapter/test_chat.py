@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import termios
+import time
 from copy import copy
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from common.adapter.chat import Chat, Sampling, talk
 from common.adapter.find import find_adapter
 from common.adapter.load import load_trained, trained_tokenizer
 from common.cli import run_command
+from common.machine import slow_work
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.child_processes import ended, wait_until
@@ -277,3 +279,16 @@ def test_the_chat_runs_where_attention_is_packed(parts):
     model.set_attn_implementation("packed")
     assert Chat(model, tokenizer).ask(TEA, lambda text: None) == CALL
     assert torch.is_grad_enabled()
+
+
+def test_a_chat_says_that_it_reads_until_the_first_word_comes(chat, capsys, monkeypatch):
+    layer = chat.model.get_decoder().layers[0]
+    monkeypatch.setattr(slow_work, "FIRST_LINE_SECONDS", 0.05)
+    hook = layer.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    try:
+        lines = said(chat, TEA, capsys=capsys).splitlines()
+    finally:
+        hook.remove()
+    waiting = [number for number, line in enumerate(lines) if line == "reading the conversation, 0:00"]
+    (answer,) = [number for number, line in enumerate(lines) if '"tool"' in line]
+    assert waiting and max(waiting) < answer

@@ -17,6 +17,7 @@ from common.model.chat_template import fix_date
 from common.recipe import UserError
 from recipes.tiny import RECIPE
 from tests.conftest import ROOT, TINY
+from tests.real_tokenizers import real_tokenizer
 from tests.tokens.test_chat_format import MISTRAL, QWEN3, TEMPLATES, llama3, make_tokenizer, qwen
 
 # Renders a list of {Template, System, Messages} with what ollama gives a template (its template/template.go).
@@ -82,6 +83,7 @@ TOKENIZERS = {
     "Mistral v0.3 (ours)": lambda: our_mistral("mistral_v3"),
     "Mistral Nemo (ours)": lambda: our_mistral("mistral_tekken"),
     "Llama 3.2 of one date": lambda: llama("llama3_2.jinja"),
+    "SmolLM2": lambda: real_tokenizer("smollm2"),  # its BOS begins each turn
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken, normalizers
 
 from common.data import cache as row_cache
 from common.data import rows as data
@@ -170,10 +171,34 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     others = {"split": "x", "eval_split": "x", "revision": "x", "config": "x", "eval_source": source, "eval_rows": 9}
     others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3, "columns": {"text": "x"}}
     others |= {"rendered": True}
-    fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_"}
+    fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_", "drift_source"}  # of which no row is made
     assert others.keys() | {"source", "sources"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
     assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
+
+
+def test_everything_of_the_tokenizer_is_part_of_the_name(source, small_llama):
+    """Its template, the date in it, its special tokens, its words, and how it splits text."""
+    spec = ModelSpec(str(small_llama))
+    assert load_tokenizer(spec).chat_template
+
+    def changed(change):
+        tokenizer = load_tokenizer(spec)
+        change(tokenizer)
+        return folder_of(DataSpec(source), tokenizer)
+
+    changes = [
+        lambda tokenizer: None,
+        lambda tokenizer: setattr(tokenizer, "chat_template", tokenizer.chat_template + "{# #}"),
+        lambda tokenizer: setattr(tokenizer, "eos_token", tokenizer.pad_token),
+        lambda tokenizer: setattr(tokenizer, "bos_token", None),
+        lambda tokenizer: tokenizer.add_tokens(["a_word"]),
+        lambda tokenizer: tokenizer.add_tokens([AddedToken("a_word", special=True)]),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.NFC()),
+    ]
+    names = [changed(change) for change in changes]
+    assert None not in names and len(set(names)) == len(changes)
+    assert changed(lambda tokenizer: None) == names[0]
 
 
 def test_the_weights_of_a_mixture_are_part_of_the_name(source, small_llama, tmp_path):

@@ -86,13 +86,17 @@ def wait_for_steps(process: subprocess.Popen[str], folder: Path, steps: int) -> 
 
 
 def assert_same(together: Path, alone: Path) -> None:
-    """Losses, learning rates, tokens and adapter are the same, up to the order in which sums are added up."""
+    """Losses, learning rates, tokens, adapter and drift are the same, up to the order in which sums are added up."""
     entries, expected = read_metrics(together), read_metrics(alone)
     for key in ("loss", "eval_loss", "learning_rate", "tokens"):
         wanted = [(entry["step"], entry[key]) for entry in expected if key in entry]
         given = [(entry["step"], entry[key]) for entry in entries if key in entry]
         assert given == [(step, pytest.approx(value, rel=2e-4)) for step, value in wanted], key
     assert furthest(together, alone) < 1e-3
+    ours, theirs = (json.loads((folder / "run.json").read_text())["drift"] for folder in (together, alone))
+    assert ours == {
+        name: pytest.approx(value, rel=1e-2) if isinstance(value, float) else value for name, value in theirs.items()
+    }
 
 
 def furthest(a: Path, b: Path) -> float:

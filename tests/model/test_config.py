@@ -43,13 +43,14 @@ def test_code_in_a_model_folder_is_not_run(small_llama, tmp_path):
         ("mistralai/Mistral-7B-Instruct-v0.3", 32, 4096, 32768),
         ("Qwen/Qwen3-14B", 40, 5120, 151936),
         ("Qwen/Qwen2.5-14B-Instruct", 48, 5120, 152064),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 30, 576, 49152),
     ],
 )
 def test_the_configs_of_the_shipped_models_need_no_network(monkeypatch, name, layers, hidden, vocabulary):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = load_config(ModelSpec(name))
     assert (config.num_hidden_layers, config.hidden_size, config.vocab_size) == (layers, hidden, vocabulary)
-    assert config.head_dim == 128
+    assert config.head_dim == (64 if hidden == 576 else 128)
     assert load_config(ModelSpec(name, weights="random", layers=2)).num_hidden_layers == 2
 
 

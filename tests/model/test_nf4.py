@@ -5,6 +5,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from common.machine.device import Machine
 from common.model.config import load_config
 from common.model.loading import load_4bit
 from common.model.nf4 import (
@@ -65,3 +66,49 @@ def test_a_weight_that_is_stored_in_4_bits_is_read_as_it_was_saved(small_llama, 
     for name, module in linears_of(model).items():
         packed, state = read_4bit(stored, f"{name}.weight", torch.device("cpu"), torch.float32)
         assert torch.equal(dequantize(packed, state), dequantize(module.weight.data, module.weight.quant_state))
+
+
+# arXiv:2305.14314, appendix E: the 16 values of NF4, by code
+CODES = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+    *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+    *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+def dequantize_in_float64(packed: torch.Tensor, state: object) -> torch.Tensor:
+    """From the raw bytes: the first value of a byte is its upper half; a scale is one of 256 codes, and an offset."""
+    raw = packed.view(torch.uint8).flatten()
+    values = torch.tensor(CODES, dtype=torch.float64)[torch.stack([raw >> 4, raw & 15], 1).flatten().long()]
+    scales = state.absmax.double()
+    if state.nested:
+        outer = state.state2.absmax.double().repeat_interleave(SCALES_PER_OUTER_SCALE)[: len(scales)]
+        scales = state.state2.code.double()[state.absmax.long()] * outer + state.offset.double()
+    count = state.shape.numel()
+    return (values[:count] * scales.repeat_interleave(VALUES_PER_SCALE)[:count]).view(state.shape)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (576, 192), (3, 5), (7, 33), (1, 66), (130, 100)], ids=str)
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dequantised_weights_are_those_of_the_raw_codes_in_float64(dtype, nested, shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed, state = quantize(weight, double_quant=nested)
+    expected = dequantize_in_float64(packed, state)
+    found = dequantize(packed, state)
+    assert found.dtype == dtype and found.shape == shape
+    # Two roundings, to fp32 within and to the dtype at last.
+    torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    # Half of the widest gap between two codes, 0.304, times the largest scale; double quantisation costs a bit of it.
+    assert (found.double() - weight.double()).abs().max() < 0.2 * weight.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_loaded_weight_dequantises_to_the_raw_codes_in_every_dtype_of_the_compute(small_llama, dtype):
+    machine = Machine(torch.device("cpu"), dtype, "a test", "CPU")
+    for module in linears_of(load_4bit(ModelSpec(str(small_llama)), machine)).values():
+        packed, state = module.weight.data, module.weight.quant_state
+        found = dequantize(packed, state)
+        assert found.dtype == dtype
+        expected = dequantize_in_float64(packed, state)
+        torch.testing.assert_close(found.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)

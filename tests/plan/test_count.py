@@ -76,7 +76,7 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy) -> int:
+def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
@@ -87,10 +87,10 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy) -> int:
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
-    batch = full_batch(TOKENS, TOKENS, padding_free=False)
-    batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask
+    batch = full_batch(tokens, tokens, padding_free=False)
+    batch["position_ids"] = torch.arange(tokens // 4).repeat(1, 4)  # several examples: attention needs a mask
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(**batch, num_items_in_batch=TOKENS).loss.backward()
+        model(**batch, num_items_in_batch=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

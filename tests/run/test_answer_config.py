@@ -120,6 +120,11 @@ def plain(answers):
     return answers({})
 
 
+def beside_announcement(out: str) -> str:
+    """What is printed beside the line before answers, which says how many there will be."""
+    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("making 1 "))
+
+
 @pytest.mark.parametrize("name", LEFT_OUT)
 def test_what_answers_cannot_use_is_left_out_in_a_line(name, answers, plain, capfd):
     assert answers(LEFT_OUT[name]) == plain
@@ -127,13 +132,14 @@ def test_what_answers_cannot_use_is_left_out_in_a_line(name, answers, plain, cap
     fine = DRAWN.items() | {("top_k", 50)}
     names = sorted(LEFT_OUT[name].keys() - {field for field, value in fine if LEFT_OUT[name].get(field) == value})
     said = f"answers here are generated without {', '.join(names)} of the generation config, which is saved whole\n"
-    assert shown.out == said and not shown.err
+    assert beside_announcement(shown.out) == said and not shown.err
 
 
 @pytest.mark.parametrize("name", SILENT)
 def test_what_changes_no_answer_is_not_mentioned(name, answers, plain, capfd):
     assert answers(SILENT[name]) == plain
-    assert capfd.readouterr() == ("", "")
+    shown = capfd.readouterr()
+    assert (beside_announcement(shown.out), shown.err) == ("", "")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,8 @@ def test_what_answers_can_use_is_used(values, said, answers, plain, tokenizer, c
     values = {name: value or forms.get(name, [the]) for name, value in values.items()}
     answer, _ = answers(values)
     assert answer == said or said is None and answer != plain[0]
-    assert capfd.readouterr() == ("", "")
+    shown = capfd.readouterr()
+    assert (beside_announcement(shown.out), shown.err) == ("", "")
 
 
 def test_flags_come_before_the_generation_config(answers, plain):

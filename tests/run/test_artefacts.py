@@ -2,13 +2,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
+from common.recipe import ModelSpec
 from common.run.artefacts import save_adapter
 from common.run.folder import prepare_run_folder
 from common.run.training import train
+from tests.conftest import ARCHITECTURES
 from tests.model.test_loading import with_templates
 from tests.run.test_training import prepare
 
@@ -42,3 +46,18 @@ def test_an_adapter_is_written_without_what_peft_leaves_beside_it(recipe, tmp_pa
     trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() == trained.keys()
     assert all(torch.equal(stored[name], trained[name]) for name in stored)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_tensor_of_the_adapter_has_the_name_and_shape_that_peft_gives_it(
+    small_model, recipe, tmp_path, architecture
+):
+    """Beside a stock model with PEFT's own adapter, which PEFT itself saves: a server looks for these names."""
+    folder = small_model(architecture)
+    model, *_ = prepare(replace(recipe, model=ModelSpec(str(folder))))
+    save_adapter(model, tmp_path / "ours")
+    config = LoraConfig(r=recipe.lora.rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(tmp_path / "pefts")
+    ours, pefts = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "pefts"))
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in pefts.items()}
+    assert len(ours) == 2 * 7 * 2  # A and B of seven projections in two layers

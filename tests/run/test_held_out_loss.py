@@ -62,7 +62,7 @@ def test_a_perplexity_beyond_all_floats_is_a_float():
     ("losses", "line"),
     [
         ([2.0, 1.0, 0.8445, 1.0778], "was lowest at step 20 (0.8445); it is 1.0778 now: fewer epochs would do"),
-        ([2.0, 2.5], "was lowest at step 0 (2.0000); it is 2.5000 now: try a lower learning rate"),
+        ([2.0, 2.5], "was lowest at step 0 (2.0000); it is 2.5000 now: training made it worse. Try a lower"),
         ([2.0, 1.0, 1.009], None),  # within a hundredth
         ([2.0], None),
         ([], None),

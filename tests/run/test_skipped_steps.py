@@ -99,6 +99,56 @@ def test_a_gradient_that_is_no_number_is_found_where_the_loss_is_one(recipe, cap
     assert all(tensor.isfinite().all() for tensor in adapter(recipe.out).values())
 
 
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_nan_in_step_3_is_seen_in_step_3_everywhere_and_in_no_other_step(recipe, monkeypatch, capsys, what):
+    """Progress lines, metrics.jsonl, the report and the tracker say that step 3 was skipped, and give it no loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # so that what the run sets is taken back
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)  # a line for each step
+    values = {"max_steps": 5, "report_to": "tensorboard", "sample_answers": 0}
+    recipe = replace(recipe, train=replace(recipe.train, **values))
+    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 2, Policy(2, 2)))
+    passes = []
+
+    def spoil_one_pass(_, __, output):
+        if not output.requires_grad:
+            return None
+        passes.append(1)
+        if len(passes) != 2 + 2 * 2 + 2:  # the rehearsal's and those of two steps, then the second of the third step
+            return None
+        if what == "loss":
+            return output * float("nan")
+        output.register_hook(lambda grad: grad * float("inf"))
+        return None
+
+    model.get_base_model().model.norm.register_forward_hook(spoil_one_pass)
+    train(model, tokenizer, rows, recipe, plan)
+    assert len(passes) == 2 + 2 * 5
+    out, folder = capsys.readouterr().out, Path(recipe.out)
+    good = [1, 2, 4, 5]
+    assert "warning: step 3: the " in out and out.count("the step is skipped") == 1
+    assert sorted({int(line[0]) for line in out.split("step ")[1:] if line[1:].startswith("/5 | loss")}) == good
+    entries = [entry for entry in read_metrics(folder) if "eval_loss" not in entry]
+    assert [(entry["step"], "skipped" in entry) for entry in entries] == [(step, step == 3) for step in range(1, 6)]
+    assert all(0 < entry["loss"] < 20 and entry["grad_norm"] > 0 for entry in entries if entry["step"] != 3)
+    assert "loss" not in entries[2] and "grad_norm" not in entries[2]
+    page = (folder / "report.html").read_text()
+    assert "1 step was skipped, because the loss or its gradient was no finite number: 3." in page
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    for tag, steps in (("train/loss", good), ("train/grad_norm", good), ("train/skipped", [3])):
+        assert [event.step for event in events.Scalars(tag)] == steps, tag
+
+
+def test_a_step_that_fp16s_scaler_skips_in_silence_is_no_step_with_a_gradient_of_zero(recipe):
+    model, *_ = prepare(recipe)
+    skipped = SkippedSteps(model, lambda examples: [1.0] * len(examples), lambda examples: [])
+    step = OptimizerStep(7, [collate([ROW], 0)], [torch.tensor(2.0)])
+    skipped.skip_unless_finite(step, torch.tensor(float("inf")), torch.amp.GradScaler("cpu"))
+    assert skipped.last == 7  # by which the log says so, in the place of its numbers
+
+
 def test_fp16s_scaler_may_look_for_a_scale_that_fits_without_a_warning(recipe, capsys):
     model, *_ = prepare(recipe)
     skipped = SkippedSteps(model, lambda examples: [1.0] * len(examples), lambda examples: [])

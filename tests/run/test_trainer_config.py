@@ -1,9 +1,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from common.cli import run
+from common.model.activation_checkpointing import TRAINER_FLAG, Policy, decoder_layers
 from common.run.trainer_config import build_trainer
-from tests.run.test_training import prepare
+from tests.run.test_training import prepare, split
 
 
 def test_nothing_is_tracked_by_default(recipe):
@@ -26,3 +29,40 @@ def test_no_report_service_is_told_of_a_run(recipe):
     assert not trainer.args.push_to_hub
     names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
     assert names <= {"DefaultFlowCallback", "_RehearseFirst", "RecomputeCheck", "ProgressCallback"}, names
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {TRAINER_FLAG: True},
+        {TRAINER_FLAG: True, f"{TRAINER_FLAG}_kwargs": {"use_reentrant": True}},
+        {TRAINER_FLAG: False, f"{TRAINER_FLAG}_kwargs": {"use_reentrant": True}},
+    ],
+    ids=["ours", "all layers", "all layers, reentrant", "no layer, reentrant"],
+)
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_settings_of_the_trainer_change_no_layers_recompute_or_the_run_stops(recipe, settings, kept):
+    """Each layer runs in the last step as the plan says, with evaluations and checkpoints in between."""
+    recipe = replace(recipe, train=replace(recipe.train, max_steps=3, eval_every=1, save_every=1))
+    model, tokenizer, rows, recipe, plan = prepare(recipe, split(recipe, 4, Policy(2, kept)))
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, Path(recipe.out))
+    for name, value in settings.items():
+        setattr(trainer.args, name, value)
+    runs = [0, 0]
+
+    def counting(index):
+        def count(*_):
+            if model.training and trainer.state.global_step == 2:
+                runs[index] += 1
+
+        return count
+
+    for index, layer in enumerate(decoder_layers(model)):
+        layer.self_attn.register_forward_pre_hook(counting(index))
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        assert settings and "activation checkpointing" in str(error)
+    else:
+        assert runs == [1 if index >= 2 - kept else 2 for index in range(2)]

@@ -211,7 +211,7 @@ def test_a_run_asks_nobody_on_the_network(recipe, monkeypatch):
 def test_fewer_rows_than_a_step_has_still_train_and_are_pointed_out(recipe, tmp_path, capsys):
     data = tmp_path / "few.jsonl"
     data.write_text("\n".join(Path(TRAIN).read_text().splitlines()[:4]) + "\n")
-    recipe = replace(recipe, data=DataSpec(str(data), eval_rows=0))
+    recipe = replace(recipe, data=DataSpec(str(data), eval_rows=0, drift_source=None))
     metrics = train(*prepare(recipe, split(recipe, micro_batch_rows=1)))
     assert metrics["steps"] == 3
     said = capsys.readouterr().out

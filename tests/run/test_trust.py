@@ -115,7 +115,10 @@ def test_the_home_folder_is_found_where_it_is_typed_and_named_in_no_file(recipe,
     shutil.copy(home / "base" / "chat_template.jinja", home / "template.jinja")
     spec = replace(recipe.train, save_every=2)
     typed = replace(recipe, model=ModelSpec("~/base/", chat_template="~/template.jinja"), train=spec)
-    assert run(main, replace(typed, data=DataSpec("~/chats.jsonl", eval_rows=20)), ["--out", "~/run/"]) == 0
+    assert (
+        run(main, replace(typed, data=DataSpec("~/chats.jsonl", eval_rows=20, drift_source=None)), ["--out", "~/run/"])
+        == 0
+    )
     files = [path for path in (home / "run").rglob("*") if path.is_file()]
     assert {"adapter_config.json", "run.json", "manifest.json"} <= {path.name for path in files}
     assert [path for path in files if str(home).encode() in path.read_bytes()] == []
