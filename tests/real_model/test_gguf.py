@@ -121,9 +121,8 @@ def model(real_model) -> Any:
 def test_fifty_answers_are_token_for_token_those_of_transformers(trained, model, tmp_path, quant):
     """transformers has the weights of the same file, in fp32, and reads the answers of llama.cpp.
 
-    Each of their tokens is the likeliest for it too, and so its own answer, or both take the two for equally likely, up
-    to what rounding does to llama.cpp's numbers: the two are as far apart as four standard deviations of a difference of
-    two of them, at most.
+    Each of their tokens is the likeliest for it too, and so its own answer; or both take the two for equally likely, up
+    to what rounding does to llama.cpp's numbers: four standard deviations of the difference of two of them at most.
     """
     weights = MergedWeights(find_adapter(trained))
     runtime, tokenizer = LlamaCpp(export(trained, tmp_path / "x.gguf", quant)), trained_tokenizer(weights.adapter)
