@@ -125,7 +125,9 @@ def long_recipe(model: Path, folder: Path) -> Recipe:
     return Recipe(
         ModelSpec(str(model)),
         DataSpec(
-            write_texts(folder / "texts.jsonl", "data.md", "speed.md"), eval_source=str(held_out), drift_source=None
+            write_texts(folder / "texts.jsonl", "memory.md", "speed.md", "gpus.md"),
+            eval_source=str(held_out),
+            drift_source=None,
         ),
         LoraSpec(rank=4, alpha=8),
         TrainSpec(
@@ -168,14 +170,15 @@ LEAKS = {
 }
 
 
+@pytest.mark.slow  # each note collects the garbage of a whole test process
 @pytest.mark.parametrize("name", LEAKS)
 def test_a_leak_is_found(small_llama, tmp_path, monkeypatch, name):
     """By the same means, in a run that is too short for a fine bound."""
     recipe = small_recipe(small_llama, tmp_path)
-    train = replace(recipe.train, rows_per_step=1, max_steps=24, eval_every=2, save_every=2, sample_answers=0)
+    train = replace(recipe.train, rows_per_step=1, max_steps=10, eval_every=2, save_every=2, sample_answers=0)
     recipe = replace(recipe, train=train, data=replace(recipe.data, eval_rows=2, drift_source=None))
     try:
-        found = soak(recipe, monkeypatch, LEAKS[name]).leaks(settled=8, most=1 << 20)
+        found = soak(recipe, monkeypatch, LEAKS[name]).leaks(settled=4, most=1 << 20)
     finally:
         KEPT.clear()
     text = "; ".join(found)
