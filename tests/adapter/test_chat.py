@@ -289,6 +289,6 @@ def test_a_chat_says_that_it_reads_until_the_first_word_comes(chat, capsys, monk
         lines = said(chat, TEA, capsys=capsys).splitlines()
     finally:
         hook.remove()
-    waiting = [number for number, line in enumerate(lines) if line == "reading the conversation, 0:00"]
+    waiting = [number for number, line in enumerate(lines) if line.endswith("reading the conversation, 0:00")]
     (answer,) = [number for number, line in enumerate(lines) if '"tool"' in line]
     assert waiting and max(waiting) < answer
