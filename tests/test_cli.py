@@ -298,7 +298,7 @@ def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
 
 def test_make_alone_lists_targets_and_recipes():
     out = run_make().stdout
-    for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b tiny"):
+    for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b smollm2-135m tiny"):
         assert word in out
 
 

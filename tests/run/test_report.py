@@ -79,7 +79,7 @@ def test_nothing_is_wider_than_the_screen(folder, width):
     write_report(folder)
     (folder / "look.html").write_text(LOOK.format(url="report.html", width=width))
     dom = browse(f"file://{folder}/look.html", "--allow-file-access-from-files", "--dump-dom", folder=folder)
-    assert f"<title>w{width} s4</title>" in dom  # four curves: loss twice, learning rate, tokens/s
+    assert f"<title>w{width} s5</title>" in dom  # five curves: loss twice and the kept step, learning rate, tokens/s
 
 
 class Links(HTMLParser):

@@ -28,7 +28,13 @@ def test_no_report_service_is_told_of_a_run(recipe):
     assert trainer.args.report_to == []
     assert not trainer.args.push_to_hub
     names = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
-    assert names <= {"DefaultFlowCallback", "_RehearseFirst", "RecomputeCheck", "ProgressCallback"}, names
+    assert names <= {
+        "DefaultFlowCallback",
+        "_RehearseFirst",
+        "RecomputeCheck",
+        "HeldOutDecisions",
+        "ProgressCallback",
+    }, names
 
 
 @pytest.mark.parametrize(
