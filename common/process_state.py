@@ -102,8 +102,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    # The pad token is the recipe's (load_tokenizer chooses it), and what ends an answer is asked for by name.
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_not_about_special_tokens)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _is_not_about_special_tokens(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("The tokenizer has new PAD/BOS/EOS tokens")
 
 
 def allow_large_csv_cells(limit: int) -> None:
