@@ -10,9 +10,10 @@ from pathlib import Path
 from common.commands import COMMANDS
 from common.exit_status import exit_status
 from common.machine.paths import output_path
+from common.machine.processes import is_main_process
 from common.process_state import quiet_libraries
 from common.recipe import Recipe
-from common.run.folder import hold_for_reading
+from common.run.folder import hold_for_reading, put_old_run_back
 
 Story = Callable[[Recipe], object]
 INSTEAD_OF_A_RUN = {"--plan": "plan", "--dry-run": "dryrun"}  # flags of finetune that stand for other commands
@@ -48,6 +49,8 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
 
     def act() -> int | None:
+        if is_main_process():
+            put_old_run_back(recipe.out)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
             return COMMANDS[command].run(recipe, flags)
 
