@@ -8,8 +8,10 @@
 A file beside this one is a recipe; nothing is registered.
 """
 
+import ast
 import importlib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -69,8 +71,19 @@ def describe_mistake(error: Exception, path: Path) -> str:
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line, message = frames[-1].lineno if frames else None, str(error)
+        line = line and _line_of_field(path, message, line)
     place = path.relative_to(FOLDER.parent)
     return f"{place}:{line}: {message}" if line else f"{place}: {message}"
+
+
+def _line_of_field(path: Path, message: str, line: int) -> int:
+    """The line of the field that the message of a spec begins with, in the call that `line` belongs to; else `line`."""
+    begins = re.match(r"(\w+)(?:\.| has no )(\w+)", message)
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if begins else ():
+        if isinstance(call, ast.Call) and call.lineno <= line <= (call.end_lineno or 0):
+            if begins and ast.unparse(call.func).rpartition(".")[2] == begins[1]:
+                return next((keyword.lineno for keyword in call.keywords if keyword.arg == begins[2]), line)
+    return line
 
 
 if __name__ == "__main__":
