@@ -73,7 +73,7 @@ eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss,
 merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
 	@$(PY) -m recipes merge $(RECIPE) $(TARGET_FLAGS) $(ARGS)
 
-export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, f16 or bf16
+export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, q4_k_m, f16 ...
 	@$(PY) -m recipes export $(RECIPE) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
