@@ -33,6 +33,7 @@ from benchmarks.results_folder import result_path, write_result
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common import REPOSITORY
 from common.machine.device import GIB, this_machine
+from common.machine.out_of_memory import out_of_memory
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 
@@ -110,7 +111,7 @@ def describe_failure(stderr: str) -> str:
     """The error that a process ended with, in a few words."""
     lines = [line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
     last = (lines or stderr.splitlines() or ["no message"])[-1]
-    return "out of memory" if "OutOfMemoryError" in last else last[:200]
+    return "out of memory" if out_of_memory(RuntimeError(last)) else last[:200]
 
 
 def tokens_per_s(result: Result) -> float:

@@ -32,7 +32,7 @@ NOISE_SHAPE = (1024, 4096)  # a key projection of Llama 3 8B
 
 def llama_cpp_quantize(values: Tensor, kind: Kind) -> npt.NDArray[np.uint8]:
     """The bytes that llama.cpp makes of values (rows, columns): uint8 (rows, bytes of a row)."""
-    import xllamacpp
+    import xllamacpp  # type: ignore[import-untyped]
 
     library = ctypes.CDLL(str(next(Path(xllamacpp.__file__).parent.glob("*.so"))))
     quantize = library.ggml_quantize_chunk

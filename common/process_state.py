@@ -17,8 +17,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
@@ -190,6 +191,28 @@ def accept_any_bytes() -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """Keeps what is written to standard error inside, also by child processes, from the user; gives it as text.
+
+    Called by kernels/triton_check.py, for what a compiler says.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+
+        def text() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield text
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
 
 
 def make_deterministic() -> None:

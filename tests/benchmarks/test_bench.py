@@ -51,6 +51,7 @@ def test_the_summary_compares_rate_losses_and_ceiling():
 
 def test_a_process_that_failed_says_why_in_a_few_words():
     assert describe_failure("Traceback\n  File x\ntorch.OutOfMemoryError: CUDA out of memory. Tried") == "out of memory"
+    assert describe_failure("Traceback\ntorch.AcceleratorError: CUDA error: out of memory") == "out of memory"
     assert describe_failure("Traceback\nValueError: no such thing\nwarning: more") == "ValueError: no such thing"
     assert describe_failure("") == "no message"
 
