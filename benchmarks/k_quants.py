@@ -25,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from benchmarks.results_folder import result_path, write_result
-from common.adapter.k_quants import BLOCK, K_QUANTS, quantize_k
+from common.adapter.k_quants import K_BLOCK, K_QUANTS, quantize_k
 
 NOISE_SHAPE = (1024, 4096)  # a key projection of Llama 3 8B
 
@@ -58,8 +58,11 @@ def values_of(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         with safe_open(file, "pt") as stored:
             names = [name for name in stored.keys() if "_proj" in name]  # noqa: SIM118
-            tensors = [tensor for name in names if (tensor := stored.get_tensor(name)).shape[-1] % BLOCK == 0]
-        yield f"{len(tensors)} linear weights of {file.parent.name}", torch.cat([t.reshape(-1, BLOCK) for t in tensors])
+            tensors = [tensor for name in names if (tensor := stored.get_tensor(name)).shape[-1] % K_BLOCK == 0]
+        yield (
+            f"{len(tensors)} linear weights of {file.parent.name}",
+            torch.cat([t.reshape(-1, K_BLOCK) for t in tensors]),
+        )
 
 
 def compare(label: str, values: Tensor, kind: Kind) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
     python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
     python -m recipes --check NAME            # only says whether there is such a recipe
+    python -m recipes --check-variables "TARGET" NAME ...    # only says whether make TARGET takes these variables
     torchrun --nproc-per-node 2 -m recipes NAME [flags]
 
 A file beside this one is a recipe; nothing is registered.
@@ -25,6 +26,7 @@ if IS_DATA := sys.argv[1:2] == ["data"]:  # so does a look at the data
 
 from common.cli import run, run_command
 from common.commands import COMMANDS
+from common.commands.make_variables import explain_variables
 from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
@@ -35,6 +37,10 @@ MAKES_FILES = not (
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--check-variables"]:  # as --check
+        lines = list(explain_variables(arguments[1].split(), arguments[2:]))
+        print("".join(f"error: {line}\n" for line in lines), end="", file=sys.stderr)
+        return ERROR_STATUS if lines else 0
     command = arguments[0] if arguments and arguments[0] in (*COMMANDS, "--check") else None
     if command:
         arguments = arguments[1:]

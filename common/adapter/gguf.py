@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.gguf_kinds import FILE_TYPES, Quant, kind_of
+from common.adapter.gguf_kinds import FILE_TYPES, Quant, gguf_kind
 from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
 from common.adapter.k_quants import K_QUANTS, quantize_k
 from common.adapter.load import attach_adapter
@@ -120,7 +120,7 @@ class GgufModel:
         for entry in (entry for shard in self.weights.shards for entry in shard.entries):
             name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
             if name is not None:  # older checkpoints hold rotary frequencies, which llama.cpp computes
-                yield name, entry, kind_of(name, entry.shape, self.quant, layers, tied=tied)
+                yield name, entry, gguf_kind(name, entry.shape, self.quant, layers, tied=tied)
 
     def _untold(self) -> list[str]:
         """What the file does not say of the generation config."""

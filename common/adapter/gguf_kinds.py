@@ -5,7 +5,7 @@ from typing import Literal
 from gguf import GGMLQuantizationType as Kind
 from gguf import LlamaFileType
 
-from common.adapter.k_quants import BLOCK
+from common.adapter.k_quants import K_BLOCK
 
 Quant = Literal["f16", "bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k"]
 FILE_TYPES = {
@@ -22,7 +22,7 @@ SMALL_BLOCK = 32
 LLAMA_70B_LAYERS = 80
 
 
-def kind_of(name: str, shape: tuple[int, ...], quant: Quant, layers: int, *, tied: bool) -> Kind:
+def gguf_kind(name: str, shape: tuple[int, ...], quant: Quant, layers: int, *, tied: bool) -> Kind:
     """The format of a tensor. name: GGUF's. layers: of the model. tied: its embedding is its head too.
 
     Source: llama.cpp, llama-quant.cpp. The _m ("medium") formats keep what hurts most in 6 bits: the head, and the
@@ -39,7 +39,7 @@ def kind_of(name: str, shape: tuple[int, ...], quant: Quant, layers: int, *, tie
             kind = Kind.Q6_K
         elif part == "attn_v.weight" and kind == Kind.Q4_K and layers == LLAMA_70B_LAYERS:
             kind = Kind.Q5_K
-        if shape[-1] % BLOCK:
+        if shape[-1] % K_BLOCK:
             kind = SMALL_BLOCKS[kind]
     if kind in (Kind.Q8_0, *SMALL_BLOCKS.values()) and shape[-1] % SMALL_BLOCK:
         return Kind.F16

@@ -18,7 +18,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-BLOCK = 256  # values
+K_BLOCK = 256  # values
 VALUES_AT_A_TIME = 1 << 20  # what is computed at once stays in a CPU's cache, and small on a card
 MOST_SCALE = 63  # of a part's scale and minimum in Q4_K and Q5_K
 
@@ -26,10 +26,10 @@ MOST_SCALE = 63  # of a part's scale and minimum in Q4_K and Q5_K
 def quantize_k(weight: Tensor, kind: Kind) -> npt.NDArray[np.uint8]:
     """The bytes of a weight (rows, columns), any float dtype: uint8 (rows, bytes of a row).
 
-    kind: one of K_QUANTS. columns: a multiple of BLOCK.
+    kind: one of K_QUANTS. columns: a multiple of K_BLOCK.
     """
-    blocks = weight.reshape(-1, BLOCK)
-    parts = blocks.split(max(1, VALUES_AT_A_TIME // BLOCK))
+    blocks = weight.reshape(-1, K_BLOCK)
+    parts = blocks.split(max(1, VALUES_AT_A_TIME // K_BLOCK))
     packed = torch.cat([K_QUANTS[kind](part.float()) for part in parts])
     return packed.reshape(len(weight), -1).cpu().numpy()
 

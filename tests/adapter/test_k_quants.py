@@ -9,7 +9,7 @@ from gguf.quants import dequantize
 
 from benchmarks.k_quants import llama_cpp_quantize, relative_error
 from common.adapter.find import find_adapter
-from common.adapter.gguf_kinds import kind_of
+from common.adapter.gguf_kinds import gguf_kind
 from common.adapter.k_quants import K_QUANTS, quantize_k
 from common.adapter.merge import MergedWeights
 from tests.adapter.test_gguf import LlamaCpp, export, furthest, merged_model, noise
@@ -65,7 +65,7 @@ SIX_BITS = {0, 1, 4, 7, 10, 13, 15, 16, 17}
 
 def test_tensors_have_the_formats_that_llama_cpp_gives_them():
     def kind(name: str, *shape: int) -> str:
-        return kind_of(name, shape, "q4_k_m", 18, tied=True).name
+        return gguf_kind(name, shape, "q4_k_m", 18, tied=True).name
 
     assert kind("token_embd.weight", 262144, 640) == "Q8_0"
     assert kind("output_norm.weight", 640) == "F32"
@@ -79,7 +79,7 @@ def test_tensors_have_the_formats_that_llama_cpp_gives_them():
 
 def test_heads_embeddings_and_odd_rows_have_their_own_formats():
     def kind(name: str, *shape: int, quant: str = "q4_k_m", layers: int = 32, tied: bool = False) -> str:
-        return kind_of(name, shape, quant, layers, tied=tied).name
+        return gguf_kind(name, shape, quant, layers, tied=tied).name
 
     assert kind("output.weight", 128256, 4096) == "Q6_K"
     assert kind("token_embd.weight", 128256, 4096) == "Q4_K"
