@@ -33,7 +33,7 @@ from benchmarks.published.stack import (
     use_attention,
 )
 from common.plan.ledger import Ledger, round_up
-from common.plan.speed import SPEEDS, Speed
+from common.plan.speed import Speed, speed_of
 from common.plan.step import KINDS, WEIGHTS, Step
 
 BF16 = torch.bfloat16
@@ -54,9 +54,7 @@ def build_model(row: Row) -> Any:
         if row.stack.reentrant:
             model.enable_input_require_grads()
         targets = list(row.targets) if row.targets else None
-        lora = LoraConfig(
-            r=row.rank, lora_alpha=16, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM"
-        )
+        lora = LoraConfig(r=row.rank, lora_alpha=16, lora_dropout=0.1, target_modules=targets, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     adapter_dtype = torch.float32 if row.stack.adapters_fp32 else BF16
     for name, parameter in model.named_parameters():
@@ -206,12 +204,12 @@ def peak_segment(step: Step) -> str:
 
 
 def seconds_on(step: Step, gpu: str) -> dict[str, float | None]:
-    """The step's time by the model of common.plan.speed: with the GPU's data sheet, and with the speeds it has of it."""
-    own = next((speed for speed in SPEEDS if speed.name in gpu or gpu.startswith(f"NVIDIA {speed.name}")), None)
+    """The step's time by the model of common.plan.speed: with the GPU's data sheet, and with its own speeds."""
+    own = speed_of(gpu)
     flops, bandwidth = DATA_SHEETS[gpu]
     return {
         "data_sheet": step.seconds(Speed(gpu, flops, bandwidth)),
-        "own": step.seconds(own) if own else None,
+        "own": step.seconds(own) if own.name in gpu else None,  # else it is another GPU's
     }
 
 

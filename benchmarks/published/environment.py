@@ -1,4 +1,4 @@
-"""Folders with other versions of transformers, PEFT and what belongs to them, to be put in front of the installed ones."""
+"""Folders with other versions of transformers and PEFT, to be put in front of the installed ones."""
 
 import fcntl
 import subprocess

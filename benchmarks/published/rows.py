@@ -7,6 +7,8 @@ marked so here, and docs/published.md says by what.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+Method = Literal["full", "lora", "qlora"]
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,7 +48,7 @@ class Row:
     model: str  # a key of MODELS
     rows: int  # of a step; gradient accumulation is 1
     tokens: int  # of a row
-    method: Literal["full", "lora", "qlora"]
+    method: Method
     autocast: bool = False
     norms_fp32: bool = False  # TRL's preparation of 4-bit models
     rank: int = 16
@@ -56,7 +58,7 @@ class Row:
     tokens_per_s: dict[str, float] = field(default_factory=dict)  # by GPU; of one GPU
 
 
-# By model_type: arguments of transformers' config class.
+# Name: transformers' model_type, and the arguments of its config class; the others are its defaults.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mistral 7B": (
         "mistral",
@@ -96,7 +98,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "Llama 2 7B": ("llama", {"max_position_embeddings": 4096}),  # the other defaults of LlamaConfig are its own
+    "Llama 2 7B": ("llama", {"max_position_embeddings": 4096}),
     "Llama 1B": (
         "llama",
         {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
@@ -203,6 +205,22 @@ def _fms(
     ]  # fmt: skip
 
 
+def _fsdp_qlora(label: str, method: Method, rows: int, seconds: dict[str, int]) -> Row:
+    """A run of fsdp_qlora with a copy of the model on each of two cards. seconds: of 1,024 samples of 2,048 tokens."""
+    return Row(
+        f"Llama 2 7B {label} x{rows}, {FSDP_QLORA.date}",
+        FSDP_QLORA,
+        IN_TRAIN_PY,
+        "Llama 2 7B",
+        rows,
+        2048,
+        method,
+        rank=64,
+        targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"),
+        tokens_per_s={gpu: 1024 * 2048 / both / 2 for gpu, both in seconds.items()},
+    )
+
+
 ROWS: tuple[Row, ...] = (
     *(
         Row(f"Llama 1B QLoRA {tokens}", NOTEBOOK, IN_NOTEBOOK, "Llama 1B", 1, tokens, "qlora", rank=8, targets=None,
@@ -233,12 +251,6 @@ ROWS: tuple[Row, ...] = (
         numbers={4: (18174161920, 2143825920, 4187.137), 8: (34177070080, 2144219136, 4309.481)}),
     *_fms("QLoRA", GRANITE, WITH_4_45_0, "PowerLM 3B", method="qlora", autocast=True, numbers={
         4: (15151677952, 2141240832, 5522.998), 8: (28134687232, 2141634048, 5656.894)}),
-    # Tokens a second of one card: 1,024 samples of 2,048 tokens over the seconds they took two cards.
-    *(
-        Row(f"Llama 2 7B {method} x{rows}, 2024-03", FSDP_QLORA, IN_TRAIN_PY, "Llama 2 7B", rows, 2048, method,
-            rank=64, targets=("q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj"),
-            tokens_per_s={gpu: 1024 * 2048 / seconds / 2 for gpu, seconds in of_gpu.items()})
-        for method, rows, of_gpu in (
-            ("qlora", 8, {RTX_4090: 450, RTX_3090: 875}), ("lora", 4, {RTX_4090: 437, RTX_3090: 881}))
-    ),
+    _fsdp_qlora("QLoRA", "qlora", 8, {RTX_4090: 450, RTX_3090: 875}),
+    _fsdp_qlora("LoRA", "lora", 4, {RTX_4090: 437, RTX_3090: 881}),
 )  # fmt: skip

@@ -205,10 +205,13 @@ def use_attention(kind: str, transformers: Any) -> str:
         transformers.PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(_enable_flash_attention)
         for name in ("llama", "mistral", "granite"):
             module: Any = import_module(f"transformers.models.{name}.modeling_{name}")
-            module._flash_attention_forward = lambda query, key, value, *_, **__: FlashAttention.apply(query, key, value)
+            module._flash_attention_forward = lambda query, key, value, *_, **__: FlashAttention.apply(
+                query, key, value
+            )
             module.is_flash_attn_greater_or_equal_2_10 = lambda: True
         return "flash_attention_2"
-    nn.functional.scaled_dot_product_attention = _flash_sdpa if kind == "flash" else _masked_sdpa
+    functional: Any = nn.functional
+    functional.scaled_dot_product_attention = _flash_sdpa if kind == "flash" else _masked_sdpa
     return "sdpa"
 
 
