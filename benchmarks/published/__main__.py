@@ -73,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     done: dict[str, Any] = read_result(args.out)["rows"] if args.out.exists() else {}
     chosen = [row for row in ROWS if any(part in row.name for part in args.rows)]
+    if not chosen:
+        print(f"error: no row has {' or '.join(map(repr, args.rows))} in its name", file=sys.stderr)
+        return 2
     results: dict[str, Any] = {
         "date": date.today().isoformat(),
         "machine": str(this_machine()),
