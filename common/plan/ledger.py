@@ -1,4 +1,7 @@
-"""Writes down every allocation, every release and the work of every operator while a step runs on fake tensors."""
+"""Writes down every allocation, every release and the work of every operator while a step runs on fake tensors.
+
+It knows no model and no transformers: benchmarks.published counts steps of other versions with it.
+"""
 
 import weakref
 from collections.abc import Iterable
@@ -20,11 +23,18 @@ from common.plan.operators import (
     TO_HOST,
     flops_of,
 )
-from common.plan.resident import round_up
 from common.plan.speed import Work
 from common.plan.step import GATHERED, GRADIENTS, SAVED, WORKING, Event, Segment
 
+# torch's CUDA caching allocator rounds every block up to a multiple of this (c10/cuda/CUDACachingAllocator.cpp).
+ALLOCATOR_BLOCK_BYTES = 512
+
 _resize = torch.UntypedStorage.resize_
+
+
+def round_up(size: int) -> int:
+    """Bytes that the allocator takes for a tensor of `size` bytes."""
+    return -(-size // ALLOCATOR_BLOCK_BYTES) * ALLOCATOR_BLOCK_BYTES
 
 
 class Ledger(TorchDispatchMode):

@@ -14,7 +14,8 @@ from common.model.activation_checkpointing import decoder_layers
 from common.model.config import load_config
 from common.model.nf4 import names_of_4bit_linears, quantization_config
 from common.plan.fake_model import fake_4bit_weight
-from common.plan.resident import round_up, weight_tensors
+from common.plan.ledger import round_up
+from common.plan.resident import weight_tensors
 from common.plan.step import GATHERED, WEIGHTS, Step
 from common.recipe import ModelSpec
 

@@ -3,9 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
 import torch
+import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
+
+import common.model.activation_offload  # noqa: F401  (registers torch.ops.common.to_host and to_device)
 
 TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
 

@@ -11,15 +11,8 @@ from transformers import PreTrainedModel
 
 from common.machine.collectives import local_tensor
 from common.model.activation_checkpointing import decoder_layers
+from common.plan.ledger import round_up
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
-
-# torch's CUDA caching allocator rounds every block up to a multiple of this (c10/cuda/CUDACachingAllocator.cpp).
-ALLOCATOR_BLOCK_BYTES = 512
-
-
-def round_up(size: int) -> int:
-    """Bytes that the allocator takes for a tensor of `size` bytes."""
-    return -(-size // ALLOCATOR_BLOCK_BYTES) * ALLOCATOR_BLOCK_BYTES
 
 
 @dataclass(frozen=True)

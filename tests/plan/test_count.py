@@ -19,7 +19,7 @@ from common.model.optimizer import build_optimizer
 from common.plan import ledger
 from common.plan.count import count_step
 from common.plan.forecast import Forecast, Setting, full_batch
-from common.plan.resident import round_up
+from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
     ADAPTERS,

@@ -9,7 +9,8 @@ from common.model.activation_checkpointing import Policy
 from common.model.loading import load_4bit
 from common.plan import ledger
 from common.plan.forecast import Forecast, Setting
-from common.plan.resident import round_up, weight_tensors
+from common.plan.ledger import round_up
+from common.plan.resident import weight_tensors
 from common.plan.step import EMBEDDINGS, GATHERED, WEIGHTS
 from tests.conftest import MIXED, NESTED
 from tests.plan.test_count import TOKENS, allocated_in_a_real_step, recipe_for
