@@ -16,6 +16,7 @@ QUANT ?=
 BASE ?=
 TO ?=
 TASKS ?=
+RUNS ?=
 GPUS ?=
 NNODES ?=
 RDZV_ENDPOINT ?=
@@ -29,7 +30,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune data plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
+.PHONY: help finetune data plan dryrun chat eval merge export report compare lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
 
 help: _typed ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [SET=\"train.seed=2 lora.rank=64\"] [ARGS=\"--max-steps 50\"]"; echo
@@ -77,8 +78,11 @@ merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside;
 export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, q4_k_m, f16 ...
 	@$(PY) -m recipes export $(RECIPE) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
 
-report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
+report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again; also of a run under way
 	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
+
+compare: _typed $(VENV)/.installed ## runs side by side, as text and on a page: RUNS="outputs/a outputs/b" TO=page.html
+	@$(PY) -m recipes compare $(call flag,--runs,RUNS) $(call flag,--to,TO) $(ARGS)
 
 # Sets `model`, as bash reads it: where a merge writes.
 MERGED = out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \

@@ -3,6 +3,7 @@
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
     python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
     python -m recipes COMMAND NAME --help     # the flags of a command
+    python -m recipes compare --runs "outputs/a outputs/b"
     python -m recipes --check NAME            # only says whether there is such a recipe
     python -m recipes --check-variables "TARGET" NAME ...    # only says whether make TARGET takes these variables
     torchrun --nproc-per-node 2 -m recipes NAME [flags]
@@ -27,6 +28,7 @@ if IS_DATA := sys.argv[1:2] == ["data"]:  # so does a look at the data
 
 from common.cli import run, run_command
 from common.commands import COMMANDS
+from common.commands.compare import run_compare
 from common.commands.make_variables import explain_variables
 from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
@@ -37,7 +39,7 @@ MAKES_FILES = not (
     IS_PLAN
     or IS_DATA
     or {"--dry-run", *HELP} & {*sys.argv}
-    or sys.argv[1:2] in ([], ["dryrun"], ["chat"], ["eval"], ["report"])
+    or sys.argv[1:2] in ([], ["dryrun"], ["chat"], ["eval"], ["report"], ["compare"])
 )
 
 
@@ -49,6 +51,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in HELP or (arguments[0] in COMMANDS and arguments[1:2] in (["-h"], ["--help"])):
         print(f"{(__doc__ or '').strip()}\n\nrecipes: {', '.join(recipe_names())}")
         return 0
+    if arguments[0] == "compare":
+        return run_compare(arguments[1:])
     command = arguments[0] if arguments and arguments[0] in (*COMMANDS, "--check") else None
     if command:
         arguments = arguments[1:]

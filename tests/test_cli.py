@@ -250,7 +250,7 @@ def test_a_run_under_way_keeps_others_out_of_its_folder_until_it_is_killed(tmp_p
     refuse_run_under_way(str(out))
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"plan", "chat", "data"}))
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"plan", "chat", "data", "report"}))
 def test_every_command_that_writes_or_takes_long_leaves_a_run_alone(tmp_path, capsys, command):
     out = tmp_path / ("run-dry-run" if command == "dryrun" else "run")
     out.mkdir()

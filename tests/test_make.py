@@ -76,6 +76,11 @@ def test_each_variable_of_a_target_becomes_its_flag(words, target):
     assert words(target) == ["-m", "recipes", target, "tiny"]
 
 
+def test_compare_takes_folders_and_no_recipe(words):
+    heard = words("compare", "RUNS=a 'b c'", "TO=$5.html", "ARGS=--last")
+    assert heard == ["-m", "recipes", "compare", "--runs=a 'b c'", "--to=$5.html", "--last"]
+
+
 def test_lm_eval_takes_the_folder_that_was_typed(words, tmp_path):
     for name in ("my $run (v2)-merged", "elsewhere"):
         (tmp_path / name).mkdir()

@@ -4,6 +4,8 @@
 2. a line in COMMANDS below;
 3. a target in the Makefile: `python -m recipes COMMAND NAME [flags]`.
 
+make compare (compare.py) takes folders of runs in the place of a recipe: recipes/__main__.py calls it.
+
 Modules here import what takes seconds (torch, transformers) inside their functions: a wrong flag is refused at once.
 Not here: parsing and the exit status (common.cli), and the work itself (the packages below).
 """
