@@ -8,7 +8,8 @@ A try is two optimizer steps of one row, the second of which is timed, in a proc
 memory leaves nothing behind. Lengths are multiples of --step, doubled until a try fails, then halved in between. On a
 GPU with more memory than --card-gib another process holds the rest; on a CPU --card-gib limits the data of each
 process. A longer row may fail by time and not by memory: the table says which. Results go to
-benchmarks/results/longest_row_<model>_<machine>.json after each try; --resume goes on with what it has.
+benchmarks/results/longest_row_<model>_<machine>.json after each try; --resume goes on with what it has, and tries again
+what took too long where --try-seconds allows more.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from benchmarks.results_folder import read_result, result_path, write_result
 from benchmarks.run_stack import (
     CHECKPOINTS,
     LIMIT_SECONDS,
+    TOO_LONG,
     Result,
     limit_free_memory,
     make_checkpoint_once,
@@ -91,7 +93,13 @@ def try_row(stack: str, tokens: int, folder: Path, args: argparse.Namespace) -> 
         rows = Path(scratch) / "rows.jsonl"
         write_rows(rows, tokens, 2, folder)
         job = Job(str(folder), str(rows), tokens, accumulation=1, warmup=1, steps=1, card_gib=limit, started_at=0.0)
-        return run_stack(stack, job, args.peers, args.try_seconds) | {"job": asdict(job)}
+        result = run_stack(stack, job, args.peers, args.try_seconds)
+    return result | {"job": asdict(job), "try_seconds": args.try_seconds}
+
+
+def too_early(one: Result, try_seconds: float) -> bool:
+    """Whether the try was stopped by a limit of time below this one."""
+    return one.get("failed", "").startswith(TOO_LONG) and one["try_seconds"] < try_seconds
 
 
 def new_report(args: argparse.Namespace) -> Result:
@@ -105,7 +113,7 @@ def new_report(args: argparse.Namespace) -> Result:
         "step": args.step,
         "data_sheet_flops": data_sheet_flops(torch.cuda.get_device_name()) if gpu else None,
         "tries": {},
-        "flops_per_token": {},  # by the length of the row, of the longest that trained
+        "flops_per_token": {},  # by the length of each row that trained
     }
 
 
@@ -143,7 +151,8 @@ def table(report: Result) -> str:
 
 def find_longest(stack: str, folder: Path, report: Result, out: Path, args: argparse.Namespace, ends: float) -> bool:
     """Tries rows until the longest is known; the report is written after each. Returns whether the time sufficed."""
-    tries = report["tries"].setdefault(stack, [])
+    tries = [one for one in report["tries"].get(stack, []) if not too_early(one, args.try_seconds)]
+    report["tries"][stack] = tries
     while True:
         known = {one["job"]["tokens"]: "failed" not in one for one in tries}
         tokens = next_tokens(known, args.first, args.step, args.most)
@@ -152,11 +161,8 @@ def find_longest(stack: str, folder: Path, report: Result, out: Path, args: argp
         if time.monotonic() + args.try_seconds > ends:
             return False
         tries.append(result := try_row(stack, tokens, folder, args))
-        best = longest(tries)
-        if best and (longest_row := best["job"]["tokens"]) and str(longest_row) not in report["flops_per_token"]:
-            report["flops_per_token"] = report["flops_per_token"] | {
-                str(longest_row): flops_per_token(args.model, longest_row)
-            }
+        if "failed" not in result and str(tokens) not in report["flops_per_token"]:
+            report["flops_per_token"][str(tokens)] = flops_per_token(args.model, tokens)
         write_result(report, out)
         outcome = result.get("failed") or f"{tokens_per_s(result):,.0f} tokens/s"
         print(f"{stack}, {tokens:,} tokens: {outcome}", flush=True)

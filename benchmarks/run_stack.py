@@ -22,6 +22,7 @@ from common import REPOSITORY
 
 CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"  # a folder for each model
 LIMIT_SECONDS = 540  # that one process may take
+TOO_LONG = "took longer than"
 Result = dict[str, Any]
 
 
@@ -42,7 +43,7 @@ def write_rows(path: Path, tokens: int, rows: int, folder: Path) -> None:
 
     lines = (REPOSITORY / "data" / "tiny" / "train.jsonl").read_text().splitlines()
     text = "\n".join(message["content"] for line in lines for message in json.loads(line)["messages"])
-    stream = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    stream = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False, verbose=False)["input_ids"]
     stream *= -(-tokens * rows // len(stream))
     path.write_text("".join(json.dumps(stream[i * tokens : (i + 1) * tokens]) + "\n" for i in range(rows)))
 
@@ -89,7 +90,7 @@ def run_stack(stack: str, job: Job, peers: str | None, seconds: float = LIMIT_SE
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            return {"stack": stack, "failed": f"took longer than {seconds:.0f} s"}
+            return {"stack": stack, "failed": f"{TOO_LONG} {seconds:.0f} s"}
     if done.returncode:
         return {"stack": stack, "failed": describe_failure(done.stderr, done.returncode)}
     # A library may still print something when the process ends.

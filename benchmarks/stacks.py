@@ -83,7 +83,7 @@ def trl(job: Job, folder: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
 
-    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16"}.get(mixed_precision(), "float32"))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[mixed_precision()]
     torch.manual_seed(SEED)
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype),
