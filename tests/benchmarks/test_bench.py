@@ -16,6 +16,7 @@ from benchmarks.model_flops import flops_per_token
 from benchmarks.run_stack import tokens_per_s
 from benchmarks.stacks import NEEDS_GPU, STACKS
 from common.model.config import load_config
+from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
@@ -77,6 +78,15 @@ def test_the_flops_of_a_token_are_those_without_recompute():
     # Causal: half of 2 FLOP * tokens * width, for two matmuls forward and four backward.
     attention = config.num_hidden_layers * 6 * tokens * hidden
     assert flops_per_token("llama3-8b", tokens) == pytest.approx(4 * frozen + 6 * adapters + attention, rel=1e-3)
+
+
+def test_the_page_shows_the_model_flops_and_nvidias_figure_by_them():
+    page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
+    flops = {tokens: flops_per_token("llama3-8b", tokens) for tokens in (2048, 4096, 8192)}
+    assert "| Llama 3 8B | " + " | ".join(f"{count / 1e9:.1f}" for count in flops.values()) + " |" in page
+    published = 12_473 * flops[4096]  # tokens per second of the page's source
+    mfu = published / data_sheet_flops("NVIDIA H100 80GB HBM3")
+    assert f"{published / 1e12:.0f}\nTFLOP/s, an MFU of {100 * mfu:.0f} %" in page
 
 
 def test_a_bench_goes_on_only_with_results_of_its_own_settings(tmp_path):
