@@ -143,19 +143,25 @@ def main() -> int:
     args = parser.parse_args()
     device, shapes = machine.device.type, SHAPES[args.shapes]
     found: list[dict[str, Any]] = []
+
+    def measure(entry: dict[str, Any], run: Callable[[], Any]) -> None:
+        try:
+            entry["microseconds"] = microseconds(run, args.repeats)
+            said = f"{entry['microseconds']:10,.1f} us"
+        except RuntimeError as error:  # of one form; the others are still worth their times
+            entry["failed"] = said = str(error)
+        found.append(entry)
+        print(f"{entry['tokens']:6,}  {entry['what']:24} {entry['form']:22} {said}", flush=True)
+
     for tokens in args.tokens:
         for shape, (inputs, outputs) in shapes.items():
             for form, run in lora_forms(tokens, inputs, outputs, machine.dtype, device).items():
-                found.append({"tokens": tokens, "what": f"LoRA linear, {shape}", "form": form})
-                found[-1]["microseconds"] = microseconds(run, args.repeats)
+                measure({"tokens": tokens, "what": f"LoRA linear, {shape}", "form": form}, run)
         for name, form, run in operator_forms(tokens, args.shapes == "small", machine.dtype, device):
-            found.append({"tokens": tokens, "what": name, "form": form})
-            found[-1]["microseconds"] = microseconds(run, args.repeats)
-    for entry in found:
-        print(f"{entry['tokens']:6,}  {entry['what']:24} {entry['form']:22} {entry['microseconds']:10,.1f} us")
+            measure({"tokens": tokens, "what": name, "form": form}, run)
     report = {"date": date.today().isoformat(), "machine": str(machine), "torch": torch.__version__, "times": found}
     result_path("kernels", args.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return 1 if any("failed" in entry for entry in found) else 0
 
 
 if __name__ == "__main__":

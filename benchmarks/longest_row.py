@@ -136,7 +136,7 @@ def table(report: Result) -> str:
     for stack, tries in report["tries"].items():
         best = longest(tries)
         if best is None:
-            lines.append(f"| {stack} | none | – | – | – | – | {stopped_by(tries)} |")
+            lines.append(f"| {stack} | {'none' if tries else 'not tried'} | – | – | – | – | {stopped_by(tries)} |")
             continue
         tokens, rate = best["job"]["tokens"], tokens_per_s(best)
         flops = rate * report["flops_per_token"][str(tokens)]

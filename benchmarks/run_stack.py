@@ -76,6 +76,8 @@ def run_stack(stack: str, job: Job, peers: str | None, seconds: float = LIMIT_SE
     if peers and stack.startswith("unsloth"):
         environment["PYTHONPATH"] = os.pathsep.join([peers, str(REPOSITORY)])
     with tempfile.TemporaryDirectory() as folder:
+        # What unsloth compiles lies here, and not in the working folder, where the next setting of it would find it.
+        environment["UNSLOTH_COMPILE_LOCATION"] = str(Path(folder) / "unsloth")
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(asdict(replace(job, started_at=time.time()))))
         command = [sys.executable, "-m", "benchmarks.stacks", stack, "--job", str(path)]
