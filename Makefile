@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 
 MODEL ?= tiny
+SET ?=
 DATA ?=
 OUT ?=
 CARD_GIB ?=
@@ -28,10 +29,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune data plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _recipe _merged
+.PHONY: help finetune data plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
 
-help: ## this list
-	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [ARGS=\"--max-steps 50\"]"; echo
+help: _typed ## this list
+	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [SET=\"train.seed=2 lora.rank=64\"] [ARGS=\"--max-steps 50\"]"; echo
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1\t\2/p' Makefile | expand -t 14
 	@echo; echo "recipes (MODEL=): $$(ls recipes/*.py | sed -E 's:.*/(.*)\.py:\1:; /^_/d; s:_:-:g' | paste -sd' ')"
 
@@ -45,7 +46,7 @@ quoted = '$(subst $(newline),'$$'\n'',$(subst ','\'',$(value $(1))))'
 flag = $(if $(value $(2)),$(1)=$(call quoted,$(2)))
 
 # Each command is `python -m recipes COMMAND NAME flags`; its flags are in common/commands/COMMAND.py.
-RECIPE = $(call quoted,MODEL)
+RECIPE = $(call quoted,MODEL) $(call flag,--set,SET)
 OUT_FLAG = $(call flag,--out,OUT)
 RUN_FLAGS = $(call flag,--data,DATA) $(OUT_FLAG)
 PROCESS_FLAGS = $(call flag,--gpus,GPUS) $(call flag,--nnodes,NNODES) $(call flag,--rdzv-endpoint,RDZV_ENDPOINT)
@@ -73,7 +74,7 @@ eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss,
 merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
 	@$(PY) -m recipes merge $(RECIPE) $(TARGET_FLAGS) $(ARGS)
 
-export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, f16 or bf16
+export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, q4_k_m, f16 ...
 	@$(PY) -m recipes export $(RECIPE) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
@@ -93,32 +94,39 @@ lm-eval: _merged $(VENV)/.installed-eval ## lm-eval on the merged model: TASKS=g
 	echo "lm-eval loads $$model and runs "$(call quoted,TASKS)"; its own progress follows"; \
 	$(VENV)/bin/lm_eval run --model hf --model_args "pretrained=$$model" --tasks $(call quoted,TASKS) $(ARGS)
 
-test: $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
+test: _typed $(VENV)/.installed-dev ## the tests; ARGS="-m slow" or ARGS="-m gpu" for the others
 	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
-check: $(VENV)/.installed-dev ## ruff and mypy
+check: _typed $(VENV)/.installed-dev ## ruff and mypy
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
 
-bench: $(VENV)/.installed ## our step beside TRL, liger, transformers and unsloth: speed, memory, losses
+bench: _typed $(VENV)/.installed ## our step beside TRL, liger, transformers and unsloth: speed, memory, losses
 	@$(PY) -m benchmarks.bench $(ARGS)
 
-gpu-check: $(VENV)/.installed-dev ## everything that only a GPU can show, in pieces; ARGS=--rehearse without one
+gpu-check: _typed $(VENV)/.installed-dev ## everything that only a GPU can show, in pieces; ARGS=--rehearse without one
 	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
-parity: $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses and time
+parity: _typed $(VENV)/.installed ## our run beside a plain TRL + PEFT script: losses and time
 	@$(PY) -m benchmarks.parity $(ARGS)
 
-memory: $(VENV)/.installed ## on a GPU: predicted against measured memory and time, every policy
+memory: _typed $(VENV)/.installed ## on a GPU: predicted against measured memory and time, every policy
 	@$(PY) -m benchmarks.memory $(ARGS)
 
-demo: $(VENV)/.installed ## BERT-large without and with activation checkpointing: counted, and measured on a GPU
+demo: _typed $(VENV)/.installed ## BERT-large without and with activation checkpointing: counted, and measured on a GPU
 	@$(PY) -m benchmarks.bert_large $(ARGS)
 
-setup: $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
+setup: _typed $(VENV)/.installed ## only the set-up: .venv with the pinned requirements
 
-# Runs before the set-up, which takes minutes: a mistyped MODEL fails at once.
-_recipe:
+# These run before the set-up, which takes minutes: what is mistyped fails at once.
+_python:
 	@if [ -z "$(PYTHON)" ]; then echo "error: Python 3.11 or newer is needed; name one: make PYTHON=/path/to/python3" >&2; exit 2; fi
+
+# The names of the variables that were typed. make itself ignores those that nobody reads.
+TYPED = $(strip $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name))))
+_typed: _python
+	@$(if $(TYPED),$(PYTHON) -m recipes --check-variables "$(or $(MAKECMDGOALS),help)" $(foreach name,$(TYPED),'$(name)'))
+
+_recipe: _typed
 	@$(PYTHON) -m recipes --check $(RECIPE)
 
 $(PY):

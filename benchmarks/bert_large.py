@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import BertConfig, BertModel
 
 from common.machine.device import GIB
+from common.machine.out_of_memory import out_of_memory
 from common.plan.count import count_step
 from common.plan.fake_model import keep_dropout_masks_as_on_gpu
 from common.plan.picture import COLOURS
@@ -76,7 +77,9 @@ def measure(checkpointing: bool, rows: int, steps: int = 3) -> str:
             optimizer.step()
             optimizer.zero_grad()
         torch.cuda.synchronize()
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if out_of_memory(error) is None:
+            raise
         return "out of memory"
     finally:
         model = optimizer = ids = None  # type: ignore[assignment]

@@ -25,6 +25,7 @@ from peft import PeftModel
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path, write_result
 from common.machine.device import GIB, Machine, this_machine
+from common.machine.out_of_memory import out_of_memory
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import use_lean_layers
@@ -135,7 +136,9 @@ def measure_recipe(
         for policy in policies(forecast.layers):
             try:
                 results.append(measure(model, forecast, tokens, policy, machine))
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if out_of_memory(error) is None:
+                    raise
                 predicted = forecast.step(tokens, policy).peak() + WORKSPACE_BYTES
                 results.append({"model": recipe.model.name, "tokens": tokens, "policy": str(policy)})
                 results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}

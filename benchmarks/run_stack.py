@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.stacks import Job
 from common import REPOSITORY
+from common.machine.out_of_memory import out_of_memory
 
 CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"  # a folder for each model
 LIMIT_SECONDS = 540  # that one process may take
@@ -101,8 +102,8 @@ def run_stack(stack: str, job: Job, peers: str | None, seconds: float = LIMIT_SE
     return result
 
 
-# Of the allocators of CUDA, of pinned host memory, of a CPU and of Python, and of cuBLAS where it makes a handle.
-OUT_OF_MEMORY = r"OutOfMemoryError|out of (GPU )?memory|an't allocate memory|MemoryError|bad_alloc|STATUS_ALLOC_FAILED"
+# Beside the texts that common.machine.out_of_memory knows: names of exceptions, the C++ runtime's, and our own line.
+OUT_OF_MEMORY = r"OutOfMemoryError|MemoryError|bad_alloc|out of (GPU|host|the host's) memory"
 
 
 def describe_failure(stderr: str, status: int = 1) -> str:
@@ -111,7 +112,9 @@ def describe_failure(stderr: str, status: int = 1) -> str:
     if status == -signal.SIGKILL:
         return "killed by the system: out of host memory, most likely"
     last = (lines or stderr.splitlines() or ["no message"])[-1]
-    return "out of memory" if re.search(OUT_OF_MEMORY, last) else last[:200]
+    if out_of_memory(RuntimeError(last)) or re.search(OUT_OF_MEMORY, last):
+        return "out of memory"
+    return last[:200]
 
 
 def tokens_per_s(result: Result) -> float:

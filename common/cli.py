@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.commands import COMMANDS
+from common.commands.make_variables import MAKE_NEW
+from common.commands.set_fields import PARTS, refuse_typed_twice, set_fields
 from common.exit_status import exit_status
 from common.machine.paths import output_path
+from common.machine.processes import is_main_process
 from common.process_state import quiet_libraries
 from common.recipe import Recipe
-from common.run.folder import hold_for_reading
+from common.run.folder import hold_for_reading, put_old_run_back
 
 Story = Callable[[Recipe], object]
 INSTEAD_OF_A_RUN = {"--plan": "plan", "--dry-run": "dryrun"}  # flags of finetune that stand for other commands
@@ -41,6 +44,7 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     )
     parser.set_defaults(recipe_name=name, story=story)
     parser.add_argument("--out", help=f"folder of the run (default: outputs/{name})")
+    parser.add_argument("--set", default="", metavar="FIELDS", help="values of the recipe: 'train.seed=2 lora.rank=64'")
     if add_flags := COMMANDS[command].add_flags:
         add_flags(parser)
     flags = parser.parse_args(arguments)
@@ -48,7 +52,11 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
 
     def act() -> int | None:
+        if is_main_process():
+            put_old_run_back(recipe.out)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
-            return COMMANDS[command].run(recipe, flags)
+            refuse_typed_twice(flags)
+            parts = ("", *PARTS) if command in MAKE_NEW else ("model",)
+            return COMMANDS[command].run(set_fields(recipe, flags.set, parts), flags)
 
     return exit_status(act, recipe.out)

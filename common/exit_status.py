@@ -6,27 +6,29 @@ import time
 from collections.abc import Callable
 
 from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS
+from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process, rank
 from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
+_WHO_USES = {
+    "GPU": "nvidia-smi shows what else uses the card: end that, or take a card with more",
+    "host": "free -h shows what is left of it: close other programs, or take a machine with more",
+}
 MAIN_SPEAKS_SECONDS = 10  # head start of the first process, which mostly has the same error to print
 
 
 def exit_status(action: Callable[[], int | None], folder: str) -> int:
     """Runs `action` and returns the exit status: the one that `action` returns, 0 for None.
 
-    A UserError, and a file that cannot be written, become one line on stderr and status 2; Ctrl-C becomes status 130.
-    Any other exception passes. folder: where the action writes, named when the error names no file.
+    A UserError, a file that cannot be written, and memory that does not suffice become one line on stderr and status
+    2; Ctrl-C becomes status 130. Any other exception passes. folder: where the action writes, named when the error
+    names no file.
     """
     try:
         return action() or 0
     except UserError as error:
-        if not is_main_process():  # the launcher ends this process as soon as the first one has printed and ended
-            time.sleep(MAIN_SPEAKS_SECONDS)
-        process = "" if is_main_process() else f"process {rank()}: "
-        print(f"\n{process}error: {error}", file=sys.stderr)
-        return ERROR_STATUS
+        return _end_with(str(error))
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         return 130
@@ -36,9 +38,20 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
             failed = "opened" if isinstance(error, PermissionError) else "written"
             print(f"\nerror: {place} cannot be {failed}: {reason}", file=sys.stderr)
             return ERROR_STATUS
+        if memory := out_of_memory(error):
+            said = " ".join(str(error).split())
+            return _end_with(f"out of {memory} memory. {_WHO_USES[memory]}. {said}".rstrip())
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and _lost_another_process(error):
             return PEER_LOST_STATUS
         raise
+
+
+def _end_with(message: str) -> int:
+    if not is_main_process():  # the launcher ends this process as soon as the first one has printed and ended
+        time.sleep(MAIN_SPEAKS_SECONDS)
+    process = "" if is_main_process() else f"process {rank()}: "
+    print(f"\n{process}error: {message}", file=sys.stderr)
+    return ERROR_STATUS
 
 
 def _lost_another_process(error: RuntimeError) -> bool:

@@ -17,8 +17,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
@@ -102,8 +103,14 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    # The pad token is the recipe's (load_tokenizer chooses it), and what ends an answer is asked for by name.
+    logging.getLogger("transformers.trainer_utils").addFilter(_is_not_about_special_tokens)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _is_not_about_special_tokens(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("The tokenizer has new PAD/BOS/EOS tokens")
 
 
 def allow_large_csv_cells(limit: int) -> None:
@@ -184,6 +191,28 @@ def accept_any_bytes() -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")
+
+
+@contextlib.contextmanager
+def captured_stderr() -> Iterator[Callable[[], str]]:
+    """Keeps what is written to standard error inside, also by child processes, from the user; gives it as text.
+
+    Called by kernels/triton_check.py, for what a compiler says.
+    """
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+
+        def text() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        own = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield text
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
 
 
 def make_deterministic() -> None:

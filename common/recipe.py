@@ -1,12 +1,15 @@
 """The values of a recipe: frozen, and checked when they are created. Standard library only.
 
-A mistyped field name raises TypeError when the recipe is imported. A value out of range raises UserError, which names
-the field.
+A mistyped field name, a value of another type and a value out of range raise UserError when the recipe is imported. The
+message begins with the spec's name and the field.
 """
 
-from dataclasses import KW_ONLY, dataclass, field
+import os
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from datetime import date
-from typing import Literal, get_args
+from typing import Any, Literal, Self, get_args
+
+from common.recipe_fields import unknown_field, wrong_type
 
 # What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; and what goes with them.
 COLUMN_KEYS = ("user", "assistant", "messages", "text", "system", "tools", "reasoning")
@@ -51,6 +54,48 @@ def require_one_of(value: str, literal: object, name: str) -> None:
     require(value in choices, f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}")
 
 
+class FieldNameError(UserError, TypeError):
+    """A spec has no such field, or one is missing."""
+
+
+class _Spec:
+    """Says in words, for all specs, what Python says of their arguments; and that a value has another type."""
+
+    def __new__(cls, *args: Any, **values: Any) -> Self:
+        known = [entry for entry in fields(cls) if entry.init]  # type: ignore[arg-type]
+        for name in values:
+            if name not in {entry.name for entry in known}:
+                raise FieldNameError(unknown_field(cls.__name__, name, _fields_of_specs()))
+        by_place = [entry for entry in known if not entry.kw_only]
+        if args or values:  # copy and pickle give none
+            given = {*(entry.name for entry in by_place[: len(args)]), *values}
+            missing = [entry.name for entry in by_place if entry.default is MISSING and entry.name not in given]
+            if missing:
+                raise FieldNameError(f"{cls.__name__} needs {' and '.join(missing)}")
+            if len(args) > len(by_place):
+                raise FieldNameError(
+                    f"{cls.__name__} takes {len(by_place)} values without a name; write the others with theirs: "
+                    f"{known[len(by_place)].name}=..."
+                )
+        return super().__new__(cls)
+
+    def check_types(self) -> None:
+        """Raises UserError for a value of another type than its field. A list becomes a tuple, a path a text."""
+        for entry in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, entry.name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, entry.name, os.fspath(value))
+            if isinstance(value, list) and entry.type == tuple[str, ...]:
+                object.__setattr__(self, entry.name, tuple(value))
+            message = wrong_type(getattr(self, entry.name), entry.type, f"{type(self).__name__}.{entry.name}")
+            require(message is None, message or "")
+
+
+def _fields_of_specs() -> dict[str, list[str]]:
+    specs = (ModelSpec, DataSpec, LoraSpec, TrainSpec, Recipe)
+    return {spec.__name__: [entry.name for entry in fields(spec)] for spec in specs}
+
+
 def _is_date(text: str) -> bool:
     try:
         return date.fromisoformat(text).isoformat() == text
@@ -59,7 +104,7 @@ def _is_date(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ModelSpec:
+class ModelSpec(_Spec):
     """The base model."""
 
     name: str  # id on the Hugging Face hub, or the path of a local folder with safetensors files
@@ -74,6 +119,7 @@ class ModelSpec:
     template_date: str | None = None
 
     def __post_init__(self) -> None:
+        self.check_types()
         require(bool(self.name.strip()), "ModelSpec.name is empty; give a hub id or the path of a folder")
         require(self.bits in (4, 16), f"ModelSpec.bits is {self.bits}; choose 4 or 16")
         require_one_of(self.weights, Weights, "ModelSpec.weights")
@@ -89,7 +135,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class DataSpec:
+class DataSpec(_Spec):
     """The training data and the held-out data.
 
     The format of the rows is recognised by their keys, and what could be read in two ways is refused: docs/data.md
@@ -132,6 +178,7 @@ class DataSpec:
         return ", ".join(source for source, _ in self.mixture)
 
     def __post_init__(self) -> None:
+        self.check_types()
         pairs = tuple(tuple(pair) if isinstance(pair, (tuple, list)) else (pair,) for pair in self.sources)
         object.__setattr__(self, "sources", pairs)  # run.json holds lists
         require(
@@ -189,7 +236,7 @@ def _check_columns(columns: dict[str, str]) -> None:
 
 
 @dataclass(frozen=True)
-class LoraSpec:
+class LoraSpec(_Spec):
     """The adapter: it adds scale * B A to a frozen weight, with scale = alpha / rank (arXiv:2106.09685)."""
 
     rank: int  # columns of B and rows of A
@@ -201,6 +248,7 @@ class LoraSpec:
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
 
     def __post_init__(self) -> None:
+        self.check_types()
         require(self.rank > 0, f"LoraSpec.rank is {self.rank}; it must be at least 1")
         require(self.alpha > 0, f"LoraSpec.alpha is {self.alpha}; it must be above 0")
         require(0 <= self.dropout < 1, f"LoraSpec.dropout is {self.dropout}; it is a share, 0 to below 1")
@@ -208,7 +256,7 @@ class LoraSpec:
 
 
 @dataclass(frozen=True)
-class TrainSpec:
+class TrainSpec(_Spec):
     """How to train."""
 
     seq_len: int  # tokens in a packed row
@@ -252,8 +300,9 @@ class TrainSpec:
         return AUTO_ROWS_PER_STEP[0] if self.rows_per_step == "auto" else self.rows_per_step
 
     def __post_init__(self) -> None:
+        self.check_types()
         require(
-            self.rows_per_step == "auto" or type(self.rows_per_step) is int,
+            self.rows_per_step == "auto" or not isinstance(self.rows_per_step, str),
             f'TrainSpec.rows_per_step is {self.rows_per_step!r}; give a whole number, or "auto"',
         )
         for name in (
@@ -297,7 +346,7 @@ def rows_per_process(train: TrainSpec, processes: int) -> int:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(_Spec):
     """One value with everything that a user may want to edit."""
 
     model: ModelSpec
@@ -311,5 +360,6 @@ class Recipe:
     existing_run: ExistingRun = field(default="refuse", kw_only=True)  # what to do when `out` already holds a run
 
     def __post_init__(self) -> None:
+        self.check_types()
         require(self.card_gib is None or self.card_gib > 0, f"Recipe.card_gib is {self.card_gib}; it must be above 0")
         require_one_of(self.existing_run, ExistingRun, "Recipe.existing_run")

@@ -3,13 +3,16 @@
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
     python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
     python -m recipes --check NAME            # only says whether there is such a recipe
+    python -m recipes --check-variables "TARGET" NAME ...    # only says whether make TARGET takes these variables
     torchrun --nproc-per-node 2 -m recipes NAME [flags]
 
 A file beside this one is a recipe; nothing is registered.
 """
 
+import ast
 import importlib
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +26,7 @@ if IS_DATA := sys.argv[1:2] == ["data"]:  # so does a look at the data
 
 from common.cli import run, run_command
 from common.commands import COMMANDS
+from common.commands.make_variables import explain_variables
 from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
@@ -33,6 +37,10 @@ MAKES_FILES = not (
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--check-variables"]:  # as --check
+        lines = list(explain_variables(arguments[1].split(), arguments[2:]))
+        print("".join(f"error: {line}\n" for line in lines), end="", file=sys.stderr)
+        return ERROR_STATUS if lines else 0
     command = arguments[0] if arguments and arguments[0] in (*COMMANDS, "--check") else None
     if command:
         arguments = arguments[1:]
@@ -69,8 +77,19 @@ def describe_mistake(error: Exception, path: Path) -> str:
     else:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line, message = frames[-1].lineno if frames else None, str(error)
+        line = line and _line_of_field(path, message, line)
     place = path.relative_to(FOLDER.parent)
     return f"{place}:{line}: {message}" if line else f"{place}: {message}"
+
+
+def _line_of_field(path: Path, message: str, line: int) -> int:
+    """The line of the field that the message of a spec begins with, in the call that `line` belongs to; else `line`."""
+    begins = re.match(r"(\w+)(?:\.| has no )(\w+)", message)
+    for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if begins else ():
+        if isinstance(call, ast.Call) and call.lineno <= line <= (call.end_lineno or 0):
+            if begins and ast.unparse(call.func).rpartition(".")[2] == begins[1]:
+                return next((keyword.lineno for keyword in call.keywords if keyword.arg == begins[2]), line)
+    return line
 
 
 if __name__ == "__main__":

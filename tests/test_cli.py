@@ -169,8 +169,11 @@ def test_a_dry_run_of_llama3_8b_takes_three_minutes_and_12_gib_at_most(project):
 @pytest.mark.parametrize(
     ("old", "new", "at", "message"),
     [
-        ("rank=16", "rnk=16", "lora=LoraSpec(", "LoraSpec.__init__() got an unexpected keyword argument 'rnk'"),
-        ("rank=16", "rank=0", "lora=LoraSpec(", "LoraSpec.rank is 0; it must be at least 1"),
+        ("rank=16", "rnk=16", "rnk=16", "LoraSpec has no rnk; do you mean rank?"),
+        ("epochs=1", "num_train_epochs=1", "num_train_epochs=1", "TrainSpec has no num_train_epochs; it is epochs"),
+        ("seq_len=2048", 'seq_len="2048"', "seq_len=", "TrainSpec.seq_len is '2048', a text; give a whole number"),
+        ("card_gib=24.0", "card_gib=0", "card_gib=0", "Recipe.card_gib is 0; it must be above 0"),
+        ("rank=16", "rank=0", "rank=0", "LoraSpec.rank is 0; it must be at least 1"),
         ("rank=16,", "rank=16,,", "rank=16,,", "invalid syntax"),
         ("RECIPE = ", "RECIPES = ", "def main", "name 'RECIPE' is not defined"),
     ],

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaConfig
+from transformers.trainer_utils import align_special_tokens
 
 from common.cpu_quota import available_cpus
+from common.process_state import quiet_libraries
 from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
@@ -158,3 +162,12 @@ def test_a_plan_ends_quietly_when_its_reader_leaves():
         [sys.executable, "-m", "recipes", "plan", "tiny"], stdout=without_reader(), stderr=subprocess.PIPE, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_pad_token_of_ours_is_no_warning_of_the_trainer(tokenizer, caplog):
+    config = LlamaConfig(pad_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
+    model = SimpleNamespace(config=config, generation_config=None)
+    quiet_libraries()
+    align_special_tokens(model, tokenizer)
+    assert config.pad_token_id == tokenizer.pad_token_id  # it had something to say
+    assert not caplog.records

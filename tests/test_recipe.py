@@ -1,17 +1,99 @@
+import copy
 import importlib
-from dataclasses import replace
+import pickle
+import re
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
+import common.recipe
 from common.model.config import load_config
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe_fields import BROUGHT
 
 NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny"]
 
 
-def test_a_mistyped_field_is_refused():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'alfa'"):
-        LoraSpec(rank=16, alfa=32)
+def train_spec(**values) -> TrainSpec:
+    return TrainSpec(**{"seq_len": 256, "rows_per_step": 4, "learning_rate": 1e-4} | values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraSpec(rank=16, alfa=32), "LoraSpec has no alfa; do you mean alpha?"),
+        (lambda: LoraSpec(r=16, alpha=32), "LoraSpec has no r; it is rank"),
+        (lambda: LoraSpec(rank=16, lora_alpha=32), "LoraSpec has no lora_alpha; it is alpha"),
+        (lambda: LoraSpec(rank=16), "LoraSpec needs alpha"),
+        (lambda: LoraSpec(16, 32, 0.1), "LoraSpec takes 2 values without a name; write the others with theirs"),
+        (lambda: train_spec(lr=1e-4), "TrainSpec has no lr; it is learning_rate"),
+        (
+            lambda: train_spec(per_device_train_batch_size=2),
+            "TrainSpec has no per_device_train_batch_size; it is rows_",
+        ),
+        (lambda: train_spec(bf16=True), "TrainSpec has no bf16; leave it out, because the GPU decides"),
+        (lambda: train_spec(rank=16), "TrainSpec has no rank; it is a field of LoraSpec"),
+        (lambda: train_spec(x9=4), "TrainSpec has no x9; it has seq_len, rows_per_step, learning_rate, "),
+        (lambda: DataSpec("d", lr=1e-4), "DataSpec has no lr; it is learning_rate of TrainSpec"),
+        (lambda: Recipe(out="x"), "Recipe needs model and data and lora and train"),
+    ],
+)
+def test_a_name_that_a_spec_does_not_have_is_answered_with_the_one_it_has(make, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
+        make()
+
+
+@pytest.mark.parametrize("spec", BROUGHT)
+def test_names_of_other_libraries_are_none_of_ours_and_what_is_named_instead_is_there(spec):
+    ours = {entry.name for entry in fields(getattr(common.recipe, spec))}
+    names = [name for names in BROUGHT[spec].values() for name in names]
+    assert len(names) == len(set(names))
+    assert not ours & set(names)
+    for answer in BROUGHT[spec]:
+        assert re.match(r"\w+", answer)[0] in ours | {"nothing", "TrainSpec", "Recipe"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoraSpec(rank="16", alpha=32), "LoraSpec.rank is '16', a text; give a whole number"),
+        (
+            lambda: LoraSpec(16, 32, target_modules="all-linear"),
+            "'all-linear', a text; give a tuple of texts: ('q_proj'",
+        ),
+        (lambda: LoraSpec(16, 32, target_modules=["q_proj", 1]), "LoraSpec.target_modules is ('q_proj', 1); give"),
+        (lambda: train_spec(seed=None), "TrainSpec.seed is None; give a whole number"),
+        (lambda: train_spec(seq_len=256.0), "seq_len is 256.0, which has a decimal point; give a whole number"),
+        (lambda: train_spec(max_steps=2.5), "which has a decimal point; give a whole number or None"),
+        (lambda: train_spec(epochs=True), "TrainSpec.epochs is True; give a number"),
+        (lambda: train_spec(learning_rate="2e-4"), "TrainSpec.learning_rate is '2e-4', a text; give a number"),
+        (lambda: train_spec(deterministic="no"), "TrainSpec.deterministic is 'no', a text; give True or False"),
+        (lambda: train_spec(keep=3), "TrainSpec.keep is 3; give 'last' or 'best'"),
+        (lambda: train_spec(rows_per_step=None), "give a whole number or 'auto'"),
+        (lambda: ModelSpec(["a"]), "ModelSpec.name is ['a']; give a text"),
+        (lambda: DataSpec(["a.jsonl", "b.jsonl"]), "give a text; several files stand in one text: 'a.jsonl b.jsonl'"),
+        (lambda: DataSpec("d", eval_rows=0.1), "give a whole number, of examples to hold out"),
+        (
+            lambda: Recipe("m", DataSpec("d"), LoraSpec(1, 2), train_spec()),
+            "Recipe.model is 'm', a text; give a ModelSpec",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(make, message):
+    with pytest.raises(UserError) as error:
+        make()
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_list_of_modules_a_path_and_a_whole_number_for_any_are_taken():
+    assert LoraSpec(16, 32, target_modules=["q_proj"]) == LoraSpec(16, 32.0, target_modules=("q_proj",))
+    assert ModelSpec(Path("models") / "mine") == ModelSpec("models/mine")
+
+
+def test_a_spec_is_copied_pickled_and_replaced():
+    spec = train_spec(max_steps=3)
+    assert spec == copy.deepcopy(spec) == pickle.loads(pickle.dumps(spec)) == replace(spec, max_steps=3)
 
 
 @pytest.mark.parametrize(

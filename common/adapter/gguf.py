@@ -3,16 +3,15 @@
 Keys and layout: github.com/ggml-org/ggml/blob/master/docs/gguf.md. The gguf package has the names of the tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGUFWriter, RopeScalingType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +19,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedToken
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.find import TrainedAdapter
+from common.adapter.gguf_kinds import FILE_TYPES, Quant, gguf_kind
 from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
+from common.adapter.k_quants import K_QUANTS, quantize_k
 from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.adapter.sampling import add_sampling, untranslated
@@ -28,16 +29,10 @@ from common.adapter.tokenizer_files import trained_generation_config
 from common.adapter.tokenizer_json import TAKE_MERGE
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
+from common.model.safetensors_files import Entry
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
 
-Quant = Literal["f16", "bf16", "q8_0"]
-QUANT_KINDS = {
-    "f16": (Kind.F16, LlamaFileType.MOSTLY_F16),
-    "bf16": (Kind.BF16, LlamaFileType.MOSTLY_BF16),
-    "q8_0": (Kind.Q8_0, LlamaFileType.MOSTLY_Q8_0),
-}
-BYTES_OF_32_VALUES = {"f16": 64, "bf16": 64, "q8_0": 34}  # q8_0: 32 int8 and their fp16 scale
 CONVERTED_ROWS = 1 << 13  # rows of a tensor that are converted at a time
 
 
@@ -53,10 +48,7 @@ class _TensorQueue:
 
     def add(self, name: str, shape: tuple[int, ...], kind: Kind, source: Callable[[], Tensor]) -> None:
         """Declares a tensor of `kind`; `source` makes it when its turn comes."""
-        if kind == Kind.Q8_0 and shape[-1] % 32:  # Q8_0 has one scale for 32 values of a row
-            kind = Kind.F16
-        stored = quant_shape_to_byte_shape(shape, kind)
-        size = int(np.prod(stored))
+        stored, size = quant_shape_to_byte_shape(shape, kind), stored_bytes(shape, kind)
         self.writer.add_tensor_info(name, stored, np.dtype(np.uint8), size, raw_dtype=kind)
         self.sources.append((kind, source))
 
@@ -67,10 +59,20 @@ class _TensorQueue:
         with report_slow_work("writing GGUF", len(self.sources), "tensors") as work:
             for kind, source in self.sources:
                 tensor = source()
-                parts = [quantize(part.float().cpu().numpy(), kind) for part in tensor.split(CONVERTED_ROWS)]
-                self.writer.write_tensor_data(np.concatenate(parts))
+                self.writer.write_tensor_data(
+                    np.concatenate([_pack(part, kind) for part in tensor.split(CONVERTED_ROWS)])
+                )
                 work.done += 1
         self.writer.close()
+
+
+def stored_bytes(shape: tuple[int, ...], kind: Kind) -> int:
+    """Of a tensor in the file."""
+    return int(np.prod(quant_shape_to_byte_shape(shape, kind)))
+
+
+def _pack(rows: Tensor, kind: Kind) -> np.ndarray:
+    return quantize_k(rows, kind) if kind in K_QUANTS else quantize(rows.float().cpu().numpy(), kind)
 
 
 class GgufModel:
@@ -88,13 +90,13 @@ class GgufModel:
         self.vocabulary = read_vocabulary(tokenizer, config.vocab_size)
         self.notes = [*self.vocabulary.rules.notes, *self._untold()]
         _refuse_other_rope(config)
-        entries = [entry for shard in weights.shards for entry in shard.entries]
-        self.size = sum(entry.size for entry in entries) * BYTES_OF_32_VALUES[quant] // BYTES_OF_32_VALUES["f16"]
+        self.tensors = list(self._find_tensors())
+        self.size = sum(stored_bytes(entry.shape, kind) for _, entry, kind in self.tensors)
 
     def write(self, path: Path) -> None:
-        config, weights = self.weights.config, self.weights
+        config = self.weights.config
         arch = ARCHITECTURES[config.model_type].gguf_name
-        kind, file_type = QUANT_KINDS[self.quant]
+        _, file_type = FILE_TYPES[self.quant]
         writer = GGUFWriter(path, arch)
         writer.add_type(gguf.GGUFType.MODEL)
         writer.add_name(self.name)
@@ -107,14 +109,18 @@ class GgufModel:
         if config.rope_parameters["rope_type"] == "llama3":
             factors = _llama3_factors(config)
             tensors.add("rope_freqs.weight", tuple(factors.shape), Kind.F32, lambda: factors)
-        names = gguf_names(config)
-        for entry in (entry for shard in weights.shards for entry in shard.entries):
-            name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
-            if name is None:  # older checkpoints hold rotary frequencies, which llama.cpp computes
-                continue
-            kind_here = kind if len(entry.shape) > 1 else Kind.F32
-            tensors.add(name, entry.shape, kind_here, partial(self._tensor, entry.name))
+        for name, entry, kind in self.tensors:
+            tensors.add(name, entry.shape, kind, partial(self._tensor, entry.name))
         tensors.write()
+
+    def _find_tensors(self) -> Iterator[tuple[str, Entry, Kind]]:
+        """Yields GGUF's name of each tensor, where it comes from, and its format."""
+        config = self.weights.config
+        names, layers, tied = gguf_names(config), config.num_hidden_layers, config.tie_word_embeddings
+        for entry in (entry for shard in self.weights.shards for entry in shard.entries):
+            name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
+            if name is not None:  # older checkpoints hold rotary frequencies, which llama.cpp computes
+                yield name, entry, gguf_kind(name, entry.shape, self.quant, layers, tied=tied)
 
     def _untold(self) -> list[str]:
         """What the file does not say of the generation config."""

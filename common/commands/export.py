@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; the commands import it when 
     from common.adapter.find import TrainedAdapter
 
 EXPORT_FORMATS = ("gguf", "lora", "ollama")
-QUANTS = ("f16", "bf16", "q8_0")
+QUANTS = ("f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 MAX_OLLAMA_CONTEXT = 8192  # tokens that an ollama model makes room for, where it has as many positions
 
 

@@ -33,7 +33,8 @@ def run_finetune(recipe: Recipe, flags: argparse.Namespace) -> int | None:
 
 
 def _resume_command(flags: argparse.Namespace) -> str:
-    variables = {"MODEL": flags.recipe_name, "GPUS": os.environ.get("WORLD_SIZE"), "DATA": flags.data, "OUT": flags.out}
+    typed = {"DATA": flags.data, "OUT": flags.out, "SET": flags.set}
+    variables = {"MODEL": flags.recipe_name, "GPUS": os.environ.get("WORLD_SIZE")} | typed
     steps = ["--max-steps", str(flags.max_steps)] if flags.max_steps is not None else []
     return make_command("finetune", variables, [*steps, "--resume"])
 

@@ -1,5 +1,6 @@
 """The GPU or CPU of this machine: the dtype to compute in, its memory, and why a GPU cannot be used."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -31,6 +32,13 @@ class Machine:
     def free_bytes(self) -> int:
         """Free memory of the GPU in bytes; 0 on a CPU, whose memory is not planned."""
         return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 0
+
+    def reset_peak(self) -> None:
+        """On a GPU peak_bytes and allocated_bytes are those from here on; a CPU's stay those of the process."""
+        if self.is_gpu:
+            gc.collect()
+            torch.cuda.empty_cache()  # what lies unused in the allocator is reserved as well
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_bytes(self) -> int:
         """Peak memory so far in bytes: reserved by the allocator on a GPU, resident in RAM on a CPU."""

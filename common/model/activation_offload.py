@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from common.machine.out_of_memory import allocating_on_host
+
 
 @custom_op("common::to_host", mutates_args=())
 def to_host(tensor: Tensor) -> Tensor:
     """A copy in host memory, pinned where there is a GPU. Still under way on the copy stream when this returns."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    with allocating_on_host():
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return _copy(tensor, host)
 
 

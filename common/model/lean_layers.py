@@ -13,10 +13,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from common.kernels import HAS_TRITON
+from common.kernels import say_references_run
 from common.kernels.lora_linear import LoraLinear, lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from common.kernels.rms_norm import rms_norm
 from common.kernels.rope import rope
+from common.kernels.triton_check import why_no_triton
 from common.model.architectures import ARCHITECTURES
 from common.recipe import Kernels
 
@@ -112,7 +113,8 @@ LEAN_CLASS_OF = _define_lean_classes()
 def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
     """Makes the model's decoder layers lean for kernels="lean"; leaves them as they are for "stock".
 
-    Leaves them stock, and prints why, for other architectures, and with LoRA dropout or DoRA.
+    Leaves them stock, and prints why, for other architectures, and with LoRA dropout or DoRA. Where Triton cannot
+    launch kernels on the model's GPU, they are lean all the same, and it says that references run.
     """
     if kernels == "stock":
         return
@@ -120,8 +122,8 @@ def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
         print(f"layers: stock, slower and with more memory, because {reason}")
         return
     swap_in_lean_classes(model)
-    if model.device.type == "cuda" and not HAS_TRITON:
-        print("layers: lean, but in plain PyTorch operators, slower: Triton is not installed (pip install triton)")
+    if model.device.type == "cuda" and (reason := why_no_triton()):
+        say_references_run(reason)
 
 
 def swap_in_lean_classes(model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from common import REPOSITORY
 from common.machine.device import Machine, this_machine
 from common.machine.disk import format_bytes
 from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.out_of_memory import out_of_memory
 from common.machine.paths import local_path
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
@@ -189,9 +190,10 @@ def load_whole_model(
             model, info = AutoModelForCausalLM.from_pretrained(
                 weights, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
             )
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"{spec.name} does not fit the memory that is free on {machine.name}") from error
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            if memory := out_of_memory(error):
+                where = machine.name if memory == "GPU" else "the host"
+                raise UserError(f"{spec.name} does not fit the memory that is free on {where}") from error
             raise UserError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]

@@ -9,6 +9,7 @@ with their layers, and so are their gradients and the optimizer's states.
 
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
 from common.machine.layout import Layout
+from common.machine.out_of_memory import allocating_on_host
 from common.machine.slow_work import report_slow_work
 from common.model.activation_checkpointing import decoder_layers
 from common.model.hollow_model import fill_layer, take_layer_weights
@@ -84,7 +86,8 @@ def shard_layers(model: PeftModel, layout: Layout) -> None:
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, *, on_host: bool = False) -> None:
     """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in pinned host memory."""
     host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
-    fully_shard(layer, mesh=mesh, offload_policy=host if on_host else OffloadPolicy())
+    with allocating_on_host() if on_host else nullcontext():
+        fully_shard(layer, mesh=mesh, offload_policy=host if on_host else OffloadPolicy())
 
 
 def shard_root(model: PeftModel, mesh: DeviceMesh) -> None:

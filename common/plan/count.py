@@ -29,11 +29,13 @@ def count_step(
     *,
     accumulates: bool,
     max_grad_norm: float | None = None,
+    references: bool = False,
 ) -> Step:
     """Counts the last micro-batch of an optimizer step and the optimizer's update. The optimizer states exist already.
 
-    loss: runs the forward pass. accumulates: gradients of earlier micro-batches exist when it begins. Call it under the
-    FakeTensorMode that the model was made in.
+    loss: runs the forward pass. accumulates: gradients of earlier micro-batches exist when it begins. references: the
+    operators of common.kernels run as their references, not as kernels. Call it under the FakeTensorMode that the model
+    was made in.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _allocate_optimizer_states(trained, optimizer)
@@ -42,7 +44,7 @@ def count_step(
             parameter.grad = torch.empty_like(parameter)
     resident = find_resident_memory(model, optimizer)
     sharded = any(resident.sharded_per_layer.values())
-    ledger = Ledger(resident.tensors)
+    ledger = Ledger(resident.tensors, references=references)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.set_kind(p.grad, GRADIENTS)) for p in trained]
     resize = patch.object(torch.UntypedStorage, "resize_", lambda storage, size: ledger.resize(storage, size))
     with ledger, resize, _segments_of_layers(model, ledger):

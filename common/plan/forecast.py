@@ -34,6 +34,7 @@ class Setting:
 
     dtype: torch.dtype = torch.bfloat16  # of the compute
     attention: str = PACKED_ATTENTION  # its name in transformers
+    triton: bool = True  # the operators of common.kernels run as kernels; False: as references, which allocate more
 
 
 class Forecast:
@@ -130,7 +131,14 @@ class Forecast:
                     value: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
                 return value
 
-            return count_step(model, loss, optimizer, accumulates=accumulates, max_grad_norm=train.max_grad_norm)
+            return count_step(
+                model,
+                loss,
+                optimizer,
+                accumulates=accumulates,
+                max_grad_norm=train.max_grad_norm,
+                references=not self.setting.triton,
+            )
 
 
 _stock_is_autocast_enabled = torch.is_autocast_enabled

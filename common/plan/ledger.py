@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from common.kernels import REFERENCES
 from common.machine.collectives import local_tensor
 from common.plan.operators import (
     DECOMPOSITIONS,
@@ -32,9 +33,13 @@ class Ledger(TorchDispatchMode):
     A storage is known by the address of its C++ object (`_cdata`); a weakref finalizer tells when it is released.
     """
 
-    def __init__(self, resident: Iterable[Tensor]) -> None:
-        """resident: tensors that are there before the step; they are not counted again."""
+    def __init__(self, resident: Iterable[Tensor], *, references: bool = False) -> None:
+        """resident: tensors that are there before the step; they are not counted again.
+
+        references: the operators of common.kernels run as their references, whose steps are counted one by one.
+        """
         super().__init__()
+        self.decompositions = DECOMPOSITIONS | REFERENCES if references else DECOMPOSITIONS
         self.allocated: dict[int, int] = {}  # storage -> its index in `allocations`
         self.allocations: list[tuple[int, int]] = []  # index of the segment, bytes
         self.events: list[tuple[int, int, int]] = []  # index of the segment, index of the allocation, +1 or -1
@@ -76,9 +81,9 @@ class Ledger(TorchDispatchMode):
         if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].device  # half of all calls; the tensor answers without another dispatch
         kwargs = kwargs or {}
-        if operator in DECOMPOSITIONS:
+        if operator in self.decompositions:
             with self:
-                return DECOMPOSITIONS[operator](*args, **kwargs)
+                return self.decompositions[operator](*args, **kwargs)
         outputs = operator(*args, **kwargs)
         if operator.namespace == "prim":  # it asks something about a tensor
             return outputs

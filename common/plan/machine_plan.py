@@ -1,5 +1,9 @@
 """The plan of a run: for the GPUs of the machine that it runs on, or for its CPU."""
 
+from dataclasses import replace
+
+from common.kernels import say_references_run
+from common.kernels.triton_check import why_no_triton
 from common.machine.collectives import all_gather, broadcast_from_main
 from common.machine.device import Machine, require_gpu, this_machine, unusable_gpu
 from common.machine.layout import Layout
@@ -19,15 +23,17 @@ MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
 def plan_for_card(recipe: Recipe) -> Plan:
     """Plans for this machine's GPU, or for its CPU where the recipe allows that, and prints the plan.
 
-    For several GPUs it plans for the smallest. It downloads nothing but the config of a model that does not ship its
-    config here. Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
+    For several GPUs it plans for the smallest, and for references where a machine's Triton cannot launch kernels, with
+    a line that says why. It downloads nothing but the config of a model that does not ship its config here.
+
+    Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
     """
     machine = this_machine()
     if recipe.card_gib is not None:
         require_gpu(recipe.model.name)
     print(f"machine: {machine}")
     if machine.is_gpu:
-        plan = plan_on(recipe, smallest_of(all_gather((Card.of_machine(machine), machine.dtype))), setting_of(machine))
+        plan = _plan_for_gpus(recipe, machine)
     else:
         if reason := unusable_gpu():
             print(f"warning: training on the CPU: {reason}")
@@ -38,7 +44,20 @@ def plan_for_card(recipe: Recipe) -> Plan:
 
 
 def setting_of(machine: Machine) -> Setting:
-    return Setting(machine.dtype, attention_implementation(machine))
+    """What a step on this machine depends on. Says in a line when a GPU runs references in the place of kernels."""
+    reason = why_no_triton() if machine.is_gpu else None
+    if reason:
+        say_references_run(reason)
+    return Setting(machine.dtype, attention_implementation(machine), triton=machine.is_gpu and reason is None)
+
+
+def _plan_for_gpus(recipe: Recipe, machine: Machine) -> Plan:
+    setting = setting_of(machine)
+    cards = all_gather((Card.of_machine(machine), machine.dtype, why_no_triton()))
+    for reason in (reason for *_, reason in cards if reason):  # perhaps of another machine
+        say_references_run(reason)
+        setting = replace(setting, triton=False)
+    return plan_on(recipe, smallest_of([(card, dtype) for card, dtype, _ in cards]), setting)
 
 
 def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:

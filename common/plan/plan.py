@@ -126,7 +126,7 @@ def build_plan(
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     text = (
-        f"plan: {at_most}{train.most_rows_per_step} rows of {train.seq_len:,} tokens per optimizer step: "
+        f"plan: {at_most}{_row_or_rows_of(train.most_rows_per_step)} of {train.seq_len:,} tokens per optimizer step: "
         f"{_micro_batches(accumulation, rows)}{shared}; {policy}{how}\n  {why}"
     )
     return Plan(rows, accumulation, layout, policy, text, peak_bytes, optimizer_bytes)

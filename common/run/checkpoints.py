@@ -14,9 +14,10 @@ from common.machine.disk import WRITING_SUFFIX, remove_atomically, remove_leftov
 from common.machine.processes import is_main_process
 from common.machine.slow_work import report_slow_work
 from common.machine.write_errors import write_failure
+from common.run.folder import CHECKPOINT_PREFIX
+from common.run.replaced_run import remove_replaced
 
 MANIFEST = "manifest.json"
-CHECKPOINT_PREFIX = "checkpoint-"
 CHECKPOINTS_KEPT = 2  # newest ones
 
 
@@ -34,6 +35,8 @@ def write_checkpoint(
 ) -> None:
     """Makes checkpoint-<step> in the folder, and removes all but the newest checkpoints and that of the step `best`.
 
+    A run that this one replaces is removed when the first one is there.
+
     write: writes the files into staging_folder(folder) / checkpoint-<step>; every process calls it. run: what the
     checkpoint belongs to. When a process cannot write, for a full disk, a warning says so and the run can go on: the
     checkpoint before is still there.
@@ -48,6 +51,7 @@ def write_checkpoint(
         if not all_reduce_max(bool(failure)) and is_main_process():
             try:
                 commit_checkpoint(staging_folder(folder) / name, folder / name, run)
+                remove_replaced(folder.parent)
                 keep_newest(folder, best)
             except Exception as error:
                 failure = _reason_of(error)

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batches import Batch, collate
 from common.machine.collectives import all_reduce_sum
 from common.machine.device import this_machine
+from common.machine.out_of_memory import out_of_memory
 from common.machine.slow_work import report_slow_work
 from common.model.attention import uses_packed_attention
 from common.model.divergence import head_divergence
@@ -66,7 +67,7 @@ def measure_drift(
     """Base and adapter on the texts; the model stays as it was. Each process computes a share, and all get the result.
 
     None, with a line that says why, where the memory does not suffice or the numbers are not finite: that ends no run.
-    With sharded layers torch.OutOfMemoryError is raised, because the other processes would wait for this one; their
+    With sharded layers out of memory is raised, because the other processes would wait for this one; their
     micro-batches are no larger here than in training, and the tiles smaller.
     """
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
@@ -82,14 +83,14 @@ def measure_drift(
                     scored = [*sums, len(batch["trained_positions"]), 0.0]
                     totals = [total + value for total, value in zip(totals, scored, strict=True)]
                     work.done += 1
-    except torch.OutOfMemoryError:
-        if filler is not None:
+    except Exception as error:
+        if out_of_memory(error) is None or filler is not None:
             raise
         totals[-1] = 1.0
     finally:
         model.train(was_training)
-    kl, base_nll, nll, tokens, out_of_memory = all_reduce_sum(totals)
-    if out_of_memory:
+    kl, base_nll, nll, tokens, did_not_fit = all_reduce_sum(totals)
+    if did_not_fit:
         print("off the task: not measured, it did not fit the card beside the optimizer; make eval measures it")
         return None
     if not math.isfinite(kl + base_nll + nll):

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
+from common.machine.out_of_memory import out_of_memory
 from common.machine.paths import output_path
 from common.model.lora import unmoved_adapters
 from common.model.sharding import is_sharded
@@ -97,6 +97,8 @@ def sample_completions(
     prompts = sample_prompts(rows.evaluation, tokenizer, train.sample_answers, train.seed)
     try:
         return compare_completions(model, tokenizer, prompts, SAMPLE_SECONDS)
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if out_of_memory(error) is None:
+            raise
         print("no sample answers: they did not fit the card beside the optimizer; make eval shows some")
         return []

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.machine.disk import WRITING_SUFFIX, remove
 from common.machine.lock import LockHeld, hold_lock, refuse_held
 from common.recipe import ExistingRun, UserError
+from common.run.replaced_run import DONE, MOVING, REPLACED, remove_replaced, set_aside, settle
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -21,12 +22,12 @@ HELD_OUT_ROWS = "held_out.parquet"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
 REPORT = "report.html"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "checkpoint-"  # checkpoints/checkpoint-100: of step 100
 LOCK_FILE = ".lock"  # says which process runs here; a killed run leaves it, and it locks nothing then
 TENSORBOARD, TRACKIO, WANDB = "tensorboard", "trackio", "wandb"  # folders of trackers
 RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, TRACKIO, WANDB)
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
-RUN_FILES = (  # --overwrite removes these and RUN_FOLDERS, and nothing else
+RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     "chat_template.jinja",
@@ -48,8 +49,9 @@ LEFTOVERS = {f"{name}{WRITING_SUFFIX}" for name in RUN_FILES}  # of a run that w
 def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
     """Gives the folder to a run of this process, prepared as prepare_run_folder says, and keeps all others out of it.
 
-    A folder that the run has left empty is removed. Raises UserError as prepare_run_folder and refuse_run_under_way,
-    and when a command reads the folder.
+    A run that fails before its first checkpoint leaves the folder as it was: the run that it was to replace is put
+    back. A folder that the run has left empty is removed. Raises UserError as prepare_run_folder and
+    refuse_run_under_way, and when a command reads the folder.
     """
     refuse_run_under_way(out)
     folder = Path(out)
@@ -57,7 +59,12 @@ def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
     _make_folder(folder)
     try:
         with _run_lock_in_words(folder), hold_lock(folder / LOCK_FILE):
-            yield prepare_run_folder(out, existing_run)
+            try:
+                yield prepare_run_folder(out, existing_run)
+            except BaseException:
+                _settle(folder)
+                raise
+            remove_replaced(folder)
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -74,6 +81,24 @@ def refuse_run_under_way(out: str) -> None:
     """Raises UserError when a run of another process is under way in the folder. Takes no time and writes nothing."""
     with _run_lock_in_words(Path(out)):
         refuse_held(Path(out) / LOCK_FILE)
+
+
+def put_old_run_back(out: str) -> None:
+    """Puts back a run that was to be replaced by one that was killed before its first checkpoint.
+
+    Does nothing while a run is under way there, or where the folder cannot be written.
+    """
+    folder = Path(out)
+    if any((folder / name).is_dir() for name in (MOVING, REPLACED, DONE)):
+        with contextlib.suppress(LockHeld, OSError), hold_lock(folder / LOCK_FILE):
+            _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    # run.json is there when the adapter is
+    has_successor = any((folder / CHECKPOINTS).glob(f"{CHECKPOINT_PREFIX}*")) or (folder / RUN_JSON).exists()
+    if settle(folder, {*RUN_FILES, *RUN_FOLDERS, *LEFTOVERS, SAVING}, has_successor=has_successor):
+        print(f"the run that was to be replaced is back in {folder}: the new one had no checkpoint yet")
 
 
 def refuse_inside(target: Path, out: str, variable: str) -> None:
@@ -104,20 +129,20 @@ def _run_lock_in_words(folder: Path) -> Iterator[None]:
 
 
 def prepare_run_folder(out: str, existing_run: ExistingRun) -> Path:
-    """Makes the folder ready for a run: new, emptied of an old run, or with the run to resume. Returns its path.
+    """Makes the folder ready for a run: new, its old run set aside, or with the run to resume. Returns its path.
 
     Raises UserError as check_run_folder, and when it cannot be made.
     """
     folder = Path(out)
+    check_run_folder(folder, existing_run)
+    if folder.is_dir():
+        _settle(folder)
     names = check_run_folder(folder, existing_run)
     shutil.rmtree(folder / SAVING, ignore_errors=True)
     for leftover in folder.glob(f"*{WRITING_SUFFIX}"):
         remove(leftover)
-    if existing_run == "overwrite":
-        for name in names & set(RUN_FILES):
-            (folder / name).unlink()
-        for name in RUN_FOLDERS:
-            shutil.rmtree(folder / name, ignore_errors=True)
+    if existing_run == "overwrite" and names:
+        set_aside(folder, names)
     _make_folder(folder)
     return folder
 
@@ -138,10 +163,10 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
-    names -= {SAVING, *LEFTOVERS}
+    names -= {SAVING, *LEFTOVERS, DONE}
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
-    foreign = sorted(names - set(RUN_FILES) - set(RUN_FOLDERS))
+    foreign = sorted(names - {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING})
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":

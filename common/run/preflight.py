@@ -17,6 +17,7 @@ from common.recipe import Recipe, UserError
 from common.run.artefacts import save_generation_config, save_tokenizer
 from common.run.checkpoints import CHECKPOINTS_KEPT
 from common.run.folder import CHECKPOINTS, METRICS, SAVING
+from common.run.replaced_run import REPLACED
 
 SMALL_FILES_BYTES = 1 << 20  # run.json, metrics.jsonl, loss.png, report.html
 
@@ -68,7 +69,8 @@ def _try_writing(folder: Path) -> None:
 
 
 def _look_at_free_space(folder: Path, adapter: int, states: int, small: int, checkpoints: int) -> None:
-    free = shutil.disk_usage(folder).free + _size(folder)  # an earlier part of this run is replaced
+    # An earlier part of this run is replaced; a run that --overwrite replaces stays until the first checkpoint.
+    free = shutil.disk_usage(folder).free + _size(folder) - _size(folder / REPLACED)
     if adapter + small > free:
         raise UserError(
             f"{folder} will need {format_bytes(adapter + small)} for the adapter and the files beside it, and "

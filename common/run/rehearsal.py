@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common.data.batches import Batch, collate
 from common.data.rows import Rows
+from common.machine.device import this_machine
 from common.machine.slow_work import report_slow_work
 from common.tokens.labels import IGNORED, trained_positions
 
@@ -40,8 +41,10 @@ def rehearse(
 
     train_micro_batch gets the batch and the number of its trained tokens. accumulates: whether an optimizer step has
     several micro-batches, which meet the gradients of those before. missing_state_bytes: of the optimizer states that
-    the first step will allocate. Weights and random numbers stay what they were, and no gradients are left.
+    the first step will allocate. Weights and random numbers stay what they were, and no gradients are left. The peak
+    of a GPU's memory is counted anew from here: what a plan predicts is a step's, and loading may have taken more.
     """
+    this_machine().reset_peak()
     trained = torch.tensor(len(worst["trained_positions"]), device=device)
     with (
         report_slow_work("rehearsal of the largest micro-batch"),

@@ -1,10 +1,11 @@
-"""Out of GPU memory, a run goes on with less: it recomputes more layers, then splits its micro-batches.
+"""Out of memory, a run goes on with less: it recomputes more layers, then splits its micro-batches.
 
 A backward pass that ran out of memory has already added to the gradients, and nothing tells its share from the rest.
 So the gradients are zeroed and the whole optimizer step is computed again: no step is lost, and the rows of an
 optimizer step stay what the recipe says.
 """
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from common.data.batches import Batch, halve
+from common.machine.out_of_memory import out_of_memory, without_frames
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 
@@ -27,6 +29,7 @@ class StepDown:
     def __init__(self, model: PeftModel, policy: Policy, before_retry: Callable[[], None] = lambda: None) -> None:
         self.model, self.policy, self.before_retry = model, policy, before_retry
         self.halvings = 0  # how often each micro-batch is cut in half
+        self.host_is_full = False  # nothing of the GPU can wait in host memory
         self.taken: list[str] = []
 
     def compute(
@@ -36,7 +39,7 @@ class StepDown:
 
         compute_part: returns a scalar. micro_batches: those of the optimizer step so far; after a step down all of
         them are computed again. step: the number of the optimizer step, to tell the user. backward: whether
-        compute_part saves activations, so that recomputing more layers helps. Raises torch.OutOfMemoryError when
+        compute_part saves activations, so that recomputing more layers helps. Raises the error (`out_of_memory`) when
         nothing is left to try, and on several processes at once, where the others would wait for this one.
         """
         pending = micro_batches[-1:]
@@ -45,17 +48,31 @@ class StepDown:
                 for batch in pending:
                     results = [compute_part(part) for part in self.split(batch)]
                 return torch.stack(results).sum()
-            except torch.OutOfMemoryError as error:
-                failure = error.with_traceback(None)  # its frames hold the tensors of the step that failed
-            less = None if world_size() > 1 else self._step_down(micro_batches[-1], backward)
+            except Exception as error:
+                if (memory := out_of_memory(error)) is None:
+                    raise
+                failure = error
+            if world_size() > 1:
+                raise without_frames(failure)
+            has_gpu = torch.cuda.is_available()
+            if has_gpu:
+                # Copies may be under way between the host and tensors that die with the frames of the error. And a GPU
+                # that has failed in another way says so here.
+                torch.cuda.synchronize()
+            without_frames(failure)
+            of_host = memory == "host" and has_gpu
+            less = self._step_down(micro_batches[-1], backward, of_host=of_host)
             if less is None:
                 raise failure
             self.taken.append(f"step {step}: {less}")
-            print(f"out of memory in step {step}; going on with {less}; rows per step stay the same")
+            which = "host memory" if of_host else "memory"
+            print(f"out of {which} in step {step}; going on with {less}; rows per step stay the same")
             self.model.zero_grad()
             self.before_retry()
-            if torch.cuda.is_available():
+            gc.collect()
+            if has_gpu:
                 torch.cuda.empty_cache()
+                torch.accelerator.empty_host_cache()  # pinned blocks of other sizes than the next ones
             pending = micro_batches
 
     def split(self, batch: Batch) -> list[Batch]:
@@ -65,20 +82,23 @@ class StepDown:
             parts = [half for part in parts for half in halve(part)]
         return parts
 
-    def _step_down(self, batch: Batch, backward: bool) -> str | None:
+    def _step_down(self, batch: Batch, backward: bool, *, of_host: bool) -> str | None:
         """Changes what saves memory at the least cost in time, and says what; None when nothing is left.
 
         First half as many layers keep their activations, then micro-batches are halved, then the inputs of the
-        recomputing layers move to host memory.
+        recomputing layers move to host memory. of_host: it is the memory of the host beside a GPU. What waits there
+        are those inputs: halved micro-batches have half of them, and then they stay on the GPU.
         """
-        if backward and self.policy.kept:
+        halvings = self.halvings
+        if backward and self.policy.kept and not of_host:
             self.policy = replace(self.policy, kept=self.policy.kept // 2)
         elif any(len(halve(part)) == 2 for part in self.split(batch)):
             self.halvings += 1
-            return f"each micro-batch in {2**self.halvings} parts"
-        elif backward and not self.policy.offload:
+        elif backward and of_host and self.policy.offload:
+            self.policy, self.host_is_full = replace(self.policy, offload=False), True
+        elif backward and not of_host and not self.policy.offload and not self.host_is_full:
             self.policy = replace(self.policy, offload=True)
         else:
             return None
-        checkpoint_activations(self.model, self.policy)
-        return str(self.policy)
+        checkpoint_activations(self.model, self.policy)  # drops what the step that failed left in host memory
+        return f"each micro-batch in {2**self.halvings} parts" if self.halvings > halvings else str(self.policy)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
 from common.data.steps import settle_rows_per_step, step_lines
 from common.machine.collectives import broadcast_from_main, run_on_main
+from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter
@@ -142,19 +142,26 @@ def _failures_in_words(trainer: Trainer, plan: Plan, checkpoint: Path | None) ->
     """Raises UserError for what the user can mend: out of memory, and a checkpoint that holds code."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        step = trainer.state.global_step + 1
-        if plan.layout.processes > 1:
-            raise UserError(
-                f"out of GPU memory at step {step}. With several GPUs none can go on with "
-                f"less by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing ({trainer.policy})"
-            ) from error
-        raise UserError(
-            f"out of GPU memory at step {step}, even {trainer.policy} and micro-batches of a "
-            "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
-        ) from error
     except pickle.UnpicklingError as error:  # torch loads states with weights_only
         raise UserError(
             f"{checkpoint} holds a state that is more than tensors and numbers: no run of ours wrote it, and nothing "
             "of it was executed. Remove that folder, then resume again"
+        ) from error
+    except Exception as error:
+        if (memory := out_of_memory(error)) is None:
+            raise
+        where = f"out of {memory} memory at step {trainer.state.global_step + 1}"
+        if memory == "host":
+            raise UserError(
+                f"{where} ({trainer.policy}). Close other programs (free -h shows what is left of it), or lower "
+                "TrainSpec.seq_len"
+            ) from error
+        if plan.layout.processes > 1:
+            raise UserError(
+                f"{where}. With several GPUs none can go on with "
+                f"less by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing ({trainer.policy})"
+            ) from error
+        raise UserError(
+            f"{where}, even {trainer.policy} and micro-batches of a "
+            "single row. Lower TrainSpec.seq_len, or free the card (nvidia-smi shows who else uses it)"
         ) from error

@@ -74,3 +74,12 @@ def test_no_copy_is_read_before_it_is_there_and_strides_change_nothing(small_mod
     for name, gradient in expected.items():
         atol = 1e-5 * gradient.abs().max().item() if strided else 0
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=atol, msg=name)
+
+
+def test_pinned_memory_that_runs_out_is_memory_of_the_host(monkeypatch):
+    def fail(*_, **__):
+        raise torch.AcceleratorError("CUDA error: out of memory")  # cudaHostAlloc's
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(MemoryError, match="pinned host memory"):
+        activation_offload.to_host(torch.ones(2))

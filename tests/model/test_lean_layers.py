@@ -1,5 +1,6 @@
 """Lean decoder layers beside stock ones: same losses, same gradients, same files."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common.data.batches import collate
 from common.data.rows import load_rows
+from common.kernels import say_references_run
+from common.kernels.triton_check import why_no_triton
 from common.model import attention
 from common.model import lean_layers as modules
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
@@ -237,12 +240,17 @@ def test_another_architecture_stays_stock():
 
 def test_without_triton_a_gpu_run_says_so_in_a_line(folders, monkeypatch, capsys):
     model = adapted(folders["llama"], "stock")
-    monkeypatch.setattr(modules, "HAS_TRITON", False)
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    for asked in (why_no_triton, say_references_run):
+        asked.cache_clear()
     use_lean_layers(model, "lean")
     assert capsys.readouterr().out == ""  # a CPU needs none
     monkeypatch.setattr(type(model), "device", torch.device("cuda"), raising=False)
-    use_lean_layers(model, "lean")
-    assert "in plain PyTorch operators, slower: Triton is not installed" in capsys.readouterr().out
+    for _ in range(2):  # says it once
+        use_lean_layers(model, "lean")
+    why_no_triton.cache_clear()
+    out = capsys.readouterr().out
+    assert out.count("in plain PyTorch operators, slower and with more memory, because Triton is not installed") == 1
 
 
 @pytest.mark.parametrize("kernels", ["lean", "stock"])

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -233,7 +234,7 @@ def anonymous():  # memory of our own, without pages of files that the kernel ca
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
-base = peak = anonymous()
+peak = anonymous()
 done = threading.Event()
 def sample():
     global peak
@@ -243,7 +244,7 @@ def sample():
 thread = threading.Thread(target=sample, daemon=True); thread.start()
 model = load_4bit(ModelSpec({name!r}{more}), machine)
 done.set(); thread.join()
-print(base, peak, anonymous())
+print(peak, anonymous())
 """
 
 
@@ -256,13 +257,18 @@ def test_loading_needs_little_more_host_memory_than_the_result(small_model, weig
     )
     more = ", weights='random'" if weights == "random" else ""
     code = HOST_MEMORY.format(name=str(folder), more=more)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
-    base, peak, after = map(int, done.stdout.split()[-3:])
+    # glibc otherwise keeps what was freed, and what stays would seem as large as the peak.
+    freed_at_once = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    environment = os.environ | freed_at_once
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, env=environment
+    )
+    peak, after = map(int, done.stdout.split()[-2:])
     whole = (folder / "model.safetensors.index.json").read_text()
     bf16_bytes = json.loads(whole)["metadata"]["total_size"]
     assert bf16_bytes > 0.09 * GIB
     # Above what stays: one tensor being quantised, and the allocator's slack.
-    assert peak - after < 0.35 * bf16_bytes, f"{(peak - after) / 2**20:.0f} MiB above the result"
+    assert peak - after < 0.2 * bf16_bytes, f"{(peak - after) / 2**20:.0f} MiB above the result"
 
 
 @pytest.mark.parametrize(

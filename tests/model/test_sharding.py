@@ -19,7 +19,7 @@ from common.model.activation_checkpointing import TRAINER_FLAG, Policy
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.sharding import refuse_unshardable, shard_layers
-from common.plan import ledger, operators
+from common.plan import ledger
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
@@ -27,7 +27,7 @@ from common.run.library_defaults import refuse_second_sharding
 from tests.conftest import ROOT
 from tests.machine.test_processes import CPU, launcher
 from tests.model import fully_sharded
-from tests.plan.test_count import REFERENCES, recipe_for
+from tests.plan.test_count import recipe_for
 from tests.plan.test_forecast import EXTRAS, RECIPE, cut, same
 
 TWO = Layout(2, sharded=True)
@@ -63,10 +63,8 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 
 def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
     monkeypatch.setattr(ledger, "TO_HOST", None)  # as in tests/plan/test_count.py
-    for operator, reference in REFERENCES.items():
-        monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
-    forecast = Forecast(recipe, Setting(torch.float32, "sdpa"), layout=TWO)
+    forecast = Forecast(recipe, Setting(torch.float32, "sdpa", triton=False), layout=TWO)
     lines = steps(2, kernels, policies)
     assert [line["policy"] for line in lines] == list(fully_sharded.POLICIES)[:policies]
     for line in lines:

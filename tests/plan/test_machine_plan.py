@@ -2,12 +2,18 @@
 
 import importlib
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from common.machine.device import this_machine
+from common.kernels import say_references_run
+from common.kernels.triton_check import why_no_triton
+from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
 from common.plan import machine_plan
+from common.plan.card import WORKSPACE_BYTES
+from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card
 from common.recipe import ModelSpec, TrainSpec, UserError
 from tests.plan.planners import RECIPE, edited, plan_for
@@ -41,3 +47,43 @@ def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys)
 def test_a_recipe_for_a_gpu_needs_one():
     with pytest.raises(UserError, match="needs an NVIDIA GPU"):
         plan_for_card(importlib.import_module("recipes.llama3_8b").RECIPE)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What torch says of a GPU with 24 GiB, all of it free."""
+    properties = SimpleNamespace(total_memory=24 * GIB)
+    answers = {
+        "is_available": lambda: True,
+        "get_device_properties": lambda _: properties,
+        "get_device_name": lambda _: "NVIDIA GeForce RTX 4090",
+        "is_bf16_supported": lambda **_: True,
+        "get_device_capability": lambda _: (8, 9),
+        "mem_get_info": lambda _: (24 * GIB, 24 * GIB),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    for asked in (this_machine, why_no_triton, say_references_run):
+        asked.cache_clear()
+    yield
+    for asked in (this_machine, why_no_triton, say_references_run):
+        asked.cache_clear()
+
+
+def test_where_triton_cannot_compile_the_plan_is_made_for_the_references_that_run(gpu, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as missing:
+        missing.setenv("PATH", str(tmp_path))
+        missing.delenv("CC", raising=False)
+        missing.setenv("TRITON_CACHE_DIR", str(tmp_path))
+        missing.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+        plan = plan_for_card(TINY)
+    said = "layers: in plain PyTorch operators, slower and with more memory, because Triton "
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith(said) for line in lines[:3]] == [False, True, False]
+    assert lines[1].endswith("apt install gcc") or "not installed" in lines[1]
+    tokens, accumulates = plan.micro_batch_rows * TINY.train.seq_len, plan.accumulation > 1
+    kernels, references = (
+        Forecast(TINY, Setting(triton=triton)).step(tokens, plan.checkpointing, accumulates=accumulates).peak()
+        for triton in (True, False)
+    )
+    assert plan.peak_bytes == references + WORKSPACE_BYTES > kernels + WORKSPACE_BYTES

@@ -120,10 +120,11 @@ def test_dropout_is_off(recipe, own):
     assert measure_drift(model.train(), texts, tokenizer) == measure_drift(model, texts, tokenizer)
 
 
-def test_out_of_memory_is_a_line_and_the_model_stays_as_it_was(measured, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_out_of_memory_is_a_line_and_the_model_stays_as_it_was(measured, monkeypatch, capsys, kind):
     model, texts, tokenizer = measured
     head = model.get_base_model().base_model
-    hook = head.register_forward_hook(lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    hook = head.register_forward_hook(lambda *_: (_ for _ in ()).throw(kind("CUDA error: out of memory")))
     assert measure_drift(model.train(), texts, tokenizer) is None
     hook.remove()
     assert "off the task: not measured, it did not fit the card beside the optimizer" in capsys.readouterr().out

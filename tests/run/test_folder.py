@@ -1,10 +1,17 @@
+import itertools
+import os
+import shutil
+import sys
+
 import pytest
 
 from common.recipe import UserError
+from common.run.checkpoints import staging_folder, write_checkpoint
 from common.run.folder import (
     hold_for_reading,
     hold_run_folder,
     prepare_run_folder,
+    put_old_run_back,
     refuse_inside,
     refuse_run_under_way,
 )
@@ -35,9 +42,89 @@ def test_resume_keeps_what_is_there(old_run):
     assert (old_run / "run.json").exists() and (old_run / "checkpoints" / "checkpoint-1").exists()
 
 
-def test_overwrite_removes_the_run(old_run):
-    prepare_run_folder(str(old_run), "overwrite")
-    assert list(old_run.iterdir()) == []
+def files_of(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != ".lock")
+
+
+OLD = ["checkpoints", "checkpoints/checkpoint-1", "run.json"]
+
+
+def test_overwrite_sets_the_run_aside_and_removes_it_when_the_new_one_has_ended_well(old_run):
+    with hold_run_folder(str(old_run), "overwrite") as folder:
+        assert files_of(folder) == [".replaced", *(f".replaced/{name}" for name in OLD)]
+        (folder / "run.json").write_text("new")
+    assert files_of(old_run) == ["run.json"] and (old_run / "run.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("error", [UserError("no data"), KeyboardInterrupt()])
+def test_an_error_before_the_first_checkpoint_brings_the_old_run_back(old_run, error, capsys):
+    with pytest.raises(type(error)), hold_run_folder(str(old_run), "overwrite") as folder:
+        (folder / "metrics.jsonl").write_text("new")
+        (folder / "checkpoints" / ".writing").mkdir(parents=True)
+        raise error
+    assert files_of(old_run) == OLD and (old_run / "run.json").read_text() == "{}"
+    assert f"the run that was to be replaced is back in {old_run}" in capsys.readouterr().out
+
+
+def test_an_error_after_the_first_checkpoint_leaves_the_new_run(old_run):
+    with pytest.raises(UserError), hold_run_folder(str(old_run), "overwrite") as folder:
+        write = staging_folder(folder / "checkpoints") / "checkpoint-7"
+        write_checkpoint(folder / "checkpoints", 7, lambda: write.mkdir(parents=True), {})
+        assert not (folder / ".replaced").exists()
+        raise UserError("later")
+    assert files_of(old_run) == ["checkpoints", "checkpoints/checkpoint-7", "checkpoints/checkpoint-7/manifest.json"]
+
+
+def run_and_die(run, moment):
+    """The exit status of a process that replaces the run and ends, as by SIGKILL, at its n-th change of the folder."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    moments = itertools.count(1)
+
+    def die(event, arguments):
+        if event in ("os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(run) in str(arguments[0]):
+            if next(moments) == moment:
+                os._exit(9)
+
+    sys.addaudithook(die)
+    with hold_run_folder(str(run), "overwrite"):
+        (run / "metrics.jsonl").write_text("new")
+        write = staging_folder(run / "checkpoints") / "checkpoint-7"
+        write_checkpoint(run / "checkpoints", 7, lambda: write.mkdir(parents=True), {})
+        (run / "run.json").write_text("new")
+    os._exit(0)
+
+
+def test_a_run_that_is_killed_at_any_moment_leaves_the_old_one_or_itself(old_run, tmp_path):
+    shutil.copytree(old_run, tmp_path / "kept")
+    left = []
+    while run_and_die(old_run, len(left) + 1):
+        put_old_run_back(str(old_run))
+        names = files_of(old_run)
+        is_old = names == OLD and (old_run / "run.json").read_text() == "{}"
+        assert is_old or "checkpoints/checkpoint-7" in names and not [name for name in names if "replaced" in name]
+        left.append(is_old)
+        shutil.rmtree(old_run)
+        shutil.copytree(tmp_path / "kept", old_run)
+    assert left == sorted(left, reverse=True) and {*left} == {True, False}  # the old one, then the new one
+    assert len(left) > 10
+
+
+def test_what_is_set_aside_is_a_run_too(old_run):
+    (old_run / ".replaced").mkdir()
+    for name in ("run.json", "checkpoints"):
+        (old_run / name).rename(old_run / ".replaced" / name)
+    with pytest.raises(UserError, match="already holds a run"), hold_run_folder(str(old_run), "refuse"):
+        pass
+    with hold_run_folder(str(old_run), "resume"):  # and can be resumed
+        assert files_of(old_run) == OLD
+
+
+def test_nothing_is_put_back_while_a_run_is_under_way(old_run):
+    (old_run / ".replaced").mkdir()
+    with held_by_another(old_run / ".lock"):
+        put_old_run_back(str(old_run))
+    assert (old_run / ".replaced").is_dir()
 
 
 @pytest.mark.parametrize("existing", ["resume", "overwrite"])

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.machine.device import GIB, Machine
 from common.model.activation_checkpointing import Policy
+from common.run import rehearsal
 from common.run.rehearsal import rehearse, worst_batch
 from common.run.trainer_config import build_trainer
 from tests.run.test_step_down import run
@@ -74,3 +76,42 @@ def test_alone_it_finds_room_for_the_optimizer_states_and_takes_their_memory_bac
             accumulates=False,
             missing_state_bytes=1 << 60,
         )
+
+
+class Allocator:
+    """The GPU allocator's statistics, in bytes, as torch.cuda gives them."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = self.peak = 0
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: self.take(0, anew=True))
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def take(self, size: int, *, anew: bool = False) -> None:
+        self.now += size
+        self.peak = self.now if anew else max(self.peak, self.now)
+
+
+def test_the_peak_that_is_compared_with_the_plan_begins_with_it(recipe, monkeypatch):
+    """Loading took more than any step will."""
+    model, _, rows, _, _ = prepare(recipe, split(recipe, 2))
+    gpu, allocator = Machine(torch.device("cuda", 0), torch.bfloat16, "faked", "a GPU"), Allocator(monkeypatch)
+    monkeypatch.setattr(rehearsal, "this_machine", lambda: gpu)
+    allocator.take(20 * GIB)
+    allocator.take(-15 * GIB)  # 5 GiB stay: the model
+
+    def train_micro_batch(*_) -> torch.Tensor:
+        allocator.take(3 * GIB)
+        allocator.take(-3 * GIB)
+        return torch.zeros(())
+
+    rehearse(
+        model,
+        worst_batch(rows, 2, padding_free=False),
+        train_micro_batch,
+        lambda _: 0.0,
+        device=torch.device("cpu"),
+        accumulates=False,
+        missing_state_bytes=0,
+    )
+    assert gpu.allocated_bytes() == 8 * GIB

@@ -1,13 +1,15 @@
 """Out of memory, provoked: the run steps down, loses no step, and learns what it would have learnt."""
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from common.model.activation_checkpointing import Policy, decoder_layers
+from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.recipe import LoraSpec, ModelSpec, UserError
@@ -15,6 +17,7 @@ from common.run.step_down import StepDown
 from common.run.trainer_config import build_trainer
 from common.run.training import train
 from tests.conftest import FP32
+from tests.machine.test_out_of_memory import OF_GPU, OTHERS
 from tests.run.test_training import adapter, prepare, split
 
 
@@ -181,3 +184,128 @@ def test_alone_what_saves_no_activations_is_only_split(small_llama):
         step_down.compute(never_fits, [batch], 1, backward=False)
     assert step_down.taken == ["step 1: each micro-batch in 2 parts"]
     assert step_down.policy == Policy(2, 2)
+
+
+@pytest.fixture
+def two_rows(small_llama):
+    """A model of two layers, and a micro-batch of two rows."""
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 4))
+    ids = torch.full((2, 8), 5)
+    return model, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8).repeat(2, 1)}
+
+
+def failing(*errors: Exception):
+    """A part's computation that raises the errors one after another, and then succeeds."""
+    waiting = list(errors)
+
+    def compute(_) -> torch.Tensor:
+        if waiting:
+            raise waiting.pop(0)
+        return torch.ones(())
+
+    return compute
+
+
+@pytest.mark.parametrize("error", OF_GPU, ids=lambda error: str(error)[:40])
+def test_whatever_it_is_called_out_of_memory_is_stepped_down(two_rows, error):
+    model, batch = two_rows
+    step_down = StepDown(model, Policy(2, 2))
+    assert step_down.compute(failing(error), [batch], 1, backward=True) == 1
+    assert step_down.policy == Policy(2, 1)
+
+
+@pytest.mark.parametrize("error", OTHERS[:4], ids=lambda error: str(error)[:40])
+def test_after_an_error_that_loses_the_gpu_nothing_is_tried_again(two_rows, error):
+    model, batch = two_rows
+    step_down = StepDown(model, Policy(2, 2))
+    with pytest.raises(type(error)):
+        step_down.compute(failing(error), [batch], 1, backward=True)
+    assert step_down.taken == []
+
+
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """The calls of torch that only a GPU answers, in order."""
+    calls: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module, name in (
+        (torch.cuda, "synchronize"),
+        (torch.cuda, "empty_cache"),
+        (torch.accelerator, "empty_host_cache"),
+    ):
+        monkeypatch.setattr(module, name, lambda name=name: calls.append(name))
+    return calls
+
+
+def test_copies_under_way_end_before_their_tensors_die_and_cycles_before_the_cache_is_emptied(
+    two_rows, gpu_calls, monkeypatch
+):
+    class Tensors(dict):
+        """What a step that failed holds: some of it in its frames, some in a cycle."""
+
+    model, batch = two_rows
+    held: list[weakref.ref] = []
+    alive_at: dict[str, list[bool]] = {}
+
+    def fail_once(_) -> torch.Tensor:
+        if not held:
+            in_frame, in_cycle = Tensors(), Tensors()
+            in_cycle["itself"] = in_cycle
+            held.extend((weakref.ref(in_frame), weakref.ref(in_cycle)))
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+        return torch.ones(())
+
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda name=name: alive_at.update({name: [tensors() is not None for tensors in held]})
+        )
+    gc.disable()  # as it is between two of the collector's own runs
+    try:
+        StepDown(model, Policy(2, 2)).compute(fail_once, [batch], 1, backward=True)
+    finally:
+        gc.enable()
+    assert alive_at == {"synchronize": [True, True], "empty_cache": [False, False]}
+
+
+def test_a_gpu_that_turns_out_to_be_lost_ends_it(two_rows, gpu_calls, monkeypatch):
+    """cublasCreate says NOT_INITIALIZED both without memory and after an error that came before."""
+    model, batch = two_rows
+
+    def lost() -> None:
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    step_down = StepDown(model, Policy(2, 2))
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`")
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        step_down.compute(failing(error), [batch], 1, backward=True)
+    assert step_down.taken == []
+
+
+def test_out_of_host_memory_nothing_more_moves_there(two_rows, gpu_calls, capsys):
+    """First half as much waits in host memory, then nothing; and out of GPU memory after that nothing goes back."""
+    model, batch = two_rows
+    step_down = StepDown(model, Policy(2, 1, offload=True))
+    no_host, no_gpu = MemoryError("pinned host memory"), torch.OutOfMemoryError("CUDA out of memory, injected")
+    errors = [no_host, no_host, no_gpu, no_gpu]
+    with pytest.raises(torch.OutOfMemoryError):
+        step_down.compute(failing(*errors), [batch], 3, backward=True)
+    assert step_down.taken == [
+        "step 3: each micro-batch in 2 parts",
+        "step 3: the first 1 of 2 layers recompute",
+        "step 3: every layer recomputes",
+    ]
+    out = capsys.readouterr().out
+    assert out.count("out of host memory in step 3; going on with ") == 2
+    assert gpu_calls.count("empty_host_cache") == 3
+
+
+def test_what_a_failed_step_left_in_host_memory_is_dropped(two_rows):
+    """Also by a step down that only halves the micro-batches."""
+    model, batch = two_rows
+    step_down = StepDown(model, Policy(2, 0, offload=True))
+    checkpoint_activations(model, step_down.policy)
+    left = weakref.ref(decoder_layers(model)[0]._gradient_checkpointing_func.args[1])
+    step_down.compute(failing(torch.OutOfMemoryError("CUDA out of memory")), [batch], 1, backward=True)
+    assert step_down.taken == ["step 1: each micro-batch in 2 parts"]
+    assert left() is None

@@ -274,12 +274,21 @@ def test_pitfall_33_a_loss_that_is_not_a_number_stops_the_run(recipe):
     assert not (Path(recipe.out) / "adapter_model.safetensors").exists()
 
 
-def test_running_out_of_gpu_memory_is_one_line(recipe, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory at step 1, even .*Lower TrainSpec.seq_len"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out of GPU memory at step 1, even "),
+        (MemoryError("pinned host memory"), "out of host memory at step 1 .*free -h .* or lower TrainSpec.seq_len"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_running_out_of_memory_is_one_line(recipe, monkeypatch, error, line):
     def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(Trainer, "train", fail)
-    with pytest.raises(UserError, match="out of GPU memory at step 1, even .*Lower TrainSpec.seq_len"):
+    with pytest.raises(UserError, match=line):
         train(*prepare(recipe))
 
 
