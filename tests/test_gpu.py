@@ -1,11 +1,13 @@
 """What only a GPU can show. Run with: make test ARGS="-m gpu"."""
 
+import gc
 import importlib
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.kernels import gpu_times, microseconds
 from benchmarks.memory import in_words, measure, policies
+from benchmarks.run_stack import limit_free_memory
 from common.data.rows import load_rows
 from common.kernels import rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
@@ -24,6 +28,7 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.loss import head_loss
+from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast
 from common.plan.machine_plan import plan_for_card, setting_of
 from common.plan.plan import Plan
@@ -40,6 +45,26 @@ pytestmark = [
     # Where an operator has no deterministic form it warns; the test of two equal runs decides.
     pytest.mark.filterwarnings("default:.*determinis.*:UserWarning"),
 ]
+
+
+def free_the_card() -> None:
+    """Gives back what earlier steps and tests left: a trainer and its model hold each other, and so their memory."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def card_of_its_own() -> None:
+    """Each test begins on a free card, also one that starts other processes on it."""
+    free_the_card()
+
+
+def nothing_else_is_there() -> None:
+    """Fails where an earlier test still holds memory, which a peak would be measured with."""
+    free_the_card()
+    held = torch.cuda.memory_allocated() - WORKSPACE_BYTES  # cuBLAS keeps its own
+    assert held <= 64 << 20, f"earlier tests still hold {held / GIB:.2f} GiB of the card: run this test alone"
 
 
 def test_make_finetune_learns_on_a_gpu(tmp_path):
@@ -78,7 +103,7 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
         out=out,
     )
     Path(out).mkdir(parents=True, exist_ok=True)
-    torch.cuda.empty_cache()
+    nothing_else_is_there()
     torch.cuda.reset_peak_memory_stats()
     plan = plan or plan_for_card(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -257,6 +282,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=6))
     machine = this_machine()
     forecast = Forecast(recipe, setting_of(machine))
+    nothing_else_is_there()
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     for tokens in (2048, 8192):
@@ -270,7 +296,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
 def test_a_card_that_is_too_small_for_the_plan_makes_the_run_step_down(tmp_path):
     free = run(str(tmp_path / "plenty"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test"))
     try:
-        torch.cuda.empty_cache()
+        free_the_card()
         share = 0.8 * free[1] / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
         metrics, peak = run(
@@ -288,6 +314,27 @@ def test_llama3_8b_stays_within_its_plan(tmp_path):
     print(f"{this_machine()}: peak {peak / GIB:.2f} GiB allocated, {metrics['tokens_per_s']:,.0f} tokens/s")
     assert peak <= 1.01 * metrics["predicted_bytes"]
     assert metrics["step_downs"] == []
+
+
+def test_the_benchmarks_clock_is_the_gpus_and_not_pythons():
+    """Two small kernels with 2 ms of Python between them take the GPU microseconds; a matmul takes what it takes."""
+    number = torch.zeros(1, device="cuda")
+
+    def slow_python() -> None:
+        number.add_(1)
+        time.sleep(0.002)
+        number.add_(1)
+
+    assert microseconds(slow_python, 9) < 500
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    fastest = 2 * 4096**3 / 2.5e15  # seconds, on the fastest card that there is
+    assert all(fastest < seconds < 0.1 for seconds in gpu_times(lambda: a @ a, 9))
+
+
+def test_the_ballast_leaves_the_memory_that_was_asked_for():
+    free = torch.cuda.mem_get_info()[0]
+    with limit_free_memory(free / GIB - 2):
+        assert torch.cuda.mem_get_info()[0] == pytest.approx(free - 2 * GIB, abs=64 << 20)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs; runs where there are")

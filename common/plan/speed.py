@@ -1,5 +1,6 @@
 """A roofline model of time: what a part of the step does, and how long a card takes for it."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -62,3 +63,26 @@ SPEEDS = (
 def speed_of(gpu: str | None) -> Speed:
     """The speed of a GPU by its name. An unknown one counts as the first: a plan compares ratios of times only."""
     return next((speed for speed in SPEEDS if gpu and speed.name in gpu), SPEEDS[0])
+
+
+# FLOP per second of dense bf16 matmul with fp32 sums by NVIDIA's data sheets and architecture papers; fp16 for the T4,
+# which has no bf16, and half of a rate that a sheet shows "with sparsity". By the names that CUDA gives to whole cards:
+# a laptop's RTX 4090, a slice of a card (MIG) and a card that is not here have none.
+DATA_SHEET_FLOPS = {
+    r"H100 80GB HBM3|H200": 989.4e12,
+    r"H100 NVL|H200 NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": 312e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"T4": 65e12,
+    r"RTX 5090": 209.5e12,
+    r"RTX 4090": 165.2e12,
+    r"RTX 3090": 71e12,
+}
+
+
+def data_sheet_flops(gpu: str) -> float | None:
+    """FLOP per second of 16-bit matmul that the GPU's data sheet promises, by its name in CUDA; None if not known."""
+    name = re.sub(r"^((NVIDIA|Tesla|GeForce) )*", "", gpu)
+    return next((flops for pattern, flops in DATA_SHEET_FLOPS.items() if re.fullmatch(pattern, name)), None)
