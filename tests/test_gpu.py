@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.torch import load_file
 
 from benchmarks.memory import in_words, measure, policies
 from common.data.rows import load_rows
-from common.kernels import rms_norm, rope, swiglu
+from common.kernels import nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
@@ -32,7 +33,7 @@ from common.run.metrics_file import read_metrics
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
-from tests.kernels.test_kernels import EPS, norm_in_float64, rope_in_float64
+from tests.kernels.test_kernels import EPS, NF4_SHAPES, nf4, nf4_arguments, norm_in_float64, rope_in_float64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -159,6 +160,15 @@ def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
     assert error(swiglu.swiglu(gate, up), expected) <= BF16
     product, grad_gate = swiglu.swiglu_backward_(grad, gate, up)
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
+
+
+@pytest.mark.parametrize("dtype", nf4_dequantize.DTYPES)
+@pytest.mark.parametrize("shape", [*NF4_SHAPES, (1024, 4096)])
+def test_the_nf4_kernel_is_bitsandbytes_bit_for_bit(shape, dtype):
+    packed, state = nf4(shape, device="cuda")
+    state.dtype = dtype
+    got = nf4_dequantize.nf4_dequantize(*nf4_arguments(packed, state, dtype))
+    assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen_14b"])

@@ -15,7 +15,7 @@ from common.model.config import refuse_more_positions
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
-from common.plan.step import ADAPTERS, Step, peak_between
+from common.plan.step import GRADIENTS, Step, peak_between
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
@@ -56,7 +56,7 @@ class Planner:
         # DistributedDataParallel sends gradients in buckets of its own, which take as much memory as the gradients.
         self.bucket_bytes = 0
         if layout.processes > 1 and not layout.sharded:
-            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[ADAPTERS]
+            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[GRADIENTS]
         self.counted_tokens = self.seq_len, max(MAX_MICRO_BATCH_TOKENS, 2 * self.seq_len)
 
     def choose(self) -> Option | None:

@@ -1,4 +1,4 @@
-"""What transformers' and TRL's trainers and accelerate would do to a model that the recipe has prepared, and must not."""
+"""What the libraries' trainers and accelerate would do to a model that the recipe has prepared, and must not."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence

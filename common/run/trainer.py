@@ -24,6 +24,7 @@ from common.data.batches import TOKENS, Batch, collate_counted
 from common.machine.collectives import all_reduce_sum
 from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import Policy
+from common.model.held_adapters import held_adapters
 from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards
 from common.recipe import Keep
 from common.run.artefacts import save_adapter
@@ -74,6 +75,7 @@ class Trainer(SFTTrainer):
         self.filler = worst if self.is_sharded else None  # for processes with fewer batches than others
         self.keep, self.patience = keep, patience
         self.step_under_way = OptimizerStep(0)
+        self.held = held_adapters(model)
         self.recompute_check = RecomputeCheck(model, lambda: self.step_down.policy)
         self.step_down = StepDown(model, policy, before_retry=self.recompute_check.count_again)
         self.skipped_steps = SkippedSteps(model, self.nll_of_each, find_places)
@@ -127,6 +129,7 @@ class Trainer(SFTTrainer):
         number = self.state.global_step + 1
         if self.step_under_way.number != number:
             self.step_under_way = OptimizerStep(number)
+            self.held.hold(copies=not self.is_sharded)  # no adapter changes until the step's gradients are complete
         self.step_under_way.micro_batches.append(inputs)
         compute = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
         with leave_training_mode(model, self.modules):
@@ -136,6 +139,7 @@ class Trainer(SFTTrainer):
 
     def _get_grad_norm(self, model: PeftModel, grad_norm: Tensor | None = None) -> Tensor:
         """The stock trainer calls it when the gradients of a step are complete and clipped."""
+        self.held.release()
         norm: Tensor = super()._get_grad_norm(model, grad_norm)
         self.skipped_steps.skip_unless_finite(self.step_under_way, norm, self.accelerator.scaler)
         return norm.nan_to_num(0.0, 0.0, 0.0)
@@ -161,6 +165,7 @@ class Trainer(SFTTrainer):
             accumulates=self.args.gradient_accumulation_steps > 1,
             missing_state_bytes=0 if resumed else self.optimizer_bytes,
         )
+        self.held.release()
         self.step_under_way = OptimizerStep(0)
 
     # The held-out loss
