@@ -162,7 +162,7 @@ def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
 
 
-@pytest.mark.parametrize("dtype", nf4_dequantize.DTYPES)
+@pytest.mark.parametrize("dtype", nf4_dequantize.NF4_DTYPES)
 @pytest.mark.parametrize("shape", [*NF4_SHAPES, (1024, 4096)])
 def test_the_nf4_kernel_is_bitsandbytes_bit_for_bit(shape, dtype):
     packed, state = nf4(shape, device="cuda")

@@ -1,6 +1,6 @@
 """Dequantization of NF4 weights with double quantization (arXiv:2305.14314 section 3), scales and weight in one pass.
 
-    scale = code of scales[its byte] * scale of 256 scales + offset
+    scale = outer_code[byte] * outer_scale + offset
     w = code[half a byte] * scale
 
 in fp32, rounded once to the dtype that is asked for: bit for bit what bitsandbytes' three operators give.
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from common.kernels import constexpr, jit, register, tl, triton
 
-VALUES_PER_SCALE = 64  # that the kernel knows; bitsandbytes' default
-SCALES_PER_OUTER_SCALE = 256  # the only number of bitsandbytes
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SCALES = 64  # that one program reads, with 2,048 bytes of weights
+# bitsandbytes' defaults, and the paper's block sizes; the kernel knows these alone.
+VALUES_PER_SCALE, SCALES_PER_OUTER_SCALE = 64, 256
+NF4_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALES_A_PROGRAM = 64  # which it reads, with 2,048 bytes of weights
 
 
 def is_supported(state: Any, dtype: torch.dtype) -> bool:
@@ -28,7 +28,7 @@ def is_supported(state: Any, dtype: torch.dtype) -> bool:
         and state.blocksize == VALUES_PER_SCALE
         and state.nested
         and state.state2.blocksize == SCALES_PER_OUTER_SCALE
-        and dtype in DTYPES
+        and dtype in NF4_DTYPES
     )
 
 
@@ -81,13 +81,15 @@ def nf4_dequantize_triton(
     packed, scales = packed.contiguous(), scales.contiguous()
     tensors = packed, scales, code, outer_scales, outer_code, offset, out
     # Without fusion to one rounding: bitsandbytes rounds the product of the scale before it adds the offset.
-    _dequantize_kernel[(triton.cdiv(size, 64 * SCALES),)](*tensors, size, SCALES=SCALES, enable_fp_fusion=False)
+    _dequantize_kernel[(triton.cdiv(size, 64 * SCALES_A_PROGRAM),)](
+        *tensors, size, SCALES=SCALES_A_PROGRAM, enable_fp_fusion=False
+    )
     return out
 
 
-# Returns the weight, contiguous in `shape` and `dtype` (of DTYPES). packed: uint8, two values a byte, the first one in
-# the upper half. scales: uint8, one a block of 64 values. code: fp32 (16,), the values of NF4. outer_scales: fp32, one
-# a block of 256 scales. outer_code: fp32 (256,), the values of the scales' bytes. offset: fp32 scalar.
+# Returns the weight, contiguous in `shape` and `dtype` (of NF4_DTYPES). packed: uint8, two values a byte, the first one
+# in the upper half. scales: uint8, one a block of 64 values. code: fp32 (16,), the values of NF4. outer_scales: fp32,
+# one a block of 256 scales. outer_code: fp32 (256,), the values of the scales' bytes. offset: fp32 scalar.
 nf4_dequantize = register(
     "nf4_dequantize(Tensor packed, Tensor scales, Tensor code, Tensor outer_scales, Tensor outer_code, Tensor offset, "
     "SymInt[] shape, ScalarType dtype) -> Tensor",

@@ -36,7 +36,7 @@ class _Group:
     copies: AdapterCopies
     dtype: torch.dtype
     adapters: tuple[Tensor, ...]
-    versions: tuple[int, ...]  # torch counts the changes of a tensor in place
+    versions: tuple[int, ...]  # how often each was changed in place, where torch counts it
     disabled: tuple[bool, ...]
 
     @classmethod
@@ -52,7 +52,10 @@ class _Group:
         return tuple(getattr(module, "_disable_adapters", False) for module in modules)
 
     def is_valid(self, dtype: torch.dtype) -> bool:
-        """Whether copies that are held are still right: a last line of defence, which does not see every change."""
+        """Whether copies that are held are still right, as far as torch counts changes.
+
+        A last line of defence: fused AdamW and bitsandbytes' optimizers change tensors and do not count it.
+        """
         return (
             self.dtype == dtype
             and tuple(tensor._version for tensor in self.adapters) == self.versions
@@ -104,4 +107,5 @@ class HeldAdapters:
 
 def held_adapters(model: nn.Module) -> HeldAdapters:
     """Those of a model with lean layers; of another one such that nobody reads."""
-    return next((module.held for module in model.modules() if hasattr(module, "held")), HeldAdapters())
+    found = (held for module in model.modules() if isinstance(held := getattr(module, "held", None), HeldAdapters))
+    return next(found, HeldAdapters())

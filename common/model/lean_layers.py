@@ -53,6 +53,7 @@ class _LeanLayer(nn.Module):
 class _LeanAttention(nn.Module):
     """Saves for backward: its input, what attention itself saves, and queries and keys before their norms (Qwen3)."""
 
+    held: HeldAdapters
     input_groups = ("q_proj k_proj v_proj", "o_proj")  # linear modules by their input
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, **kwargs: Any) -> Any:
@@ -89,6 +90,7 @@ class _LeanAttention(nn.Module):
 class _LeanMLP(nn.Module):
     """Saves for backward: its input, and the outputs of the gate and the up projection."""
 
+    held: HeldAdapters
     input_groups = ("gate_proj up_proj", "down_proj")
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None) -> Tensor:
@@ -161,8 +163,9 @@ def copy_all_adapters(model: nn.Module, dtype: torch.dtype) -> None:
     dtype: of the compute. Does nothing for a model without lean layers.
     """
     for module in model.modules():
-        for names in getattr(module, "input_groups", ()):
-            module.held.read(module, names, dtype)
+        if isinstance(module, _LeanAttention | _LeanMLP):
+            for names in module.input_groups:
+                module.held.read(module, names, dtype)
 
 
 def is_lean(model: nn.Module) -> bool:

@@ -132,7 +132,7 @@ def nf4_by_hand(packed: Tensor, state: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", nf4_dequantize.DTYPES)
+@pytest.mark.parametrize("dtype", nf4_dequantize.NF4_DTYPES)
 @pytest.mark.parametrize("shape", NF4_SHAPES)
 def test_nf4_is_dequantized_bit_for_bit(shape, dtype, implementation):
     """Blocks that are not full, more scales than one program reads, and a second scale of scales (257 rows)."""
@@ -205,7 +205,7 @@ sizes = {"size": "i32", "eps": "fp32", "query_heads": "i32", "key_heads": "i32",
 sizes |= {"packed_ptr": "*u8", "scales_ptr": "*u8"}
 sizes |= dict.fromkeys(("code_ptr", "outer_scales_ptr", "outer_code_ptr", "offset_ptr"), "*fp32")
 constants = {"HAS_RESIDUAL": True, "INVERSE": True, "BLOCK": 8192, "QUERY_BLOCK": 64, "KEY_BLOCK": 8, "HALF_BLOCK": 64}
-constants |= {"SCALES": nf4_dequantize.SCALES}
+constants |= {"SCALES": nf4_dequantize.SCALES_A_PROGRAM}
 for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, rope._rotate_kernel,
                swiglu._swiglu_kernel, swiglu._swiglu_backward_kernel, nf4_dequantize._dequantize_kernel):
     names = kernel.arg_names

