@@ -151,7 +151,8 @@ class Planner:
         """The option, its peak and time between those of two counts."""
         tokens, speed = rows * self.seq_len, self.forecast.speed
         first, second, share = self._two_counts(tokens, policy, on_host)
-        seconds = first.seconds(speed) + share * (second.seconds(speed) - first.seconds(speed))
+        short, long = (step.seconds(speed, self.rows_here // rows) for step in (first, second))
+        seconds = short + share * (long - short)
         host = int(first.host_peak() + share * (second.host_peak() - first.host_peak()))
         sent = first.link_bytes() + share * (second.link_bytes() - first.link_bytes())
         peak = peak_between(first, second, share) + self.bucket_bytes
@@ -161,7 +162,7 @@ class Planner:
         """The option counted as it is, and its step."""
         tokens, accumulates = rows * self.seq_len, rows < self.rows_here
         step = self.forecast.step(tokens, policy, accumulates=accumulates, on_host=on_host)
-        seconds = step.seconds(self.forecast.speed)
+        seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
         peak = step.peak() + self.bucket_bytes
         option = Option(rows, policy, peak, seconds / tokens, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step

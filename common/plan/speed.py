@@ -38,7 +38,7 @@ class Speed:
     # Each way, to the host and to other cards. PCIe 4.0 x16 moves about 25 of its 32 GB/s.
     link_bytes_per_second: float = 25e9
     # Of Python and torch's dispatcher, an operator: benchmarks/results/launch_cpu.json, forward and backward of a layer
-    # that keeps its activations (one that recomputes: 20e-6), on an AMD EPYC. The driver's launch is not in it.
+    # that keeps its activations (one that recomputes: 17e-6), on an AMD EPYC. The driver's launch is not in it.
     launch_seconds: float = 12e-6
 
     def seconds(self, work: Work) -> float:

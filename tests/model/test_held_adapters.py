@@ -9,7 +9,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from common.machine.device import Machine
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
@@ -134,22 +133,17 @@ class Casts(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32:
-            self.count += args[0].numel() in ADAPTER_SIZES
+        if operator is torch.ops.aten._to_copy.default and args[0].dtype == torch.float32 and args[0].ndim == 2:
+            self.count += LORA.rank in args[0].shape
         if operator is torch.ops.aten.cat.default:
             self.count += len(args[0][0]) == LORA.rank
         return operator(*args, **(kwargs or {}))
 
 
-ADAPTER_SIZES = {4 * 64, 4 * 32, 4 * 128}
-BF16 = Machine(torch.device("cpu"), torch.bfloat16, "a test", "CPU")
-
-
-@pytest.mark.parametrize(("holds", "casts"), [(False, 2 * 3 * 16), (True, 0)])
+@pytest.mark.parametrize(("holds", "casts"), [(False, 2 * 2 * (14 + 2)), (True, 0)])
 def test_a_later_micro_batch_casts_and_stacks_nothing(small_llama, holds, casts):
-    """Else in each of forward, recompute and backward: 14 casts a layer, and 2 concatenations of what q, k, v and gate,
-    up have in common."""
-    model = adapted(small_llama, torch.bfloat16, kept=2)
+    """Else each of 2 layers does it in forward and in backward: 14 casts, and q, k, v and gate, up are concatenated."""
+    model = adapted(small_llama, kept=2, dtype=torch.bfloat16)
     held = held_adapters(model)
     if holds:
         held.hold()
@@ -157,6 +151,5 @@ def test_a_later_micro_batch_casts_and_stacks_nothing(small_llama, holds, casts)
         loss_of(model).backward()
         with Casts() as found:
             loss_of(model).backward()
-    print(found.count)
     assert sum(tensor.nbytes for tensor in held.tensors()) == (2 * trainable_params(model) if holds else 0)
     assert found.count == casts
