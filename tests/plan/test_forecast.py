@@ -8,7 +8,7 @@ from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 from common.plan.speed import SPEEDS, speed_of
-from common.plan.step import ADAPTERS, OPTIMIZER, WEIGHTS
+from common.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 
 LLAMA, QWEN = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
