@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from benchmarks.results_folder import result_path
-from common.kernels import REFERENCES, rms_norm, rope, swiglu
+from common.kernels import REFERENCES, nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import this_machine
 
 RANK = 16
@@ -110,12 +111,15 @@ def operator_forms(
         random(tokens, key_heads * dim),
         *(random(tokens, dim) for _ in "cs"),
     )
+    packed, state = bnb.quantize_4bit(random(inner, hidden), blocksize=64, compress_statistics=True, quant_type="nf4")
+    scales = state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset
     arguments: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rms_norm": (rms_norm.rms_norm_forward, (x, weight, 1e-5)),
         "rms_norm_backward": (rms_norm.rms_norm_backward, (x, x, weight, 1e-5, x)),
         "rope": (rope.rotate, (query, key, cos, sin, False)),
         "swiglu": (swiglu.swiglu, (gate, up)),
         "swiglu_backward_": (swiglu.swiglu_backward_, (grad, gate, up)),
+        "nf4_dequantize": (nf4_dequantize.nf4_dequantize, (packed, *scales, (inner, hidden), dtype)),
     }
     for name, (operator, values) in arguments.items():
         yield name, "ours", partial(operator, *values)

@@ -28,6 +28,7 @@ from common.machine.device import GIB, Machine, this_machine
 from common.machine.out_of_memory import out_of_memory
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.attention import PACKED_ATTENTION
+from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -68,6 +69,7 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
         batch["cu_seq_lens_q"] = torch.tensor([0, tokens], dtype=torch.int32)
     batch = {name: value.to(machine.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = held_adapters(model)
 
     def micro_batch() -> float:
         if machine.is_gpu:
@@ -81,7 +83,9 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
         return time.perf_counter() - started
 
     def step() -> list[float]:
+        held.hold()  # as the trainer
         seconds = [micro_batch() for _ in range(2)]
+        held.release()
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from benchmarks.kernels import gpu_times, microseconds
 from benchmarks.memory import in_words, measure, policies
 from benchmarks.run_stack import limit_free_memory
 from common.data.rows import load_rows
-from common.kernels import rms_norm, rope, swiglu
+from common.kernels import nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
@@ -34,10 +36,11 @@ from common.plan.machine_plan import plan_for_card, setting_of
 from common.plan.plan import Plan
 from common.recipe import DataSpec
 from common.run.metrics_file import read_metrics
+from common.run.trainer_config import build_trainer
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
-from tests.kernels.test_kernels import EPS, norm_in_float64, rope_in_float64
+from tests.kernels.test_kernels import EPS, NF4_SHAPES, nf4, nf4_arguments, norm_in_float64, rope_in_float64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -114,6 +117,47 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
 
 
+class WaitingIsAnError(TrainerCallback):
+    """From the end of a micro-batch to that of the next one, in each step but the first."""
+
+    def __init__(self) -> None:
+        self.micro_batches = self.done = 0
+
+    def on_substep_end(self, _, state, *__, **___) -> None:
+        strict = torch.cuda.get_sync_debug_mode() == 2
+        self.micro_batches += strict
+        self.done += 1
+        torch.cuda.set_sync_debug_mode("error" if state.global_step and self.done < 3 else "default")
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.done = 0
+
+
+def test_no_micro_batch_makes_the_host_wait(tmp_path):
+    """By torch's own count. The last micro-batch of a step is left out: the gradient norm is read before a callback."""
+    recipe = replace(
+        RECIPE,
+        model=replace(RECIPE.model, weights="random", layers=2),
+        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=0, drift_source=None),
+        train=replace(RECIPE.train, rows_per_step=4, max_steps=3),
+        out=str(tmp_path),
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
+    for policy in (Policy(2, 1), Policy(2, offload=True)):
+        model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
+        use_lean_layers(model, recipe.train.kernels)
+        checkpoint_activations(model, policy)
+        trainer = build_trainer(model, tokenizer, rows, recipe, Plan(1, 4, Layout(), policy, "a test"), tmp_path)
+        strict = WaitingIsAnError()
+        trainer.add_callback(strict)
+        try:
+            trainer.train()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert strict.micro_batches == 2 * 2  # of steps 2 and 3: the second and third micro-batch
+
+
 def test_the_same_seed_gives_nearly_the_same_adapter_on_a_gpu(tmp_path):
     """Not bit for bit: flash attention's backward adds up dq in whatever order its blocks end."""
     for name in ("a", "b"):
@@ -184,6 +228,15 @@ def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
     assert error(swiglu.swiglu(gate, up), expected) <= BF16
     product, grad_gate = swiglu.swiglu_backward_(grad, gate, up)
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
+
+
+@pytest.mark.parametrize("dtype", nf4_dequantize.NF4_DTYPES)
+@pytest.mark.parametrize("shape", [*NF4_SHAPES, (1024, 4096)])
+def test_the_nf4_kernel_is_bitsandbytes_bit_for_bit(shape, dtype):
+    packed, state = nf4(shape, device="cuda")
+    state.dtype = dtype
+    got = nf4_dequantize.nf4_dequantize(*nf4_arguments(packed, state, dtype))
+    assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen_14b"])

@@ -15,7 +15,7 @@ from common.model.config import refuse_more_positions
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
-from common.plan.step import ADAPTERS, Step, peak_between
+from common.plan.step import GRADIENTS, Step, peak_between
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
@@ -56,7 +56,7 @@ class Planner:
         # DistributedDataParallel sends gradients in buckets of its own, which take as much memory as the gradients.
         self.bucket_bytes = 0
         if layout.processes > 1 and not layout.sharded:
-            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[ADAPTERS]
+            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[GRADIENTS]
         self.counted_tokens = self.seq_len, max(MAX_MICRO_BATCH_TOKENS, 2 * self.seq_len)
 
     def choose(self) -> Option | None:
@@ -151,7 +151,8 @@ class Planner:
         """The option, its peak and time between those of two counts."""
         tokens, speed = rows * self.seq_len, self.forecast.speed
         first, second, share = self._two_counts(tokens, policy, on_host)
-        seconds = first.seconds(speed) + share * (second.seconds(speed) - first.seconds(speed))
+        short, long = (step.seconds(speed, self.rows_here // rows) for step in (first, second))
+        seconds = short + share * (long - short)
         host = int(first.host_peak() + share * (second.host_peak() - first.host_peak()))
         sent = first.link_bytes() + share * (second.link_bytes() - first.link_bytes())
         peak = peak_between(first, second, share) + self.bucket_bytes
@@ -161,7 +162,7 @@ class Planner:
         """The option counted as it is, and its step."""
         tokens, accumulates = rows * self.seq_len, rows < self.rows_here
         step = self.forecast.step(tokens, policy, accumulates=accumulates, on_host=on_host)
-        seconds = step.seconds(self.forecast.speed)
+        seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
         peak = step.peak() + self.bucket_bytes
         option = Option(rows, policy, peak, seconds / tokens, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from common.machine.collectives import local_tensor
 from common.model.activation_checkpointing import decoder_layers
+from common.model.held_adapters import HeldAdapters
 from common.plan.ledger import round_up
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 
@@ -60,6 +61,9 @@ def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
                     yield tensor, WEIGHTS
             else:
                 yield parameter, EMBEDDINGS
+        if isinstance(held := getattr(child, "held", None), HeldAdapters):
+            for copy in held.tensors(child):
+                yield copy, ADAPTERS
 
 
 def weight_tensors(linear: nn.Linear) -> Iterator[Tensor]:

@@ -38,7 +38,9 @@ class Speed:
     memory_bytes_per_second: float  # of the GPU's memory
     # Each way, to the host and to other cards. PCIe 4.0 x16 moves about 25 of its 32 GB/s.
     link_bytes_per_second: float = 25e9
-    launch_seconds: float = 6e-6  # of Python and dispatch, an operator; assumed, not measured
+    # Of Python and torch's dispatcher, an operator: benchmarks/results/launch_cpu.json, forward and backward of a layer
+    # that keeps its activations (one that recomputes: 17e-6), on an AMD EPYC. The driver's launch is not in it.
+    launch_seconds: float = 12e-6
 
     def seconds(self, work: Work) -> float:
         """The slowest of three that run side by side: the operators, the copies over the link, and the launches.

@@ -132,8 +132,12 @@ class Step:
         """Bytes that cross the link to the host and to other cards."""
         return sum(segment.work.link_bytes for segment in self.segments)
 
-    def seconds(self, speed: Speed) -> float:
-        return sum(speed.seconds(segment.work) for segment in self.segments)
+    def seconds(self, speed: Speed, micro_batches: int = 1) -> float:
+        """Of one of the step's micro-batches, with its share of the optimizer's update, which comes once a step."""
+        return sum(
+            speed.seconds(segment.work) / (micro_batches if segment.name == "optimizer" else 1)
+            for segment in self.segments
+        )
 
 
 def peak_between(first: Step, second: Step, share: float) -> int:

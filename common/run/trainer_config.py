@@ -90,13 +90,14 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         save_steps=train.save_every,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would print 0.0 for NaN
-        include_num_input_tokens_seen="non_padding",
+        include_num_input_tokens_seen="non_padding",  # Trainer counts them in its own way
         disable_tqdm=True,
         report_to="none",  # trackers.py attaches the one of the recipe
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         dataloader_pin_memory=machine.is_gpu,
+        accelerator_config={"non_blocking": machine.is_gpu},  # else each copy of a batch waits for the GPU
         ddp_backend="gloo" if world_size() > 1 and not machine.is_gpu else None,
         ddp_find_unused_parameters=False,  # each adapter gets a gradient in each micro-batch
         ddp_broadcast_buffers=False,  # they never change

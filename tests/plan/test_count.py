@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -88,8 +89,13 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKEN
     optimizer.step()  # makes its states
     batch = full_batch(tokens, tokens, padding_free=False)
     batch["position_ids"] = torch.arange(tokens // 4).repeat(1, 4)  # several examples: attention needs a mask
+    held = held_adapters(model)  # as the trainer
+    with torch.no_grad():
+        held.hold()
+        model(**batch)  # of an earlier micro-batch
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**batch, num_items_in_batch=tokens).loss.backward()
+        held.release()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -166,8 +172,9 @@ def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_l
 def test_every_allocation_is_rounded_up_to_512_bytes(small_llama):
     assert [round_up(size) for size in (1, 512, 513)] == [512, 512, 1024]
     step = Forecast(recipe_for(str(small_llama), lora=LoraSpec(1, 1))).count(64, Policy(2), True)
-    # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step
-    assert (step.resident[ADAPTERS], step.resident[GRADIENTS]) == (28 * 512, 28 * 512)
+    # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step;
+    # of each layer there are 11 copies in bf16: every B, and the A of q, k and v, of o, of gate and up, and of down
+    assert (step.resident[ADAPTERS], step.resident[GRADIENTS]) == ((28 + 22) * 512, 28 * 512)
     assert step.resident[OPTIMIZER] == 28 * 3 * 512
 
 
@@ -179,7 +186,8 @@ def test_the_bytes_of_llama3_8b_before_a_step():
     assert base[WEIGHTS] == 6_979_321_856 * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 224 * 2048
     # embedding and head, 2 * 128256 * 4096, and 65 norms of 4096, in bf16; RoPE keeps 64 frequencies in fp32 twice
     assert base[EMBEDDINGS] == 2 * (2 * 128256 * 4096 + 65 * 4096) + 2 * 512
-    assert base[ADAPTERS] == base[GRADIENTS] == 4 * LLAMA_ADAPTER
+    assert base[GRADIENTS] == 4 * LLAMA_ADAPTER
+    assert base[ADAPTERS] == (4 + 2) * LLAMA_ADAPTER  # and the copies in bf16 that are held for a step
     # two moments in fp32, and of each of the 448 matrices its step
     assert base[OPTIMIZER] == 8 * LLAMA_ADAPTER + 448 * 512
     assert base[SAVED] == base[WORKING] == 0
