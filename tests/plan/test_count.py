@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
+from common.data.batches import collate
 from common.kernels import REFERENCES
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy, checkpoint_activations
@@ -76,8 +77,11 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS) -> int:
-    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
+def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1) -> int:
+    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
+
+    rows: of the micro-batch, each as long as the others, in which the tokens lie.
+    """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, policy)
@@ -87,8 +91,10 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKEN
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
-    batch = full_batch(tokens, tokens, padding_free=False)
-    batch["position_ids"] = torch.arange(tokens // 4).repeat(1, 4)  # several examples: attention needs a mask
+    length = tokens // rows
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
+    batch = collate([row] * rows, pad_token_id=0)  # several examples a row: attention needs a mask
+    batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)  # every token, as a plan counts
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**batch, num_items_in_batch=tokens).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
@@ -115,16 +121,36 @@ def cases() -> Iterator[Any]:
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
-    for operator, reference in REFERENCES.items():
-        # On a CPU it is its reference that runs, which allocates more than the Triton kernel that a plan counts.
-        monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
+    count_as_on_a_cpu(monkeypatch)
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
+
+
+def count_as_on_a_cpu(monkeypatch) -> None:
+    """Counts what differs between a CPU and a GPU as it is on a CPU."""
+    monkeypatch.setattr(ledger, "TO_HOST", None)  # a copy in host memory is an allocation like any other
+    for operator, reference in REFERENCES.items():
+        # It is its reference that runs, which allocates more than the Triton kernel that a plan counts.
+        monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
+    monkeypatch.delitem(operators.SCRATCH_BYTES, operators.SDPA_BACKWARD)  # that of the GPU's operator
+
+
+@pytest.mark.parametrize("policy", ["every layer", "none"])
+def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatch):
+    """Its mask is rows x length x length, a third of what a single row of as many tokens has."""
+    count_as_on_a_cpu(monkeypatch)
+    forecast = forecasts["llama", "lean"]
+    step, one_row = (forecast.step(TOKENS, POLICIES[policy], rows=rows) for rows in (3, 1))
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], rows=3)
+    print(f"{policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.005)
+    masks = LAYERS + 1 if policy == "none" else 2  # in fp32, saved by each layer that keeps its activations; and bool
+    assert one_row.peak() - step.peak() > (masks - 1) * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
 
 
 @pytest.fixture(scope="module")
