@@ -50,9 +50,7 @@ class Forecast:
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
-    def step(
-        self, tokens: int, policy: Policy, *, rows: int = 1, accumulates: bool = True, on_host: int = 0
-    ) -> Step:
+    def step(self, tokens: int, policy: Policy, *, rows: int = 1, accumulates: bool = True, on_host: int = 0) -> Step:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
         Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention

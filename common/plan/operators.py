@@ -90,9 +90,9 @@ def _gemm_4bit(
     return torch.nn.functional.linear(inputs, dequantized, bias)
 
 
-# Bytes that an operator allocates and frees inside itself, where the count cannot see them. From its arguments.
-# On fake tensors the CPU's operator of SDPA stands for the GPU's memory-efficient one, which runs where there is a mask:
-# both return the output and a log-sum-exp, and both save the mask.
+# Bytes that an operator allocates and frees inside itself, where the count cannot see them. From its arguments. On fake
+# tensors the CPU's operator of SDPA stands for the GPU's memory-efficient one, which runs where there is a mask: both
+# return the output and a log-sum-exp, and both save the mask.
 SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_scratch,
     SDPA_BACKWARD: _sdpa_backward_scratch,

@@ -20,7 +20,7 @@ from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
 from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import Forecast, Setting, full_batch
+from common.plan.forecast import Forecast, Setting
 from common.plan.resident import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -149,8 +149,8 @@ def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatc
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], rows=3)
     print(f"{policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.005)
-    masks = LAYERS + 1 if policy == "none" else 2  # in fp32, saved by each layer that keeps its activations; and bool
-    assert one_row.peak() - step.peak() > (masks - 1) * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
+    masks = LAYERS if policy == "none" else 1  # in fp32, of each layer that keeps its activations or recomputes
+    assert one_row.peak() - step.peak() >= masks * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
 
 
 @pytest.fixture(scope="module")
