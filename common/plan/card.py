@@ -40,7 +40,7 @@ class Card:
     has_context: bool = False  # this process has its CUDA context on the card already
     gpu: str | None = None  # its name, for its speed; None is an RTX 4090
     uses_nccl: bool = False  # it talks to other cards
-    # Of a layer that another stream gathers. torch's allocator keeps freed blocks for the stream that took them, so they
+    # Of a layer that another stream gathers. torch's allocator keeps freed blocks for the stream that took them: they
     # serve no tensor of the step.
     other_stream_bytes: int = 0
     host_bytes: int | None = None  # of host memory that a run may use beside it; None where that is not known
