@@ -51,7 +51,10 @@ def _sdpa_backward_scratch(grad_out: Tensor, query: Tensor, *_: Any, **__: Any) 
 
     In fp32: dq, and one number a token and head. For head dims beyond 64 it may also hold 64 rows of dk and dv, 200
     times at most. Source: torch, transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
+    Nothing where the inputs are fp32: then it is a CPU whose step is counted, and its operator needs none of that.
     """
+    if query.element_size() > 2:
+        return 0
     rows, heads, tokens, dim = query.shape
     return 4 * rows * heads * -(-tokens // 64) * 64 * (dim + 1) + (2 * 4 * 200 * 64 * dim if dim > 64 else 0)
 

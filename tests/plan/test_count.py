@@ -136,7 +136,6 @@ def count_as_on_a_cpu(monkeypatch) -> None:
     for operator, reference in REFERENCES.items():
         # It is its reference that runs, which allocates more than the Triton kernel that a plan counts.
         monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
-    monkeypatch.delitem(operators.SCRATCH_BYTES, operators.SDPA_BACKWARD)  # that of the GPU's operator
 
 
 @pytest.mark.parametrize("policy", ["every layer", "none"])
@@ -151,6 +150,20 @@ def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatc
     assert counted == pytest.approx(real, rel=0.005)
     masks = LAYERS if policy == "none" else 1  # in fp32, of each layer that keeps its activations or recomputes
     assert one_row.peak() - step.peak() >= masks * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
+
+
+def test_attention_with_a_mask_computes_all_pairs_and_sums_its_gradients_in_fp32():
+    rows, heads, length, dim = 2, 32, 2048, 128
+    states = torch.empty((rows, heads, length, dim), dtype=torch.float16, device="meta")
+    scratch = operators.SCRATCH_BYTES[operators.SDPA_BACKWARD]
+    # dq and a number a token and head; 200 times 64 rows of dk and dv
+    assert scratch(states, states) == 4 * rows * heads * length * (dim + 1) + 200 * 64 * dim * 2 * 4
+    assert scratch(states.float(), states.float()) == 0
+    forecast = Forecast(recipe_for(LLAMA, layers=3), Setting(torch.float16, "sdpa"))
+    whole, halves = (forecast.count(rows * length, Policy(3, 3), True, n).segment("forward 1") for n in (1, rows))
+    # Two matmuls of all pairs: a row of twice the length has twice as many as two of half of it.
+    pairs = (rows * length) ** 2 - rows * length**2
+    assert whole.work.flops - halves.work.flops == 4 * heads * dim * pairs
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ FP16_WITH_MASK = Setting(torch.float16, "sdpa")  # of a GPU without flash attent
 
 @pytest.fixture(scope="module")
 def without_flash():
-    return Planner(RECIPE, Card.of_size(16), FP16_WITH_MASK)
+    return Planner(replace(RECIPE, model=ModelSpec(MISTRAL)), Card.of_size(16), FP16_WITH_MASK)
 
 
 def test_with_a_mask_two_counts_tell_the_rows_between_and_three_the_longest_row(without_flash):
