@@ -48,6 +48,17 @@ class Machine:
         """Peak of the tensors' memory on the GPU so far in bytes; None on a CPU, where torch does not count it."""
         return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else None
 
+    def full_times(self) -> tuple[int, int]:
+        """How often so far torch's allocator found the GPU full and tried again, and how often it gave up.
+
+        To try again it waits for the GPU and gives back what it had cached. Where it gives up, torch raises
+        OutOfMemoryError. Zeros on a CPU.
+        """
+        if not self.is_gpu:
+            return 0, 0
+        counts = torch.cuda.memory_stats(self.device)
+        return counts.get("num_alloc_retries", 0), counts.get("num_ooms", 0)
+
     def __str__(self) -> str:
         return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 

@@ -1,6 +1,7 @@
 """One optimizer step as data: what it allocates and releases, moment by moment, and what it does meanwhile."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -140,21 +141,26 @@ class Step:
         )
 
 
-def peak_between(first: Step, second: Step, share: float) -> int:
-    """Bytes at the worst moment of a step between two counts of the same step (share 0 to 1), or beyond them.
+def peak_between(counts: Sequence[Step], weights: Sequence[float]) -> int:
+    """Bytes at the worst moment of a step between or beyond counts of the same step with other numbers of tokens.
 
-    The bytes of each event are a straight line in the tokens of the micro-batch. Where the counts have different
-    numbers of events in a segment (the loss goes tile by tile), the segment's rise is taken for a straight line.
+    weights: of each count (lagrange_weights), together 1. The bytes of each event are a polynomial in the tokens, which
+    two counts determine where it is a straight line, and three where it is a parabola. Where the counts have different
+    numbers of events in a segment (the loss goes tile by tile), the segment's rise is taken for such a polynomial.
     """
-    now = highest = float(sum(first.resident.values()))
-    rises: dict[tuple[int, int], float] = {}
-    for a, b in zip(first.segments, second.segments, strict=True):
-        key = id(a), id(b)
+    now = highest = float(sum(counts[0].resident.values()))
+    rises: dict[tuple[int, ...], float] = {}
+    for alike in zip(*(count.segments for count in counts), strict=True):
+        key = tuple(map(id, alike))
         if key not in rises:
-            same_events = len(a.levels) == len(b.levels)
-            rises[key] = (
-                (a.levels + share * (b.levels - a.levels)).max() if same_events else a.rise + share * (b.rise - a.rise)
-            )
+            same_events = len({len(segment.levels) for segment in alike}) == 1
+            levels = np.array([segment.levels if same_events else [segment.rise] for segment in alike])
+            rises[key] = float((np.array(weights) @ levels).max())
         highest = max(highest, now + rises[key])
-        now += a.net + share * (b.net - a.net)
-    return int(highest)
+        now += sum(weight * segment.net for weight, segment in zip(weights, alike, strict=True))
+    return round(highest)
+
+
+def lagrange_weights(at: float, counted: Sequence[float]) -> list[float]:
+    """The weight of each counted point in the polynomial's value at `at`: Lagrange's form, as many points as terms."""
+    return [math.prod((at - other) / (point - other) for other in counted if other != point) for point in counted]

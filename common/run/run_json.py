@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
     Seconds, tokens and tokens per second are those of the last step; losses are nats per trained token.
     """
     steps = [entry for entry in history if "loss" in entry]
+    retries, ooms = this_machine().full_times()
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": steps_done,
@@ -41,6 +43,8 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
         "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
         "predicted_bytes": plan.peak_bytes,
         "allocated_bytes": this_machine().allocated_bytes(),
+        "alloc_retries": retries,  # torch.cuda.memory_stats
+        "alloc_ooms": ooms,
         "step_downs": step_downs,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
@@ -60,6 +64,24 @@ def memory_line(metrics: dict[str, Any]) -> str:
         f"({measured / predicted - 1:+.1%}), {peak:.2f} GiB reserved"
     )
     return line + "".join(f"\n  out of memory in {step}" for step in metrics["step_downs"])
+
+
+def full_line(full_times: Sequence[tuple[int, int]]) -> str | None:
+    """That a GPU was full, and what it means; None where none was. full_times: Machine.full_times of each process."""
+    retries, ooms = max(full_times)
+    if not retries and not ooms:
+        return None
+    which = f"the fullest of {len(full_times)} GPUs" if len(full_times) > 1 else "the GPU"
+    failed = f", and {_times(ooms)} that was not enough (out of memory)" if ooms else ""
+    return (
+        f"{which} was full {_times(retries)}: torch waited for it, gave back the memory it had cached and asked again"
+        f"{failed}. That takes time: end other programs on the card (nvidia-smi), or take a leaner "
+        "TrainSpec.checkpointing"
+    )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def write_run_json(

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
 from common.data.steps import settle_rows_per_step, step_lines
-from common.machine.collectives import broadcast_from_main, run_on_main
+from common.machine.collectives import all_gather, broadcast_from_main, run_on_main
+from common.machine.device import this_machine
 from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
 from common.model.pad_embedding import mend_pad_embedding
@@ -32,7 +33,7 @@ from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
 from common.run.resume import checkpoint_to_resume, rows_per_step_before
-from common.run.run_json import memory_line, run_metrics
+from common.run.run_json import full_line, memory_line, run_metrics
 from common.run.stopping import StopSignals
 from common.run.trackers import GuardedTracker, keep_tracker_files
 from common.run.trainer import Trainer
@@ -79,6 +80,8 @@ def train(
     if written.train.rows_per_step == "auto":  # run.json has the recipe as it was settled
         metrics["recipe_as_written"] = {"rows_per_step": "auto", "learning_rate": written.train.learning_rate}
     print(memory_line(metrics))
+    if line := full_line(all_gather(this_machine().full_times())):
+        print(line)
     losses = held_out_losses([*report.history, *trainer.state.log_history])
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
+from common.data.batches import collate
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.held_adapters import held_adapters
@@ -17,9 +18,9 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.plan import ledger
+from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import Forecast, Setting, full_batch
+from common.plan.forecast import Forecast, Setting
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -76,8 +77,11 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS) -> int:
-    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
+def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1) -> int:
+    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
+
+    rows: of the micro-batch, each as long as the others, in which the tokens lie.
+    """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, policy)
@@ -87,8 +91,10 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKEN
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
-    batch = full_batch(tokens, tokens, padding_free=False)
-    batch["position_ids"] = torch.arange(tokens // 4).repeat(1, 4)  # several examples: attention needs a mask
+    length = tokens // rows
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
+    batch = collate([row] * rows, pad_token_id=0)  # several examples a row: attention needs a mask
+    batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)  # every token, as a plan counts
     held = held_adapters(model)  # as the trainer
     with torch.no_grad():
         held.hold()
@@ -127,6 +133,34 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["every layer", "none"])
+def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatch):
+    """Its mask is rows x length x length, a third of what a single row of as many tokens has."""
+    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    forecast = forecasts["llama", "lean"]
+    step, one_row = (forecast.step(TOKENS, POLICIES[policy], rows=rows) for rows in (3, 1))
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], rows=3)
+    print(f"{policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.005)
+    masks = LAYERS if policy == "none" else 1  # in fp32, of each layer that keeps its activations or recomputes
+    assert one_row.peak() - step.peak() >= masks * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
+
+
+def test_attention_with_a_mask_computes_all_pairs_and_sums_its_gradients_in_fp32():
+    rows, heads, length, dim = 2, 32, 2048, 128
+    states = torch.empty((rows, heads, length, dim), dtype=torch.float16, device="meta")
+    scratch = operators.SCRATCH_BYTES[operators.SDPA_BACKWARD]
+    # dq and a number a token and head; 200 times 64 rows of dk and dv
+    assert scratch(states, states) == 4 * rows * heads * length * (dim + 1) + 200 * 64 * dim * 2 * 4
+    assert scratch(states.float(), states.float()) == 0
+    forecast = Forecast(recipe_for(LLAMA, layers=3), Setting(torch.float16, "sdpa"))
+    whole, halves = (forecast.count(rows * length, Policy(3, 3), True, n).segment("forward 1") for n in (1, rows))
+    # Two matmuls of all pairs: a row of twice the length has twice as many as two of half of it.
+    pairs = (rows * length) ** 2 - rows * length**2
+    assert whole.work.flops - halves.work.flops == 4 * heads * dim * pairs
 
 
 @pytest.fixture(scope="module")
