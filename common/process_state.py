@@ -195,6 +195,27 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Keeps the sums of 16-bit matmuls on a GPU in fp32 within the block. Called by model/loss.py.
+
+    torch allows cuBLAS to split a matmul along its inner dimension, to round the parts to 16 bits and to add those up
+    (ATen/cuda/CUDABlas.cpp: the mask of reduction schemes). With this it may split, and adds in fp32.
+    """
+    import torch
+
+    matmul: Any = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
+    for name, (_, may_split) in before.items():
+        setattr(matmul, name, (False, may_split))
+    try:
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(matmul, name, allowed)
+
+
 def set_tracker_folder(variable: str, folder: Path) -> None:
     """Tells a tracker by its own environment variable where to write. Called by run/trackers.py."""
     os.environ.setdefault(variable, str(folder))

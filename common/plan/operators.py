@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from common.kernels.cross_entropy import cross_entropy_
+from common.kernels.swiglu import swiglu_backward_
+
 TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
 
 
@@ -81,6 +84,12 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_.default: lambda _, a, b: 2 * a.numel() * b.shape[-1],
     torch.ops.torch_attn._varlen_attn.default: _varlen_flops,
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_flops,
+}
+# Bytes that an operator reads and writes beyond its arguments and results, once each. Both write to an argument, and the
+# loss goes over its logits twice.
+MORE_TRAFFIC: dict[Any, Callable[..., int]] = {
+    cross_entropy_: lambda logits, _, scale: 2 * logits.nbytes if scale else 0,
+    swiglu_backward_: lambda grad, *_: grad.nbytes,
 }
 # Operators that read and write no memory. Views do not either, and say so themselves (`is_view`).
 OPERATORS_WITHOUT_TRAFFIC = {
