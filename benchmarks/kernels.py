@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.results_folder import result_path
-from common.kernels import REFERENCES, rms_norm, rope, swiglu
+from common.kernels import REFERENCES, cross_entropy, rms_norm, rope, swiglu
 from common.machine.device import this_machine
 
 RANK = 16
@@ -83,12 +83,15 @@ def operator_forms(
         random(tokens, key_heads * dim),
         *(random(tokens, dim) for _ in "cs"),
     )
+    logits = random(min(tokens, 512), 512 if small else 128_256)  # a tile of the loss, whatever the tokens
+    targets = torch.zeros(len(logits), device=device, dtype=torch.int64)
     arguments: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rms_norm": (rms_norm.rms_norm_forward, (x, weight, 1e-5)),
         "rms_norm_backward": (rms_norm.rms_norm_backward, (x, x, weight, 1e-5, x)),
         "rope": (rope.rotate, (query, key, cos, sin, False)),
         "swiglu": (swiglu.swiglu, (gate, up)),
         "swiglu_backward_": (swiglu.swiglu_backward_, (grad, gate, up)),
+        "cross_entropy_": (cross_entropy.cross_entropy_, (logits, targets, 1.0)),
     }
     for name, (operator, values) in arguments.items():
         yield name, "ours", partial(operator, *values)

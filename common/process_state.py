@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
 from common.output_stream import protected_stream

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.cpu_quota import available_cpus
+from common.process_state import full_precision_sums
 from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
@@ -158,3 +159,25 @@ def test_a_plan_ends_quietly_when_its_reader_leaves():
         [sys.executable, "-m", "recipes", "plan", "tiny"], stdout=without_reader(), stderr=subprocess.PIPE, cwd=ROOT
     )
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_sums_of_matmuls_have_full_precision_in_the_block_alone_and_the_users_choice_comes_back():
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+
+    def allowed() -> list[bool]:
+        return [
+            getattr(matmul, f"allow_{n}_reduced_precision_reduction{k}")
+            for n in ("bf16", "fp16")
+            for k in ("", "_split_k")
+        ]
+
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    try:
+        with pytest.raises(ValueError), full_precision_sums():
+            assert allowed() == [False, True, False, False]
+            raise ValueError
+        assert allowed() == [True, True, False, False]
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = True

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from common.kernels import constexpr, jit, next_power_of_2, register, tl
 
-# Entries of a row that a program holds at a time, by 32 warps: 16 a thread, in 50 to 60 registers on sm_75 to sm_90, by
-# ptxas. Twice as many do not fit. One program a multiprocessor: 132 rows of 128,256 in bf16 are 34 MB, so on a card with
-# a larger L2 cache the second pass reads from there.
+# Entries of a row that a program holds at a time, by 32 warps: 16 a thread, in 50 to 60 registers on sm_75 to sm_90 by
+# ptxas; twice as many spill. So a multiprocessor has one row at a time. The 132 rows of an H100 are 34 MB in bf16 at
+# Llama 3's vocabulary, within its L2 cache, where the second pass finds them.
 VOCABULARY_BLOCK = 16384
 # Entries that the reference computes at a time: what it allocates in fp32 is small beside the logits, whatever their
 # number, and stays in a CPU's cache.
@@ -64,10 +64,11 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     tl.store(nll_ptr + row, tl.log(partition) + (maximum - target_logit))
 
     if HAS_GRADIENT:
+        inverse = 1 / partition
         for start in range(0, size, BLOCK):
             entries = start + columns
             x = tl.load(logits_ptr + entries, entries < size, other=float("-inf")).to(tl.float32)
-            probability = tl.exp(x - maximum) / partition
+            probability = tl.exp(x - maximum) * inverse
             grad = tl.where(entries == target, probability - 1, probability)
             tl.store(logits_ptr + entries, (grad * scale).to(logits_ptr.dtype.element_ty), entries < size)
 
@@ -83,9 +84,9 @@ def cross_entropy_triton_(logits: Tensor, targets: Tensor, scale: float) -> Tens
     return nll
 
 
-# Returns the negative log-likelihood in nats of each row's target: fp32 (rows,). logits: (rows, vocabulary), contiguous,
-# any float dtype; they are overwritten with the gradient of their own row's, which is in [-1, 1], times `scale`; with 0
-# they stay. targets: int64 (rows,), in 0..vocabulary - 1.
+# Returns the negative log-likelihood of each row's target, in nats: fp32 (rows,). logits: (rows, vocabulary),
+# contiguous, any float dtype. They are overwritten with `scale` times the gradient of their own row's, which is in
+# [-1, 1]; with a scale of 0 they stay. targets: int64 (rows,), in 0..vocabulary - 1.
 cross_entropy_ = register(
     "cross_entropy_(Tensor(a!) logits, Tensor targets, float scale) -> Tensor",
     _cross_entropy_,

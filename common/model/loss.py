@@ -20,20 +20,22 @@ from common.kernels.cross_entropy import cross_entropy_
 from common.process_state import full_precision_sums
 from common.tokens.labels import trained_positions as find_trained_positions
 
-# Of a tile of logits: 128 MiB in 16 bits. With it the loss is not the peak of a step of 2,048 tokens any more, so a
-# smaller one saves nothing there; and it is the 512 rows of Llama 3's vocabulary that a matmul needs to be bound by its
-# FLOP: a tile reads the head twice, and an H100 does 240 of a row's multiplications while it reads a weight.
+# Of a tile of logits, 128 MiB in 16 bits. By the plan the loss then adds nothing to the peak of a step of 2,048 tokens,
+# so a smaller tile saves nothing there. It is 512 rows of Llama 3's vocabulary. Each tile reads the head twice, and
+# meanwhile an H100 computes 240 rows, an RTX 4090 160 (common/plan/speed.py): with fewer rows a step takes longer.
 TILE_ENTRIES = 1 << 26
-ROWS_OF_A_BLOCK = 128  # that a program of a matmul computes: with 10 rows more than a multiple it works for 128
-# Times this, the gradient of fp16 logits is in [-1024, 1024]. Without it an entry below 2^-25 is lost: of a token of
-# probability 0.999 a third of all the others, and its gradient is off by a seventh. A head's output is at most
-# 2 * 1024 * its largest weight, within fp16 up to weights of 32.
+# A program of a matmul computes 128 rows or 64: a tile of 523 takes as long as one of 640.
+ROWS_OF_A_PROGRAM = 128
+# The gradient of fp16 logits is kept so many times as large as it is. An entry below 2^-25 would be lost: beside a
+# token of probability 0.999 a third of what the others have if they are spread as words are, all of it if evenly. The
+# trainer's GradScaler comes too late for that. The sums over the vocabulary stay within 2 * 1024 times the head's
+# largest weight, so within fp16 for weights up to 32.
 FP16_SCALE = 1024.0
 
 
 def _rows_of_a_tile(vocabulary: int) -> int:
     rows = max(1, TILE_ENTRIES // vocabulary)
-    return rows if rows < ROWS_OF_A_BLOCK else rows - rows % ROWS_OF_A_BLOCK
+    return rows if rows < ROWS_OF_A_PROGRAM else rows - rows % ROWS_OF_A_PROGRAM
 
 
 class _HeadLoss(torch.autograd.Function):

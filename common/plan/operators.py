@@ -85,8 +85,8 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.torch_attn._varlen_attn.default: _varlen_flops,
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_flops,
 }
-# Bytes that an operator reads and writes beyond its arguments and results, once each. Both write to an argument, and the
-# loss goes over its logits twice.
+# Bytes that an operator reads and writes beyond its arguments and results, once each. Both of these write to an
+# argument, and the loss reads its logits twice.
 MORE_TRAFFIC: dict[Any, Callable[..., int]] = {
     cross_entropy_: lambda logits, _, scale: 2 * logits.nbytes if scale else 0,
     swiglu_backward_: lambda grad, *_: grad.nbytes,
