@@ -28,7 +28,7 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from benchmarks.results_folder import result_path
-from common.kernels import REFERENCES, nf4_dequantize, rms_norm, rope, swiglu
+from common.kernels import REFERENCES, cross_entropy, nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import this_machine
 
 RANK = 16
@@ -113,6 +113,8 @@ def operator_forms(
     )
     packed, state = bnb.quantize_4bit(random(inner, hidden), blocksize=64, compress_statistics=True, quant_type="nf4")
     scales = state.absmax, state.code, state.state2.absmax, state.state2.code, state.offset
+    logits = random(min(tokens, 512), 512 if small else 128_256)  # a tile of the loss, whatever the tokens
+    targets = torch.zeros(len(logits), device=device, dtype=torch.int64)
     arguments: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "rms_norm": (rms_norm.rms_norm_forward, (x, weight, 1e-5)),
         "rms_norm_backward": (rms_norm.rms_norm_backward, (x, x, weight, 1e-5, x)),
@@ -120,6 +122,7 @@ def operator_forms(
         "swiglu": (swiglu.swiglu, (gate, up)),
         "swiglu_backward_": (swiglu.swiglu_backward_, (grad, gate, up)),
         "nf4_dequantize": (nf4_dequantize.nf4_dequantize, (packed, *scales, (inner, hidden), dtype)),
+        "cross_entropy_": (cross_entropy.cross_entropy_, (logits, targets, 1.0)),
     }
     for name, (operator, values) in arguments.items():
         yield name, "ours", partial(operator, *values)

@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
 from common.output_stream import protected_stream
@@ -222,6 +223,27 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # torch otherwise also fills memory that nobody has written to, which costs time. Nothing reads such memory here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Keeps the sums of 16-bit matmuls on a GPU in fp32 within the block. Called by model/loss.py.
+
+    torch allows cuBLAS to split a matmul along its inner dimension, to round the parts to 16 bits and to add those up
+    (ATen/cuda/CUDABlas.cpp: the mask of reduction schemes). With this it may split, and adds in fp32.
+    """
+    import torch
+
+    matmul: Any = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
+    for name, (_, may_split) in before.items():
+        setattr(matmul, name, (False, may_split))
+    try:
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(matmul, name, allowed)
 
 
 def set_tracker_folder(variable: str, folder: Path) -> None:

@@ -21,7 +21,7 @@ from benchmarks.kernels import gpu_times, microseconds
 from benchmarks.memory import in_words, measure, policies
 from benchmarks.run_stack import limit_free_memory
 from common.data.rows import load_rows
-from common.kernels import nf4_dequantize, rms_norm, rope, swiglu
+from common.kernels import cross_entropy, nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
@@ -203,6 +203,37 @@ def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape):
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
     assert error(rms_norm.rms_norm_forward(x, weight, EPS), expected) <= BF16
     assert error(rms_norm.rms_norm_backward(grad, x, weight, EPS, residual), expected_grad + residual.double()) <= BF16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 16_385), (512, 128_256), (3, 151_936), (7, 262_145)])
+def test_the_cross_entropy_kernel_is_that_of_float64(shape, dtype):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(shape, device="cuda")).to(dtype)
+    logits[0, ::7] = float("-inf")
+    targets = torch.randint(1, shape[1], shape[:1], device="cuda")
+    targets -= targets % 7 == 0
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    before = logits.clone()
+    assert error(cross_entropy.cross_entropy_(logits, targets, 0.0), expected) <= 1e-6
+    assert torch.equal(logits, before)
+    assert error(cross_entropy.cross_entropy_(logits, targets, 1024.0), expected) <= 1e-6
+    assert error(logits, 1024 * expected_grad) <= max(torch.finfo(dtype).eps, 4e-6)
+
+
+def test_the_cross_entropy_kernel_reaches_beyond_2_to_the_31_entries():
+    logits = torch.zeros(16_400, 131_072, device="cuda", dtype=torch.float16)  # 4 GiB
+    logits[-1, 77] = 9.0
+    targets = torch.full((16_400,), 77, device="cuda")
+    nll = cross_entropy.cross_entropy_(logits, targets, 1.0)
+    expected = torch.nn.functional.cross_entropy(
+        torch.zeros(131_072).index_fill_(0, torch.tensor(77), 9.0), targets[0].cpu()
+    )
+    torch.testing.assert_close(nll[-1].cpu(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits[-1, 77].float().cpu(), -1 + (-expected).exp(), rtol=1e-3, atol=0)
+    assert (nll[:-1] == nll[0]).all() and not (logits[0] == 0).any()
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.trainer_utils import align_special_tokens
 
 from common.cpu_quota import available_cpus
-from common.process_state import quiet_libraries
+from common.process_state import full_precision_sums, quiet_libraries
 from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
@@ -171,3 +171,25 @@ def test_a_pad_token_of_ours_is_no_warning_of_the_trainer(tokenizer, caplog):
     align_special_tokens(model, tokenizer)
     assert config.pad_token_id == tokenizer.pad_token_id  # it had something to say
     assert not caplog.records
+
+
+def test_sums_of_matmuls_have_full_precision_in_the_block_alone_and_the_users_choice_comes_back():
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+
+    def allowed() -> list[bool]:
+        return [
+            getattr(matmul, f"allow_{n}_reduced_precision_reduction{k}")
+            for n in ("bf16", "fp16")
+            for k in ("", "_split_k")
+        ]
+
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    try:
+        with pytest.raises(ValueError), full_precision_sums():
+            assert allowed() == [False, True, False, False]
+            raise ValueError
+        assert allowed() == [True, True, False, False]
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = True

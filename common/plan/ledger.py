@@ -17,6 +17,7 @@ from common.kernels import REFERENCES
 from common.machine.collectives import local_tensor
 from common.plan.operators import (
     DECOMPOSITIONS,
+    MORE_TRAFFIC,
     OPERATORS_WITHOUT_TRAFFIC,
     SCRATCH_BYTES,
     TO_DEVICE,
@@ -112,6 +113,8 @@ class Ledger(TorchDispatchMode):
             self._allocate_scratch(round_up(SCRATCH_BYTES[operator](*args, **kwargs)))
         if operator not in OPERATORS_WITHOUT_TRAFFIC and not operator.is_view:
             traffic = sum(tensor.nbytes for tensor in _tensors_in((args, kwargs)) + produced)
+            if operator in MORE_TRAFFIC:
+                traffic += MORE_TRAFFIC[operator](*args, **kwargs)
             self.work[-1].operators.append((flops_of(operator, args, kwargs, outputs), traffic))
             self.work[-1].launches += 1
         return outputs

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 import common.model.activation_offload  # noqa: F401  (registers torch.ops.common.to_host and to_device)
+from common.kernels.cross_entropy import cross_entropy_
+from common.kernels.swiglu import swiglu_backward_
 
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
@@ -114,6 +116,12 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _sdpa_flops,
     SDPA_BACKWARD: _sdpa_backward_flops,
+}
+# Bytes that an operator reads and writes beyond its arguments and results, once each. Both of these write to an
+# argument, and the loss reads its logits twice.
+MORE_TRAFFIC: dict[Any, Callable[..., int]] = {
+    cross_entropy_: lambda logits, _, scale: 2 * logits.nbytes if scale else 0,
+    swiglu_backward_: lambda grad, *_: grad.nbytes,
 }
 # Operators that read and write no memory. Views do not either, and say so themselves (`is_view`).
 OPERATORS_WITHOUT_TRAFFIC = {
