@@ -36,8 +36,11 @@ _ENVIRONMENT = {
     "OMP_DYNAMIC": "FALSE",
     # cuBLAS is deterministic only with a fixed workspace (PyTorch notes, "Reproducibility").
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Fewer out-of-memory errors from fragmentation when rows have different lengths.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # Fewer out-of-memory errors from fragmentation when rows have different lengths. Page-locked host memory in its exact
+    # size (common/machine/host_memory.py), from 4 MiB on: smaller blocks come and go in every step (an adapter's
+    # gradients), and those up to the limit are kept. Only this option is safe: with pinned_max_round_threshold_mb alone,
+    # torch 2.13 may hand out a block that was kept and is too small (ATen/core/CachingHostAllocator.h, get_free_block).
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_cached_size_mb:4",
 }
 
 

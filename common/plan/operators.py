@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
+EMPTY_ON_HOST, COPY = torch.ops.common.empty_on_host.default, torch.ops.aten.copy_.default
 
 
 def _varlen_backward_scratch(

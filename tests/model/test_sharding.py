@@ -19,7 +19,7 @@ from common.model.activation_checkpointing import TRAINER_FLAG, Policy
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.sharding import refuse_unshardable, shard_layers
-from common.plan import ledger, operators
+from common.plan import operators
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
@@ -62,7 +62,6 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 
 
 def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # as in tests/plan/test_count.py
     for operator, reference in REFERENCES.items():
         monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)

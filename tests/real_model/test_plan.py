@@ -31,7 +31,7 @@ def forecasts(real_model):
     ids=str,
 )
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(forecasts, bits, policy, monkeypatch):
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     for operator, reference in REFERENCES.items():  # which runs on a CPU
         monkeypatch.setitem(operators.DECOMPOSITIONS, operator, reference)
     step = forecasts[bits].step(TOKENS, policy)
