@@ -84,6 +84,8 @@ def run_stack(stack: str, job: Job, peers: str | None) -> Result:
     environment = dict(os.environ)
     if peers and stack.startswith("unsloth"):
         environment["PYTHONPATH"] = os.pathsep.join([peers, str(REPOSITORY)])
+        # Without common/process_state.py's other setting: an older torch refuses a name that it does not know.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.json"
         path.write_text(json.dumps(asdict(replace(job, started_at=time.time()))))

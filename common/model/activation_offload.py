@@ -59,7 +59,9 @@ class OffloadedInputs:
             return packed
         layer = packed.layer
         if self.hosts.get(layer) is not packed.host:
-            raise RuntimeError(f"the input of layer {layer} is not in host memory any more: one backward pass a forward")
+            raise RuntimeError(
+                f"the input of layer {layer} is not in host memory any more: one backward pass a forward"
+            )
         if self.leaving is not None:  # the last one of the forward pass
             self.copies.wait()
             self.leaving = None
