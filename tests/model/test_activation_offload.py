@@ -10,6 +10,7 @@ from common.model.activation_offload import OffloadedInputs
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.recipe import LoraSpec, ModelSpec
+from common.run.step_down import StepDown
 from tests.conftest import FP32
 from tests.poisoned_clock import PoisonedClock
 
@@ -113,6 +114,43 @@ def test_a_micro_batch_that_is_left_in_its_middle_leaves_no_copy_behind(model, e
             finish_copies(model)
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
+
+
+def test_a_step_down_in_mid_step_begins_the_step_again_with_the_same_bits(model):
+    """Memory runs out in the backward pass of the second of two micro-batches, while an input is on its way back."""
+    batches = [
+        {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.shape[1]).repeat(len(ids), 1)}
+        for ids in (batch_of(2, 24), batch_of(2, 32))
+    ]
+
+    def compute(batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def step(step_down: StepDown) -> list[Tensor]:
+        checkpoint_activations(model, step_down.policy)
+        model.zero_grad()
+        losses = [step_down.compute(compute, batches[: last + 1], 1, backward=True) for last in range(2)]
+        return losses + [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    calls: list[int] = []
+
+    def fail(_: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("injected")
+
+    expected = step(StepDown(model, ALL_KEPT))
+    parameter = next(p for name, p in model.named_parameters() if "layers.1.self_attn.q_proj.lora_A" in name)
+    hook = parameter.register_hook(fail)
+    with PoisonedClock():
+        step_down = StepDown(model, Policy(LAYERS, 2, offload=True))
+        found = step(step_down)
+        finish_copies(model)
+    hook.remove()
+    assert step_down.taken == ["step 1: the first 3 of 4 layers recompute, layer inputs in host memory"]
+    assert all(torch.equal(value, other) for value, other in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("wait", ["wait", "synchronize"])

@@ -69,10 +69,13 @@ def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
     lines = steps(2, kernels, policies)
     assert [line["policy"] for line in lines] == list(fully_sharded.POLICIES)[:policies]
     for line in lines:
-        step = forecast.step(fully_sharded.TOKENS, fully_sharded.POLICIES[line["policy"]])
+        policy = fully_sharded.POLICIES[line["policy"]]
+        step = forecast.step(fully_sharded.TOKENS, policy)
         counted = step.peak() - sum(step.resident.values())
         print(f"{kernels}, {line['policy']}: {counted / line['peak']:.4f} of the real")
-        assert counted == pytest.approx(line["peak"], rel=0.02)
+        # With inputs on the host the worst moment is in backward, where gloo's threads hold a layer's gradients longer
+        # in some runs than in others: 0.5 to 2.8 % in five runs.
+        assert counted == pytest.approx(line["peak"], rel=0.04 if policy.offload else 0.02)
 
 
 @pytest.mark.slow
