@@ -76,6 +76,8 @@ def run_stack(stack: str, job: Job, peers: str | None, seconds: float = LIMIT_SE
     environment = dict(os.environ)
     if peers and stack.startswith("unsloth"):
         environment["PYTHONPATH"] = os.pathsep.join([peers, str(REPOSITORY)])
+        # Without common/process_state.py's other setting: an older torch refuses a name that it does not know.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     with tempfile.TemporaryDirectory() as folder:
         # What unsloth compiles lies here, and not in the working folder, where the next setting of it would find it.
         environment["UNSLOTH_COMPILE_LOCATION"] = str(Path(folder) / "unsloth")

@@ -38,8 +38,11 @@ _ENVIRONMENT = {
     "OMP_DYNAMIC": "FALSE",
     # cuBLAS is deterministic only with a fixed workspace (PyTorch notes, "Reproducibility").
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Fewer out-of-memory errors from fragmentation when rows have different lengths.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # Fewer out-of-memory errors from fragmentation when rows have different lengths. And page-locked host memory in its
+    # exact size above 4 MiB (common/machine/host_memory.py): up to there blocks are powers of two, and kept for reuse,
+    # because small ones come and go in every step (an adapter's gradients). With pinned_max_round_threshold_mb alone
+    # torch 2.13 may give out a kept block that is too small (pytorch pull request 192722).
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_cached_size_mb:4",
 }
 
 

@@ -97,10 +97,22 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
     options: dict[str, Any] = {"preserve_rng_state": is_random(model)}
     if policy.keep_attention:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
+    finish_copies(model)
     offloaded = OffloadedInputs() if policy.offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < policy.recomputed
         layer._gradient_checkpointing_func = partial(_run_checkpointed, index, offloaded, options)
+        layer.offloaded_inputs = offloaded
+
+
+def finish_copies(model: PreTrainedModel | PeftModel) -> None:
+    """Returns when no copy of the layers' inputs is under way, and gives their memory back.
+
+    For the end of a run, and for a micro-batch that was left in its middle, such as one that ran out of memory.
+    """
+    for layer in decoder_layers(model):
+        if (offloaded := getattr(layer, "offloaded_inputs", None)) is not None:
+            offloaded.finish()
 
 
 def is_random(model: PreTrainedModel | PeftModel) -> bool:

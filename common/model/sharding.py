@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
+from common.machine.host_memory import page_locked
 from common.machine.layout import Layout
 from common.machine.out_of_memory import allocating_on_host
 from common.machine.slow_work import report_slow_work
@@ -84,10 +85,16 @@ def shard_layers(model: PeftModel, layout: Layout) -> None:
 
 
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, *, on_host: bool = False) -> None:
-    """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in pinned host memory."""
-    host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in host memory.
+
+    It is page-locked where there is a GPU and the system allows it.
+    """
+    policy = OffloadPolicy()
     with allocating_on_host() if on_host else nullcontext():
-        fully_shard(layer, mesh=mesh, offload_policy=host if on_host else OffloadPolicy())
+        if on_host:
+            size = sum(parameter.nbytes for parameter in layer.parameters()) // mesh.size()
+            policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda" and page_locked(size).is_pinned())
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
 
 
 def shard_root(model: PeftModel, mesh: DeviceMesh) -> None:

@@ -26,7 +26,8 @@ WORKSPACE_BYTES = 2 * (32 << 20)
 NCCL_BYTES = int(0.54 * GIB)
 # Of the card: blocks whose size the allocator cannot use, with expandable segments.
 RESERVE_SHARE = 0.03
-# Of the available host memory: pinned blocks are powers of two, and the data needs some.
+# Of the available host memory: the data and other programs need some, and what is page-locked cannot be swapped out.
+# Assumed, not measured.
 HOST_SHARE = 0.8
 SAME_SIZE_BITS = 26  # cards that differ by less than 2**26 bytes, 64 MiB, are of one size
 

@@ -77,6 +77,7 @@ def count_step(
         len(decoder_layers(model)),
         ledger.segments(),
         resident.sharded_per_layer,
+        resident.shard_on_host,
     )
 
 

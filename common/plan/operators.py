@@ -9,12 +9,12 @@ import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-import common.model.activation_offload  # noqa: F401  (registers torch.ops.common.to_host and to_device)
+import common.machine.host_memory  # noqa: F401  (registers torch.ops.common.empty_on_host)
 from common.kernels.cross_entropy import cross_entropy_
 from common.kernels.swiglu import swiglu_backward_
 
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
+EMPTY_ON_HOST, COPY = torch.ops.common.empty_on_host.default, torch.ops.aten.copy_.default
 
 
 def _varlen_backward_scratch(

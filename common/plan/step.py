@@ -39,7 +39,7 @@ class Segment:
     name: str
     events: tuple[Event, ...]  # in order
     work: Work
-    host_bytes: int  # that move to host memory and stay there after it, less those that return
+    host_bytes: int  # of host memory that it takes, as torch rounds it, less what it gives back
 
     @cached_property
     def net(self) -> int:
@@ -66,6 +66,7 @@ class Step:
     layers: int
     segments: tuple[Segment, ...]
     sharded_per_layer: dict[str, int] = field(default_factory=dict)  # of resident_per_layer, this card's shards
+    shard_on_host: int = 0  # bytes that this card's shards of a layer take where they wait in host memory
 
     @property
     def resident(self) -> dict[str, int]:
@@ -95,7 +96,7 @@ class Step:
             work = replace(segment.work, link_bytes=segment.work.link_bytes + is_layer * shard * layers / self.layers)
             changed[id(segment)] = replace(segment, work=work)
         segments = [changed[id(segment)] for segment in self.segments]
-        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * shard)
+        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * self.shard_on_host)
         return replace(self, resident_outside_layers=outside, segments=tuple(segments))
 
     def segment(self, name: str) -> Segment:

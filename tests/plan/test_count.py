@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel
 
 from common.data.batches import collate
 from common.machine.device import GIB
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
@@ -126,7 +127,7 @@ def cases() -> Iterator[Any]:
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
     counted = step.peak() - sum(step.resident.values())
@@ -138,7 +139,7 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
 @pytest.mark.parametrize("policy", ["every layer", "none"])
 def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatch):
     """Its mask is rows x length x length, a third of what a single row of as many tokens has."""
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     forecast = forecasts["llama", "lean"]
     step, one_row = (forecast.step(TOKENS, POLICIES[policy], rows=rows) for rows in (3, 1))
     counted = step.peak() - sum(step.resident.values())
@@ -190,7 +191,42 @@ def test_after_a_step_there_is_what_was_there_before(two_layers):
         step = two_layers.count(256, policy, True)
         # Only the batch is left, which enters the count when the step first looks at it: ids, labels and positions.
         assert sum(segment.net for segment in step.segments) == 3 * 8 * 256
-        assert sum(segment.host_bytes for segment in step.segments) == 0
+
+
+EXACT_FROM_4_MIB = "expandable_segments:True,pinned_max_cached_size_mb:4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "block"),
+    [
+        (EXACT_FROM_4_MIB, 640, 2 * 4096 * 640),  # 5 MiB
+        (EXACT_FROM_4_MIB, 384, 4 << 20),  # 3 MiB
+        ("expandable_segments:True", 640, 8 << 20),
+    ],
+)
+def test_layer_inputs_take_host_memory_as_torch_gives_it_out(two_layers, settings, tokens, block, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", settings)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    step = two_layers.count(tokens, Policy(2, offload=True), True)
+    assert step.host_peak() == 2 * block
+    # A layer keeps its block for the next micro-batch. Its input, in 16 bits, crosses the link twice.
+    assert sum(segment.host_bytes for segment in step.segments) == 2 * block
+    assert step.link_bytes() == 2 * 2 * (2 * 4096 * tokens)
+
+
+def test_shards_take_host_memory_as_torch_gives_it_out(monkeypatch):
+    """Of a layer of Llama 3 8B on two cards, rank 16."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", EXACT_FROM_4_MIB)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    forecast = Forecast(recipe_for(LLAMA, layers=2), layout=Layout(2, sharded=True))
+    step = forecast.step(256, Policy(2), on_host=1)
+    weights = (2 * 4 + 2 * 1 + 3 * 14) << 20  # q and o, k and v, the MLP
+    # A: six of 16 x 4096 and one of 16 x 14336. B: q, o and down, k and v, gate and up. Shards in fp32, in KiB.
+    exact = 6 * 128 + 448 + 3 * 128 + 2 * 32 + 2 * 448
+    rounded = 6 * 128 + 512 + 3 * 128 + 2 * 32 + 2 * 512
+    norms = 2 * 4
+    # Adapters and gradients are page-locked, the optimizer's two states are not.
+    assert step.host_peak() == step.shard_on_host == weights + (2 * rounded + 2 * exact + norms << 10)
 
 
 def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_layers):
