@@ -33,6 +33,7 @@ from benchmarks.results_folder import result_path, write_result
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common import REPOSITORY
 from common.machine.device import GIB, this_machine
+from common.machine.gpus import use_one_gpu
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 
@@ -242,6 +243,7 @@ def measure_case(model: str, tokens: int, args: argparse.Namespace) -> Iterator[
 
 
 def main() -> int:
+    use_one_gpu()  # the stacks, which inherit it, would each do something else with several
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama3-8b", "mistral-7b", "qwen-14b"] if gpu else ["tiny"])

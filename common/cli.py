@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.commands import COMMANDS
+from common.commands.flags import choose_gpu
 from common.exit_status import exit_status
 from common.machine.paths import output_path
 from common.process_state import quiet_libraries
@@ -48,6 +49,8 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
 
     def act() -> int | None:
+        if COMMANDS[command].computes:
+            choose_gpu(flags)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
             return COMMANDS[command].run(recipe, flags)
 

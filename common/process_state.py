@@ -48,19 +48,20 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _show_one_gpu()
     _share_cpus()
     # On some CPUs bitsandbytes asks for a package that would download native kernels. We load none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _show_one_gpu() -> None:
-    """Hides all GPUs but the first from torch, unless torchrun's LOCAL_RANK or CUDA_VISIBLE_DEVICES is set.
+def show_one_gpu(entry: str, *, numbered_by_bus: bool = False) -> None:
+    """Hides all GPUs but one from this process, and from those that it starts. Called by machine/gpus.py.
 
-    A run without torchrun is one process on one GPU, and transformers' trainer would use every GPU that it sees.
+    entry: of CUDA_VISIBLE_DEVICES, which CUDA reads once, when it is first asked. numbered_by_bus: the entry is a
+    number of nvidia-smi, which counts by bus; CUDA itself counts the fastest GPU first.
     """
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = entry
+    if numbered_by_bus:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 _threads_are_ours = False  # OMP_NUM_THREADS was set here, and not by the user
@@ -100,6 +101,10 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+    # torch says so once a process where deterministic algorithms are asked for. docs/reliability.md says what it means.
+    for attention in ("Flash", "Memory Efficient"):
+        text = f"{attention} attention defaults to a non-deterministic algorithm"  # the case of letters is ignored
+        warnings.filterwarnings("ignore", message=text, category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does

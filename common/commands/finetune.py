@@ -33,7 +33,8 @@ def run_finetune(recipe: Recipe, flags: argparse.Namespace) -> int | None:
 
 
 def _resume_command(flags: argparse.Namespace) -> str:
-    variables = {"MODEL": flags.recipe_name, "GPUS": os.environ.get("WORLD_SIZE"), "DATA": flags.data, "OUT": flags.out}
+    gpus = {"GPU": flags.gpu, "GPUS": os.environ.get("WORLD_SIZE")}
+    variables = {"MODEL": flags.recipe_name, **gpus, "DATA": flags.data, "OUT": flags.out}
     steps = ["--max-steps", str(flags.max_steps)] if flags.max_steps is not None else []
     return make_command("finetune", variables, [*steps, "--resume"])
 
@@ -49,13 +50,18 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
     is_launched = "WORLD_SIZE" in os.environ  # by launch or by torchrun: this is one of the run's processes
     if (flags.gpus is not None or flags.nnodes > 1) and not is_launched:
         return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
+    status = None
     try:
         _run_here(recipe, flags)
     except Stopped as stop:
         if is_main_process():  # all processes stop
             print(f"\n{stop}{hint if stop.can_go_on else ''}", file=sys.stderr)
-        return 128 + stop.signal_number
-    return None
+        status = 128 + stop.signal_number
+    from common.machine.collectives import shut_down_distributed
+
+    # NCCL otherwise warns at the exit. Not after an error: the others may not come here, and it would wait for them.
+    shut_down_distributed()
+    return status
 
 
 def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from common import REPOSITORY
 
 MAKE_TARGETS = ("finetune", "dryrun")  # those that run a recipe
-MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT"}  # the Makefile's variables for these flags
+MAKE_VARIABLES = {"--data": "DATA", "--gpu": "GPU", "--out": "OUT"}  # the Makefile's variables for these flags
 
 
 def command_line(arguments: list[str] | None = None) -> str:
