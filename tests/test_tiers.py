@@ -3,11 +3,12 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from tests import tiers
-from tests.conftest import ROOT
+from tests.conftest import ROOT, pytest_configure
 
 # A plugin that ends pytest where torch is first imported, and says what CUDA would be shown.
 SPY = """
@@ -59,10 +60,9 @@ def test_the_gpu_tier_is_what_selects_tests_of_the_gpu_alone(expression, gpu):
     assert tiers.is_gpu_tier(expression) == gpu
 
 
-def test_a_gpu_tier_that_was_seen_too_late_is_refused(tmp_path):
+def test_a_gpu_tier_that_was_seen_too_late_is_refused(monkeypatch):
     """pytest reads -qm as -q -m; what knows -m alone does not."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-qm", "gpu", "tests/test_gpu.py"]
-    outside = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
-    done = subprocess.run(command, env=outside, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert "write -m gpu as words of their own on the command line" in done.stderr
+    assert tiers.asked_for(["-qm", "gpu"]) == ""
+    monkeypatch.setenv(tiers._HIDDEN, "1")
+    with pytest.raises(pytest.UsageError, match="write -m gpu as words of their own on the command line"):
+        pytest_configure(SimpleNamespace(option=SimpleNamespace(markexpr="gpu")))

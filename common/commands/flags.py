@@ -34,13 +34,18 @@ def choose_gpu(flags: argparse.Namespace) -> None:
 
     A process that starts those of a run on several GPUs hides none, nor do they. To be called before torch is imported.
     """
-    several = getattr(flags, "gpus", None) is not None or getattr(flags, "nnodes", 1) > 1 or "LOCAL_RANK" in os.environ
+    several = has_several_processes(flags) or "LOCAL_RANK" in os.environ
     require(
         flags.gpu is None or not several,
         f"GPU={flags.gpu} is for a run in one process; for GPUS=2, CUDA_VISIBLE_DEVICES=0,2 chooses the GPUs",
     )
     if not several:
         use_one_gpu(flags.gpu)
+
+
+def has_several_processes(flags: argparse.Namespace) -> bool:
+    """Returns whether --gpus and --nnodes ask for a run in more than one process."""
+    return (getattr(flags, "gpus", None) or 1) * getattr(flags, "nnodes", 1) > 1
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

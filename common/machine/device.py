@@ -71,15 +71,24 @@ def this_machine() -> Machine:
     A GPU that torch has no code for is none: unusable_gpu says so.
     """
     if torch.cuda.is_available() and _without_code() is None:
-        device = torch.device("cuda", local_rank())
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
-        name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
-        if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
-            return Machine(device, torch.bfloat16, "the GPU has bf16", name)
-        return Machine(device, torch.float16, "the GPU has no bf16", name)
+        return _gpu(local_rank())
     cores = f"CPU, {torch.get_num_threads()} threads"
     # Some CPUs are faster in bf16 (AMX). But models on a CPU are small, and with fp32 no result depends on the CPU.
     return Machine(torch.device("cpu"), torch.float32, "as on every CPU", cores)
+
+
+def first_gpus(count: int) -> list[Machine]:
+    """Returns the GPUs that a run on `count` of them would use here, or as many as this process sees."""
+    return [_gpu(number) for number in range(min(count, torch.cuda.device_count()))]
+
+
+def _gpu(number: int) -> Machine:
+    device = torch.device("cuda", number)
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
+    if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
+        return Machine(device, torch.bfloat16, "the GPU has bf16", name)
+    return Machine(device, torch.float16, "the GPU has no bf16", name)
 
 
 def _without_code() -> str | None:
@@ -148,6 +157,12 @@ def unusable_gpu() -> str | None:
         f"{torch.version.cuda} needs a driver of the {DRIVER_SERIES} series or newer. Update the driver, then check "
         "nvidia-smi"
     )
+
+
+def warn_of_unused_gpu(work: str) -> None:
+    """Prints why `work`, such as "training", is done on the CPU of a machine that has an NVIDIA GPU."""
+    if reason := unusable_gpu():
+        print(f"warning: {work} on the CPU: {reason}", flush=True)
 
 
 def _has_nvidia_gpu() -> bool:

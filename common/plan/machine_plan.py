@@ -1,7 +1,7 @@
 """The plan of a run: for the GPUs of the machine that it runs on, or for its CPU."""
 
 from common.machine.collectives import all_gather, broadcast_from_main
-from common.machine.device import Machine, require_gpu, this_machine, unusable_gpu
+from common.machine.device import Machine, require_gpu, this_machine, warn_of_unused_gpu
 from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
@@ -29,8 +29,7 @@ def plan_for_card(recipe: Recipe) -> Plan:
     if machine.is_gpu:
         plan = plan_on(recipe, smallest_of(all_gather((Card.of_machine(machine), machine.dtype))), setting_of(machine))
     else:
-        if reason := unusable_gpu():
-            print(f"warning: training on the CPU: {reason}")
+        warn_of_unused_gpu("training")
         plan = _plan_for_cpu(recipe, machine)
     plan = broadcast_from_main(plan)  # another process may count its own shards a few bytes smaller
     print(plan.text)

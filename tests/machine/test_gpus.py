@@ -115,7 +115,7 @@ def test_the_variable_is_read_as_cuda_reads_it(two_gpus, monkeypatch, variable, 
 
 @pytest.mark.parametrize(
     ("flags", "launched"),
-    [({"gpus": 2}, False), ({"gpus": 1, "nnodes": 1}, False), ({"nnodes": 2}, False), ({}, True)],
+    [({"gpus": 2}, False), ({"gpus": 1, "nnodes": 2}, False), ({"nnodes": 2}, False), ({}, True)],
 )
 def test_what_is_or_starts_a_process_of_several_hides_none_and_takes_no_gpu(two_gpus, monkeypatch, flags, launched):
     if launched:
