@@ -101,10 +101,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
-    # torch says so once a process where deterministic algorithms are asked for. docs/reliability.md says what it means.
-    for attention in ("Flash", "Memory Efficient"):
-        text = f"{attention} attention defaults to a non-deterministic algorithm"  # the case of letters is ignored
-        warnings.filterwarnings("ignore", message=text, category=UserWarning)
+    # torch says so in the first backward pass of a run on a GPU (ATen/native/transformers/cuda/attention_backward.cu).
+    # docs/reliability.md says what it means. Other operators without a deterministic form still warn.
+    text = "(Flash|Memory Efficient) Attention defaults to a non-deterministic algorithm"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
+    # So does the thread of that pass when it begins with a matmul (ATen/cuda/CublasHandlePool.cpp).
+    text = "Attempting to run cuBLAS, but there was no current CUDA context"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does

@@ -6,11 +6,13 @@ import pty
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from common.cpu_quota import available_cpus
+from common.process_state import quiet_libraries
 from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
@@ -32,6 +34,26 @@ def test_importing_common_sets_the_environment_and_does_not_import_torch():
     assert not has_torch
     assert environment["HF_HUB_DISABLE_TELEMETRY"] == "1"
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+# As torch 2.13 writes them, in attention_backward.cu, CublasHandlePool.cpp and Context.cpp.
+OF_EVERY_RUN = (
+    "Flash Attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Memory Efficient attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context...",
+)
+OF_A_FAULT = "cumsum_cuda_kernel does not have a deterministic implementation, but you set ..."
+
+
+def test_what_torch_says_in_every_run_on_a_gpu_is_silent_and_what_tells_of_a_fault_is_not():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for text in (*OF_EVERY_RUN, OF_A_FAULT):
+            warnings.warn(text, UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == [OF_A_FAULT]
 
 
 def test_a_variable_that_is_set_stays_as_it_is():
