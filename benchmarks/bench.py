@@ -36,6 +36,7 @@ from benchmarks.run_stack import (
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common import REPOSITORY
 from common.machine.device import GIB, this_machine
+from common.machine.gpus import use_one_gpu
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
 
@@ -206,6 +207,7 @@ def new_report(args: argparse.Namespace) -> Result:
 
 
 def main() -> int:
+    use_one_gpu()  # the stacks, which inherit it, would each do something else with several
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama3-8b", "mistral-7b", "qwen-14b"] if gpu else ["tiny"])

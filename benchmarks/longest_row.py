@@ -40,6 +40,7 @@ from benchmarks.run_stack import (
 )
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common.machine.device import GIB
+from common.machine.gpus import use_one_gpu
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
 
@@ -169,6 +170,7 @@ def find_longest(stack: str, folder: Path, report: Result, out: Path, args: argp
 
 
 def main() -> int:
+    use_one_gpu()  # the stacks, which inherit it, would each do something else with several
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3-8b" if gpu else "tiny")

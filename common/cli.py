@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.commands import COMMANDS
+from common.commands.flags import choose_gpu
 from common.commands.make_variables import MAKE_NEW
 from common.commands.set_fields import PARTS, refuse_typed_twice, set_fields
 from common.exit_status import exit_status
@@ -54,6 +55,8 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     def act() -> int | None:
         if is_main_process():
             put_old_run_back(recipe.out)
+        if COMMANDS[command].computes:
+            choose_gpu(flags)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
             refuse_typed_twice(flags)
             parts = ("", *PARTS) if command in MAKE_NEW else ("model",)

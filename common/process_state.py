@@ -53,19 +53,20 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _show_one_gpu()
     _share_cpus()
     # On some CPUs bitsandbytes asks for a package that would download native kernels. We load none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _show_one_gpu() -> None:
-    """Hides all GPUs but the first from torch, unless torchrun's LOCAL_RANK or CUDA_VISIBLE_DEVICES is set.
+def show_one_gpu(entry: str, *, numbered_by_bus: bool = False) -> None:
+    """Hides all GPUs but one from this process, and from those that it starts. Called by machine/gpus.py.
 
-    A run without torchrun is one process on one GPU, and transformers' trainer would use every GPU that it sees.
+    entry: of CUDA_VISIBLE_DEVICES, which CUDA reads once, when it is first asked. numbered_by_bus: the entry is a
+    number of nvidia-smi, which counts by bus; CUDA itself counts the fastest GPU first.
     """
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = entry
+    if numbered_by_bus:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 _threads_are_ours = False  # OMP_NUM_THREADS was set here, and not by the user
@@ -105,6 +106,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+    # torch says so in the first backward pass of a run on a GPU (ATen/native/transformers/cuda/attention_backward.cu).
+    # docs/reliability.md says what it means. Other operators without a deterministic form still warn.
+    text = "(Flash|Memory Efficient) Attention defaults to a non-deterministic algorithm"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
+    # So does the thread of that pass when it begins with a matmul (ATen/cuda/CublasHandlePool.cpp).
+    text = "Attempting to run cuBLAS, but there was no current CUDA context"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     # The pad token is the recipe's (load_tokenizer chooses it), and what ends an answer is asked for by name.

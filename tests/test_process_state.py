@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,15 +39,35 @@ def test_importing_common_sets_the_environment_and_does_not_import_torch():
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+# As torch 2.13 writes them, in attention_backward.cu, CublasHandlePool.cpp and Context.cpp.
+OF_EVERY_RUN = (
+    "Flash Attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Memory Efficient attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context...",
+)
+OF_A_FAULT = "cumsum_cuda_kernel does not have a deterministic implementation, but you set ..."
+
+
+def test_what_torch_says_in_every_run_on_a_gpu_is_silent_and_what_tells_of_a_fault_is_not():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for text in (*OF_EVERY_RUN, OF_A_FAULT):
+            warnings.warn(text, UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == [OF_A_FAULT]
+
+
 def test_a_variable_that_is_set_stays_as_it_is():
     environment, _ = environment_after_import(CUBLAS_WORKSPACE_CONFIG=":16:8", CUDA_VISIBLE_DEVICES="3")
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-@pytest.mark.parametrize(("variables", "visible"), [({}, "0"), ({"LOCAL_RANK": "1"}, None)])
-def test_only_a_process_of_torchrun_sees_all_gpus(variables, visible):
-    assert environment_after_import(**variables)[0].get("CUDA_VISIBLE_DEVICES") == visible
+def test_importing_common_hides_no_gpu():
+    """The process may start those of a run on several GPUs; machine/gpus.py hides them where one computes."""
+    assert "CUDA_VISIBLE_DEVICES" not in environment_after_import()[0]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from common.adapter.config import MERGE_WITH_PEFT
 from common.adapter.find import TrainedAdapter
 from common.adapter.trained_base import find_trained_base
+from common.machine.device import warn_of_unused_gpu
 from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
@@ -44,6 +45,7 @@ def load_trained(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | N
     if adapter.recipe.model.weights == "pretrained":
         find_trained_base(adapter)
     tokenizer = tokenizer or trained_tokenizer(adapter)
+    warn_of_unused_gpu("computing")
     model = load_4bit(adapter.recipe.model)
     mend_pad_embedding(model, tokenizer)
     peft_model = attach_adapter(model, adapter, model.device)

@@ -30,16 +30,17 @@ class Command(NamedTuple):
     run: Callable[[Recipe, argparse.Namespace], int | None]  # returns an exit status; None stands for 0
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None  # beside --out, which every command has
     reads_run: bool = False  # a run must not write into the folder meanwhile
+    computes: bool = True  # on a GPU where there is one; it has --gpu
 
 
 COMMANDS = {
     "finetune": Command(run_finetune, add_finetune_flags),
-    "data": Command(run_data, add_data_flags),
+    "data": Command(run_data, add_data_flags, computes=False),
     "plan": Command(run_plan, add_plan_flags),
     "dryrun": Command(run_dryrun, add_dryrun_flags),
     "chat": Command(run_chat, add_chat_flags),
     "eval": Command(run_eval, add_eval_flags, reads_run=True),
     "merge": Command(run_merge, add_merge_flags, reads_run=True),
     "export": Command(run_export, add_export_flags, reads_run=True),
-    "report": Command(run_report, reads_run=True),
+    "report": Command(run_report, reads_run=True, computes=False),
 }

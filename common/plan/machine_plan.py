@@ -5,7 +5,7 @@ from dataclasses import replace
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.machine.collectives import all_gather, broadcast_from_main
-from common.machine.device import Machine, require_gpu, this_machine, unusable_gpu
+from common.machine.device import Machine, require_gpu, this_machine, warn_of_unused_gpu
 from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
@@ -35,8 +35,7 @@ def plan_for_card(recipe: Recipe) -> Plan:
     if machine.is_gpu:
         plan = _plan_for_gpus(recipe, machine)
     else:
-        if reason := unusable_gpu():
-            print(f"warning: training on the CPU: {reason}")
+        warn_of_unused_gpu("training")
         plan = _plan_for_cpu(recipe, machine)
     plan = broadcast_from_main(plan)  # another process may count its own shards a few bytes smaller
     print(plan.text)

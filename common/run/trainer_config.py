@@ -68,7 +68,7 @@ def refuse_unplanned(model: PeftModel, recipe: Recipe, plan: Plan) -> None:
 def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
     """The recipe's values as arguments of TRL's trainer."""
     machine = this_machine()
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder / CHECKPOINTS),
         per_device_train_batch_size=plan.micro_batch_rows,
         per_device_eval_batch_size=plan.micro_batch_rows,
@@ -103,3 +103,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         ddp_broadcast_buffers=False,  # they never change
         **{TRAINER_FLAG: False},  # the plan decides which layers recompute
     )
+    # Commands hide all GPUs but one (machine/gpus.py). In a process of another kind that sees several, which is no
+    # command of ours, the trainer would use all of them in DataParallel, and TRL refuses that.
+    config._n_gpu = min(config.n_gpu, 1)
+    return config
