@@ -65,6 +65,7 @@ def without_flash():
     return Planner(replace(RECIPE, model=ModelSpec(MISTRAL)), Card.of_size(16), FP16_WITH_MASK)
 
 
+@pytest.mark.slow  # counts of up to 16,384 tokens
 def test_with_a_mask_two_counts_tell_the_rows_between_and_three_the_longest_row(without_flash):
     for rows in (1, 4):
         between, (exact, _) = without_flash.interpolate(rows, Policy(32)), without_flash.exact(rows, Policy(32))
