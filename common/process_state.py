@@ -20,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
 from common.output_stream import protected_stream
@@ -126,6 +125,14 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         transformers_logging.disable_progress_bar()
 
 
+def quiet_hub_uploads() -> None:
+    """Hides huggingface_hub's progress bars and its warnings. Called by machine/hub_upload.py, which prints lines."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def without_generation_warnings() -> Iterator[None]:
     """Hides what transformers logs of a generation config that is only tried."""
@@ -224,6 +231,6 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def set_tracker_folder(variable: str, folder: Path) -> None:
-    """Tells a tracker by its own environment variable where to write. Called by run/trackers.py."""
-    os.environ.setdefault(variable, str(folder))
+def set_tracker_variable(variable: str, value: str) -> None:
+    """Tells a tracker by its own environment variable where to write, or a run's name. Called by run/trackers.py."""
+    os.environ.setdefault(variable, value)
