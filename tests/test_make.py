@@ -65,6 +65,7 @@ FLAGS = {
     "merge": {"OUT": "--out", "BASE": "--base", "TO": "--to"},
     "export": {"OUT": "--out", "BASE": "--base", "TO": "--to", "FORMAT": "--format", "QUANT": "--quant"},
     "report": {"OUT": "--out"},
+    "push": {"OUT": "--out", "REPO": "--repo"},
 }
 
 

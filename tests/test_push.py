@@ -75,8 +75,9 @@ def test_no_path_and_no_token_goes_out_and_the_token_is_nowhere_here(hub, copy, 
     """In a process of its own, as make starts it; its home, temporary files and folder are searched as well."""
     base = ["--out", copy.out, "--repo", "me/adapter", "--yes"]
     script = (
-        "import sys; from dataclasses import replace; from common.cli import run_command;"
-        f"from recipes.tiny import RECIPE; from common.recipe import ModelSpec; recipe = replace(RECIPE, model=ModelSpec({copy.model.name!r}));"
+        "import sys; from dataclasses import replace; from common.cli import run_command; from common.recipe import "
+        "ModelSpec; from recipes.tiny import RECIPE; "
+        f"recipe = replace(RECIPE, model=ModelSpec({copy.model.name!r})); "
         f"sys.exit(run_command('push', 'tiny', recipe, {base!r}))"
     )
     home = tmp_path / "home"
