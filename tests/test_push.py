@@ -67,10 +67,14 @@ def test_adapter_tokenizer_and_card_are_uploaded_and_nothing_else(hub, copy, cap
         assert sent(hub)[name] == (Path(copy.out) / name).read_bytes()
         assert f"  {name} " in out
     assert f"to {hub.address}/me/adapter, a new repository, private" in out
-    assert out.rstrip().endswith(f"uploaded: {hub.address}/me/adapter")
-    assert f'ADAPTER = "me/adapter"\n' in sent(hub)["README.md"].decode()  # noqa: F541
+    assert out.rstrip().endswith(f"uploaded: {hub.address}/me/adapter") and TOKEN not in out
+    paths = (str(Path(copy.model.name).parent), str(Path(copy.out).parent), str(Path.home()))
+    for name, content in sent(hub).items():
+        assert [secret for secret in (TOKEN, *paths) if secret.encode() in content] == [], name
+    assert 'ADAPTER = "me/adapter"\n' in sent(hub)["README.md"].decode()
 
 
+@pytest.mark.slow  # another process imports all again: 6 s on a quiet machine
 def test_no_path_and_no_token_goes_out_and_the_token_is_nowhere_here(hub, copy, tmp_path):
     """In a process of its own, as make starts it; its home, temporary files and folder are searched as well."""
     base = ["--out", copy.out, "--repo", "me/adapter", "--yes"]

@@ -18,13 +18,13 @@ MODULES = {
 # Without these variables a callback has nowhere to report to. (comet_ml and neptune also read files of their own.)
 VARIABLES = {"dagshub": "MLFLOW_TRACKING_URI", "kubeflow": "KUBEFLOW_TRAINER_SERVER_URL"}
 # wandb knows where its credentials may lie: the environment, .netrc, settings. No terminal: it cannot ask for a key.
-LOGIN = "import wandb; wandb.login(verify=False)"
-LOGIN_TIMEOUT_SECONDS = 60
+LOGIN = "; wandb.login(verify=False)"
+TIMEOUT_SECONDS = 60
 
 
 def refuse_unready_tracker(tracker: ReportTo) -> None:
-    """Raises UserError when the tracker is not installed, when it needs a variable of the environment that is not set,
-    and when wandb has no key and is not told to stay offline."""
+    """Raises UserError when the tracker cannot be imported, and when it has nowhere to report to: it needs a variable of
+    the environment that is not set, or wandb has no key and is not told to stay offline."""
     if tracker == "none":
         return
     modules = MODULES.get(tracker, {tracker: tracker})
@@ -38,25 +38,32 @@ def refuse_unready_tracker(tracker: ReportTo) -> None:
         variable is None or bool(os.environ.get(variable)),
         f"TrainSpec.report_to is {tracker!r}, which needs to know its server: {variable}=https://... make finetune ...",
     )
-    if tracker != "wandb":
+    if not modules:
         return
     try:
-        login = subprocess.run(
-            [sys.executable, "-c", LOGIN],
+        imported = subprocess.run(
+            [sys.executable, "-c", f"import {', '.join(modules.values())}" + (LOGIN if tracker == "wandb" else "")],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=LOGIN_TIMEOUT_SECONDS,
+            timeout=TIMEOUT_SECONDS,
         )
     except subprocess.TimeoutExpired:  # it may work later; if not, the run says so and goes on
         return
-    if login.returncode:
-        reason = login.stderr.strip().splitlines()[-1] if login.stderr.strip() else f"status {login.returncode}"
+    if not imported.returncode:
+        return
+    said = imported.stderr.strip().splitlines()
+    reason = said[-1].rpartition("Error: ")[2] if said else f"status {imported.returncode}"
+    if tracker == "wandb":
         raise UserError(
-            f"TrainSpec.report_to is 'wandb', and wandb says: {reason.rpartition('Error: ')[2]} Log in: "
-            ".venv/bin/wandb login; or keep the metrics here: WANDB_MODE=offline make finetune ..."
+            f"TrainSpec.report_to is 'wandb', and wandb says: {reason} Log in: .venv/bin/wandb login; or keep the "
+            "metrics here: WANDB_MODE=offline make finetune ..."
         )
+    raise UserError(
+        f"TrainSpec.report_to is {tracker!r}, which is installed and cannot be imported: {reason}. Install it anew: "
+        f".venv/bin/pip install --force-reinstall {' '.join(modules)}"
+    )
 
 
 def _is_installed(module: str) -> bool:

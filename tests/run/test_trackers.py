@@ -157,6 +157,17 @@ def test_a_tracker_that_is_not_installed_is_one_line(recipe, capsys, monkeypatch
     assert f"TrainSpec.report_to is {tracker!r}, which {said}" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_tracker_that_lacks_a_part_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "trackio").mkdir()
+    (tmp_path / "trackio" / "__init__.py").write_text("import a_part_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match="cannot be imported: No module named 'a_part_that_is_missing'. Install it anew"
+    ):
+        refuse_unready_tracker("trackio")
+
+
 MLFLOW = """
 import os
 from types import SimpleNamespace
@@ -195,6 +206,7 @@ def test_mlflow_works_by_the_same_field(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what the run sets is taken back
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     refuse_unready_tracker("mlflow")
     train(*prepare(reporting(recipe, "mlflow")))
     calls, folder = sys.modules.pop("mlflow").calls, Path(recipe.out)
