@@ -23,8 +23,11 @@ TIMEOUT_SECONDS = 60
 
 
 def refuse_unready_tracker(tracker: ReportTo) -> None:
-    """Raises UserError when the tracker cannot be imported, and when it has nowhere to report to: it needs a variable of
-    the environment that is not set, or wandb has no key and is not told to stay offline."""
+    """Raises UserError when the tracker cannot be imported, and when it has nowhere to report to.
+
+    That is when it needs a variable of the environment that is not set, and when wandb has no key and is not told to
+    stay offline.
+    """
     if tracker == "none":
         return
     modules = MODULES.get(tracker, {tracker: tracker})

@@ -83,7 +83,7 @@ def test_the_example_of_use_runs(ended, monkeypatch):
 def test_a_base_and_data_of_the_hub_are_named_by_their_ids(ended, tmp_path):
     def change(run: dict) -> None:
         on_hub("meta-llama/Meta-Llama-3-8B-Instruct")(run)
-        run["recipe"]["data"] |= {"source": "", "sources": [["owner/set", 0.9], ["/home/me/own rows.jsonl", 0.1]]}
+        run["recipe"]["data"] |= {"source": "", "sources": [["owner/set", 0.9], ["'/home/me/own rows.jsonl'", 0.1]]}
 
     head, text = edited(ended, tmp_path, change)
     assert head["base_model"] == "meta-llama/Meta-Llama-3-8B-Instruct" and head["license"] == "llama3"

@@ -173,6 +173,8 @@ import os
 from types import SimpleNamespace
 
 __version__, calls, run = "3.0.0", [], None
+validation = SimpleNamespace(MAX_PARAM_VAL_LENGTH=250, MAX_PARAMS_TAGS_PER_BATCH=100)
+utils = SimpleNamespace(validation=validation)
 
 def is_tracking_uri_set():
     return False
