@@ -15,6 +15,7 @@ FORMAT ?=
 QUANT ?=
 BASE ?=
 TO ?=
+REPO ?=
 TASKS ?=
 GPU ?=
 GPUS ?=
@@ -30,7 +31,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune data plan dryrun chat eval merge export report lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
+.PHONY: help finetune data plan dryrun chat eval merge export report push lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
 
 help: _typed ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [SET=\"train.seed=2 lora.rank=64\"] [ARGS=\"--max-steps 50\"]"; echo
@@ -81,6 +82,9 @@ export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or o
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again
 	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
+
+push: _recipe $(VENV)/.installed ## upload adapter, tokenizer and model card to the hub, after asking: REPO=me/name
+	@$(PY) -m recipes push $(RECIPE) $(OUT_FLAG) $(call flag,--repo,REPO) $(ARGS)
 
 # Sets `model`, as bash reads it: where a merge writes.
 MERGED = out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
@@ -136,6 +135,14 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+
+
+def quiet_hub_uploads() -> None:
+    """Hides huggingface_hub's progress bars and its warnings. Called by machine/hub_upload.py, which prints lines."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -257,6 +264,6 @@ def full_precision_sums() -> Iterator[None]:
             setattr(matmul, name, allowed)
 
 
-def set_tracker_folder(variable: str, folder: Path) -> None:
-    """Tells a tracker by its own environment variable where to write. Called by run/trackers.py."""
-    os.environ.setdefault(variable, str(folder))
+def set_tracker_variable(variable: str, value: str) -> None:
+    """Tells a tracker by its own environment variable where to write, or a run's name. Called by run/trackers.py."""
+    os.environ.setdefault(variable, value)

@@ -1,7 +1,7 @@
 """Runs a recipe, or another command on it.
 
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
-    python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
+    python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report, push
     python -m recipes --check NAME            # only says whether there is such a recipe
     python -m recipes --check-variables "TARGET" NAME ...    # only says whether make TARGET takes these variables
     torchrun --nproc-per-node 2 -m recipes NAME [flags]

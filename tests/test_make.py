@@ -74,6 +74,7 @@ FLAGS = {
         "QUANT": "--quant",
     },
     "report": {"OUT": "--out"},
+    "push": {"OUT": "--out", "REPO": "--repo"},
 }
 
 

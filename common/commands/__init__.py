@@ -20,6 +20,7 @@ from common.commands.export import add_export_flags, run_export
 from common.commands.finetune import add_finetune_flags, run_finetune
 from common.commands.merge import add_merge_flags, run_merge
 from common.commands.plan import add_plan_flags, run_plan
+from common.commands.push import add_push_flags, run_push
 from common.commands.report import run_report
 from common.recipe import Recipe
 
@@ -43,4 +44,5 @@ COMMANDS = {
     "merge": Command(run_merge, add_merge_flags, reads_run=True),
     "export": Command(run_export, add_export_flags, reads_run=True),
     "report": Command(run_report, reads_run=True, computes=False),
+    "push": Command(run_push, add_push_flags, reads_run=True, computes=False),
 }

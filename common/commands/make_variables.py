@@ -22,6 +22,7 @@ TAKES = {
     "merge": _TARGET,
     "export": (*_TARGET, "FORMAT", "QUANT"),
     "report": ("MODEL", "SET", "OUT"),
+    "push": ("MODEL", "SET", "OUT", "REPO"),
     "lm-eval": ("MODEL", "OUT", "TO", "TASKS"),
 }
 MAKE_NEW = ("finetune", "data", "plan", "dryrun")  # look at the recipe; other commands take what a run recorded

@@ -22,6 +22,7 @@ from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
 from common.run.loss_picture import draw_loss
 from common.run.metrics_file import MetricsFile
+from common.run.model_card import write_model_card
 from common.run.preflight import SMALL_FILES_BYTES, adapter_bytes
 from common.run.prompts import sample_prompts
 from common.run.report import write_report
@@ -76,6 +77,7 @@ def leave_files(
     saved += write_optional("metrics.jsonl", lambda: metrics_file.write_whole(folder))
     saved += write_optional("loss.png", lambda: draw_loss(folder, metrics["kept_step"]))
     write_optional("sample answers", add_samples)
+    saved += write_optional("README.md", lambda: write_model_card(folder))
     is_on_a_page = write_optional("report.html", lambda: write_report(folder))
     print(f"{', '.join(saved[:-1])} and {saved[-1]} are in {folder}")
     if is_on_a_page:

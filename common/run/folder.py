@@ -21,11 +21,12 @@ EVAL_JSON = "eval.json"
 HELD_OUT_ROWS = "held_out.parquet"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
+MODEL_CARD = "README.md"
 REPORT = "report.html"
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "checkpoint-"  # checkpoints/checkpoint-100: of step 100
 LOCK_FILE = ".lock"  # says which process runs here; a killed run leaves it, and it locks nothing then
-TENSORBOARD, TRACKIO, WANDB = "tensorboard", "trackio", "wandb"  # folders of trackers
-RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, TRACKIO, WANDB)
+MLFLOW, SWANLAB, TENSORBOARD, TRACKIO, WANDB = "mlflow", "swanlog", "tensorboard", "trackio", "wandb"  # of trackers
+RUN_FOLDERS = (CHECKPOINTS, MLFLOW, SWANLAB, TENSORBOARD, TRACKIO, WANDB)
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
 RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
     ADAPTER_CONFIG,
@@ -36,6 +37,7 @@ RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
     HELD_OUT_ROWS,
     LOSS_PICTURE,
     METRICS,
+    MODEL_CARD,
     REPORT,
     RUN_JSON,
     "special_tokens_map.json",
@@ -120,8 +122,8 @@ def _run_lock_in_words(folder: Path) -> Iterator[None]:
     except LockHeld as error:
         if not str(error):
             raise UserError(
-                f"a command (make eval, merge, export or report) reads {folder}: wait until it has ended, or choose "
-                "another folder: OUT=..."
+                f"a command (make eval, merge, export, report or push) reads {folder}: wait until it has ended, or "
+                "choose another folder: OUT=..."
             ) from error
         raise UserError(
             f"a run is under way in {folder} ({error}): wait until it has ended, or name another folder: OUT=..."
@@ -166,7 +168,8 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     names -= {SAVING, *LEFTOVERS, DONE}
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
-    foreign = sorted(names - {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING})
+    known = {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING} if names != {MODEL_CARD} else set()
+    foreign = sorted(names - known)  # a README.md alone is no run's: its adapter would be beside it
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":

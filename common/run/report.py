@@ -28,9 +28,9 @@ def write_report(folder: Path) -> Path:
     """
     if not (folder / RUN_JSON).exists():
         raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
-    run, evaluation = _read_json(folder / RUN_JSON), {}
+    run, evaluation = read_json(folder / RUN_JSON), {}
     if (folder / EVAL_JSON).exists():
-        evaluation = _read_json(folder / EVAL_JSON)
+        evaluation = read_json(folder / EVAL_JSON)
     environment = Environment(  # autoescape: an answer may hold HTML
         loader=FileSystemLoader(TEMPLATE.parent),
         autoescape=True,
@@ -50,7 +50,8 @@ def write_report(folder: Path) -> Path:
     return folder / REPORT
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of the run holds. Raises UserError when it holds none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

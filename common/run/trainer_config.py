@@ -93,6 +93,7 @@ def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: boo
         include_num_input_tokens_seen="non_padding",  # Trainer counts them in its own way
         disable_tqdm=True,
         report_to="none",  # trackers.py attaches the one of the recipe
+        run_name=folder.absolute().name,  # there
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
