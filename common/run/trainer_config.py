@@ -19,7 +19,7 @@ from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.optimizer import build_optimizer
 from common.model.sharding import is_sharded
 from common.plan.plan import Plan
-from common.recipe import Recipe, TrainSpec
+from common.recipe import Recipe, TrainSpec, UserError
 from common.run.folder import CHECKPOINTS
 from common.run.rehearsal import worst_batch
 from common.run.resume import run_identity
@@ -31,7 +31,7 @@ def build_trainer(
 ) -> Trainer:
     """The trainer of a run that writes into `folder`.
 
-    Raises RuntimeError where the recipe's story left a step out, so that the model is not what was planned.
+    Raises UserError where the recipe's story made something else of the model than was planned.
     """
     refuse_unplanned(model, recipe, plan)
     padding_free, base = uses_packed_attention(model), base_record(model)
@@ -56,13 +56,19 @@ def build_trainer(
 
 
 def refuse_unplanned(model: PeftModel, recipe: Recipe, plan: Plan) -> None:
-    """Raises RuntimeError where the model or the recipe is not what the plan is about."""
+    """Raises UserError where the model is not what the plan is about, and RuntimeError where the recipe is not."""
     if plan.rows_per_step != recipe.train.rows_per_step:  # numbers both, by settle_steps
         raise RuntimeError(f"the plan has {plan.rows_per_step} rows per step, the recipe {recipe.train.rows_per_step}")
     if is_lean(model) != (recipe.train.kernels == "lean" and unsupported_reason(model) is None):
-        raise RuntimeError(f"the layers are not {recipe.train.kernels}, as planned; a recipe calls use_lean_layers")
+        raise UserError(
+            f"the layers are not {recipe.train.kernels}, as TrainSpec.kernels says: remove the call of use_lean_layers "
+            "from the recipe, train makes them so"
+        )
     if is_sharded(model) != plan.layout.sharded:
-        raise RuntimeError(f"the plan says {plan.layout}; a recipe calls shard_layers")
+        raise UserError(
+            f"the plan says {plan.layout}, and the layers lie otherwise: remove the call of shard_layers from the "
+            "recipe, train shards them"
+        )
 
 
 def trainer_config(train: TrainSpec, plan: Plan, folder: Path, *, evaluates: bool) -> SFTConfig:
