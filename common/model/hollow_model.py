@@ -7,8 +7,8 @@ No card of a sharded run has room for the whole model. So the work is split over
    lean layers and activation checkpointing need. The model's attribute `layer_weights`, a `TensorSource`, says where
    the missing weights are to be read.
 2. `common.model.sharding.shard_layers`, which `train` calls, takes that attribute off the model with
-   `take_layer_weights`. Then it fills one layer with `fill_layer`, shards it, and goes on with the next, so that at most
-   one layer is whole at a time.
+   `take_layer_weights`. Then it fills one layer with `fill_layer`, shards it, and goes on with the next, so that at
+   most one layer is whole at a time.
 """
 
 import torch

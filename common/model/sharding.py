@@ -105,7 +105,7 @@ def without_fsdp_classes(model: nn.Module) -> Iterator[None]:
     yield
     for module, fsdp_class in sharded.items():
         if module.__class__ is not fsdp_class.__mro__[fsdp_class._orig_cls_mro_index]:
-            own = {"__deepcopy__": fsdp_class.__deepcopy__}
+            own = {"__deepcopy__": vars(fsdp_class)["__deepcopy__"]}
             fsdp_class = type(f"FSDP{type(module).__name__}", (FSDPModule, type(module)), own)
         module.__class__ = fsdp_class
 

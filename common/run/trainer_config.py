@@ -18,6 +18,7 @@ from common.model.base_hash import base_record
 from common.model.lean_layers import is_lean, unsupported_reason
 from common.model.optimizer import build_optimizer
 from common.model.sharding import is_sharded
+from common.model.start_adapter import start_record
 from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.folder import CHECKPOINTS
@@ -40,7 +41,7 @@ def build_trainer(
         plan.checkpointing,
         worst_batch(rows, plan.micro_batch_rows, padding_free=padding_free),
         plan.optimizer_bytes,
-        run_identity(recipe, rows, plan, base.sha256 if base else None),
+        run_identity(recipe, rows, plan, base.sha256 if base else None, start_record(model)),
         partial(find_examples, recipe.data, tokenizer, recipe.train.seq_len),
         recipe.train.keep,
         recipe.train.patience,

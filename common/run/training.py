@@ -19,6 +19,7 @@ from common.machine.processes import is_main_process
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
+from common.model.start_adapter import started_from
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError
@@ -90,7 +91,7 @@ def train(
     if drift is not None:
         print("\n".join(drift.lines()))
     adapter = gather_adapter(model)
-    refuse_unmoved(adapter, trainer.state.global_step)
+    refuse_unmoved(adapter, trainer.state.global_step, started_from(model))
     with StopSignals("stopping when the files of the run are written") as stop:
         run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter, drift))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")

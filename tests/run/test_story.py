@@ -126,8 +126,8 @@ from dataclasses import replace
 from common.cli import run
 from recipes.tiny import RECIPE
 
-train = replace(RECIPE.train, max_steps=2, sharding="always", kernels={kernels!r}, sample_answers=0)
-recipe = replace(RECIPE, train=train, data=replace(RECIPE.data, eval_source=None, eval_rows=0, drift_source=None))
+values = replace(RECIPE.train, max_steps=2, sharding="always", kernels={kernels!r}, sample_answers=0)
+recipe = replace(RECIPE, train=values, data=replace(RECIPE.data, eval_source=None, eval_rows=0, drift_source=None))
 sys.exit(run(main, recipe))
 """
 
@@ -148,4 +148,4 @@ def test_sharded_layers_are_the_same_with_the_old_story_and_with_answers_before_
     for name, text in (("old", WITH_SHARD_LAYERS), ("answers", ANSWERS_FIRST)):
         out, given = sharded(tmp_path, name, text, kernels)
         assert "layers sharded over 2 cards" in out
-        assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+        assert all(torch.equal(given[key], tensor) for key, tensor in expected.items())
