@@ -262,6 +262,9 @@ class LoraSpec(_Spec):
     rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: as if alpha were sqrt(rank) times as large
     dora: bool = False  # trains a vector of magnitudes per linear layer too, arXiv:2402.09353: slower
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
+    # Folder of an adapter whose weights are the first ones: of an earlier run, or one that PEFT saved, with the rank,
+    # alpha and targets of this spec. Steps and learning rate begin anew: docs/after.md. None starts with a new adapter.
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -269,6 +272,10 @@ class LoraSpec(_Spec):
         require(self.alpha > 0, f"LoraSpec.alpha is {self.alpha}; it must be above 0")
         require(0 <= self.dropout < 1, f"LoraSpec.dropout is {self.dropout}; it is a share, 0 to below 1")
         require(len(self.target_modules) > 0, "LoraSpec.target_modules is empty: nothing would be trained")
+        require(
+            self.start_from is None or bool(self.start_from.strip()),
+            "LoraSpec.start_from is empty; None starts with a new adapter",
+        )
 
 
 @dataclass(frozen=True)

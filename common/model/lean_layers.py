@@ -138,7 +138,9 @@ def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
     if kernels == "stock":
         return
     if reason := unsupported_reason(model):
-        print(f"layers: stock, slower and with more memory, because {reason}")
+        if getattr(model, "why_stock", None) != reason:  # said already where a recipe's story calls it too
+            print(f"layers: stock, slower and with more memory, because {reason}")
+        model.why_stock = reason
         return
     swap_in_lean_classes(model)
     if model.device.type == "cuda" and (reason := why_no_triton()):

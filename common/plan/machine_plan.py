@@ -12,6 +12,7 @@ from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
 from common.model.config import load_config, refuse_more_positions
 from common.model.sharding import refuse_unshardable
+from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
@@ -26,8 +27,10 @@ def plan_for_card(recipe: Recipe) -> Plan:
     For several GPUs it plans for the smallest, and for references where a machine's Triton cannot launch kernels, with
     a line that says why. It downloads nothing but the config of a model that does not ship its config here.
 
-    Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
+    Raises UserError when the recipe needs a GPU that is not there, when one row does not fit, and as
+    find_start_adapter.
     """
+    find_start_adapter(recipe.lora, recipe.model, recipe.out)
     machine = this_machine()
     if recipe.card_gib is not None:
         require_gpu(recipe.model.name)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from common.machine.disk import WRITING_SUFFIX, remove
 from common.machine.lock import LockHeld, hold_lock, refuse_held
+from common.model.adapter_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from common.model.adapter_files import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
+from common.model.adapter_files import RUN_JSON as RUN_JSON
 from common.recipe import ExistingRun, UserError
 from common.run.replaced_run import DONE, MOVING, REPLACED, remove_replaced, set_aside, settle
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-RUN_JSON = "run.json"
 EVAL_JSON = "eval.json"
 HELD_OUT_ROWS = "held_out.parquet"
 METRICS = "metrics.jsonl"

@@ -18,6 +18,7 @@ from common.machine.disk import sha256_of, write_text_atomically
 from common.machine.paths import hide_home
 from common.model.base_hash import base_record
 from common.model.lora import trainable_params
+from common.model.start_adapter import start_record
 from common.plan.plan import Plan
 from common.recipe import Recipe
 from common.run.drift import Drift
@@ -96,11 +97,15 @@ def write_run_json(
 ) -> None:
     """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
     base = base_record(model)
+    start, lora = start_record(model), recipe.lora
+    if lora.start_from is not None:
+        lora = dataclasses.replace(lora, start_from=hide_home(lora.start_from))
     run = {
-        "recipe": dataclasses.asdict(dataclasses.replace(recipe, out=hide_home(recipe.out))),
+        "recipe": dataclasses.asdict(dataclasses.replace(recipe, lora=lora, out=hide_home(recipe.out))),
         "plan": dataclasses.asdict(plan),
         "data": [_source_record(report) for report in rows.reports],
         "base": None if base is None else dataclasses.asdict(base),
+        "start": None if start is None else dataclasses.asdict(start),
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
         "machine": str(this_machine()),
