@@ -116,8 +116,8 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     # The pad token is the recipe's (load_tokenizer chooses it), and what ends an answer is asked for by name.
     logging.getLogger("transformers.trainer_utils").addFilter(_is_not_about_special_tokens)
-    if not sys.stderr.isatty():  # datasets reads it when it is imported, which a plan never does
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # datasets reads it when it is imported, which a plan never does. Our own lines tell of slow work.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _is_not_about_special_tokens(record: logging.LogRecord) -> bool:
@@ -210,6 +210,19 @@ def accept_any_bytes() -> None:
     """
     if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def edit_lines() -> None:
+    """Gives input() on a terminal a history, editing keys, and pasted lines as one. Called by adapter/chat.py.
+
+    Terminals say where a pasted text begins and ends ("bracketed paste"). GNU readline understands them, and Python
+    tells it not to. Without readline, or with libedit in its place, each pasted line is read by itself.
+    """
+    with contextlib.suppress(ImportError):
+        import readline
+
+        if "libedit" not in (readline.__doc__ or ""):
+            readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 @contextlib.contextmanager

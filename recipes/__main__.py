@@ -2,6 +2,7 @@
 
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
     python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report, push
+    python -m recipes COMMAND NAME --help     # the flags of a command
     python -m recipes --check NAME            # only says whether there is such a recipe
     python -m recipes --check-variables "TARGET" NAME ...    # only says whether make TARGET takes these variables
     torchrun --nproc-per-node 2 -m recipes NAME [flags]
@@ -31,8 +32,12 @@ from common.machine.launch import ERROR_STATUS
 from common.recipe import UserError
 
 FOLDER = Path(__file__).parent
+HELP = {"-h", "--help"}
 MAKES_FILES = not (
-    IS_PLAN or IS_DATA or "--dry-run" in sys.argv or sys.argv[1:2] in (["dryrun"], ["chat"], ["eval"], ["report"])
+    IS_PLAN
+    or IS_DATA
+    or {"--dry-run", *HELP} & {*sys.argv}
+    or sys.argv[1:2] in ([], ["dryrun"], ["chat"], ["eval"], ["report"])
 )
 
 
@@ -41,6 +46,9 @@ def main(arguments: list[str]) -> int:
         lines = list(explain_variables(arguments[1].split(), arguments[2:]))
         print("".join(f"error: {line}\n" for line in lines), end="", file=sys.stderr)
         return ERROR_STATUS if lines else 0
+    if not arguments or arguments[0] in HELP or (arguments[0] in COMMANDS and arguments[1:2] in (["-h"], ["--help"])):
+        print(f"{(__doc__ or '').strip()}\n\nrecipes: {', '.join(recipe_names())}")
+        return 0
     command = arguments[0] if arguments and arguments[0] in (*COMMANDS, "--check") else None
     if command:
         arguments = arguments[1:]

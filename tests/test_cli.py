@@ -60,6 +60,14 @@ def test_an_unknown_recipe_prints_those_that_exist():
         assert "there is no recipe" in refused(recipes(name))
 
 
+@pytest.mark.parametrize("words", ["", "-h", "--help", "plan --help"])
+def test_help_lists_what_can_be_typed(words):
+    done = recipes(*words.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(command in done.stdout for command in COMMANDS)
+    assert "recipes: llama3-70b, llama3-8b" in done.stdout and "python -m recipes NAME [flags]" in done.stdout
+
+
 def test_a_copied_recipe_is_found_without_registration(project):
     shutil.copy(project / "recipes" / "llama3_8b.py", project / "recipes" / "my_bot.py")
     assert recipes("--check", "my-bot", cwd=project).returncode == 0

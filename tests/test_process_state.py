@@ -178,11 +178,18 @@ def test_a_process_whose_output_was_closed_at_its_start_prints_nowhere(tmp_path)
     assert (tmp_path / "done").read_text() == "..."
 
 
-def test_a_plan_ends_quietly_when_its_reader_leaves():
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes", "plan", "tiny"], stdout=without_reader(), stderr=subprocess.PIPE, cwd=ROOT
-    )
+@pytest.mark.parametrize("words", ["plan tiny", "data tiny", "", "--help", "plan tiny --help", "tiny --help"])
+def test_a_command_that_only_prints_ends_quietly_when_its_reader_leaves(words):
+    command = [sys.executable, "-m", "recipes", *words.split()]
+    done = subprocess.run(command, stdout=without_reader(), stderr=subprocess.PIPE, cwd=ROOT)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_the_first_line_of_a_plan_is_all_that_head_shows():
+    command = f"set -o pipefail; {sys.executable} -m recipes plan tiny | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode in (0, 128 + signal.SIGPIPE)
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")
 
 
 def test_a_pad_token_of_ours_is_no_warning_of_the_trainer(tokenizer, caplog):

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.conversations.conversation import Conversation, Message
 from common.machine.slow_work import report_slow_work
+from common.process_state import edit_lines
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
 from common.sources.source_row import BadRow
@@ -170,10 +171,8 @@ def refuse_other_bytes(text: str) -> None:
 
 
 def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
-    """Reads lines, and prints answers, until /quit or the end of input."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - gives input() a history and editing keys
-
+    """Reads lines, and prints answers, until /quit or the end of input. Lines that are pasted together are one turn."""
+    edit_lines()
     print("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
@@ -192,7 +191,7 @@ def talk(chat: Chat, read: Callable[[str], str] = input) -> None:
         if not line:
             continue
         try:
-            if line.startswith("/"):
+            if line.startswith("/") and ("\n" not in line or line.startswith("/system ")):  # not a pasted "// Go"
                 print(chat.run_slash_command(line))
             else:
                 ask_aloud(chat, line)

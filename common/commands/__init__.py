@@ -43,6 +43,6 @@ COMMANDS = {
     "eval": Command(run_eval, add_eval_flags, reads_run=True),
     "merge": Command(run_merge, add_merge_flags, reads_run=True),
     "export": Command(run_export, add_export_flags, reads_run=True),
-    "report": Command(run_report, reads_run=True, computes=False),
+    "report": Command(run_report, computes=False),  # also shows a run under way
     "push": Command(run_push, add_push_flags, reads_run=True, computes=False),
 }

@@ -7,6 +7,7 @@ such a name behind, and never half of a file or folder under its real name.
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,20 +52,32 @@ def remove_atomically(path: Path) -> None:
 
 
 def replace_atomically(aside: Path, target: Path, *, durable: bool = False) -> None:
-    """Renames `aside` to `target`, on the same disk. What stood at `target` is replaced.
+    """Renames `aside` to `target`, on the same disk, with the mode that the umask says. What stood there is replaced.
 
     A file is replaced in one step. A folder cannot be: the old one is removed first (remove_atomically), so that a
     crash may leave no target, but never a half of one. `durable` calls fsync on the new content before the rename and
     on the parent folder after it: when this returns, a power failure cannot undo it.
     """
-    if durable:
-        for path in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+    for path in [*aside.iterdir(), aside] if aside.is_dir() else [aside]:
+        _let_others_read(path)
+        if durable:
             fsync(path)
     if aside.is_dir():
         remove_atomically(target)
     aside.rename(target)
     if durable:
         fsync(target.parent)
+
+
+def _let_others_read(path: Path) -> None:
+    """Gives a file the mode that the umask says: safetensors writes files that nobody else can read."""
+    if path.is_file() and not path.is_symlink():
+        # The system tells the umask only to who sets it, for all threads. Linux has it in a file as well.
+        said = re.search(r"^Umask:\s*(\d+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+        mode = 0o666 & ~int(said[1], 8) if said else None
+        with contextlib.suppress(OSError):  # a disk without modes
+            if mode is not None and path.stat().st_mode & 0o777 != mode:
+                path.chmod(mode)
 
 
 @contextlib.contextmanager

@@ -117,7 +117,6 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     Raises UserError when the weights are missing, damaged, incomplete, or quantized in another way.
     """
     machine = machine or this_machine()
-    quiet_transformers()
     config, weights = _find_weights(spec, machine)
     if machine.dtype == torch.float16 and ARCHITECTURES[config.model_type].overflows_in_fp16:
         print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
@@ -125,7 +124,9 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     quantizes = spec.bits == 4 and not stored_in_4bit
     record = read_base_record(weights) if isinstance(weights, Path) else None
     generation = read_generation_config(weights if isinstance(weights, Path) else None, spec.name, config)
-    announce_loading(spec, *_count_files_and_bytes(weights), quantizes=quantizes)
+    files, size = _count_files_and_bytes(weights)
+    quiet_transformers(also_on_terminal=size < MIN_ANNOUNCED_BYTES)
+    announce_loading(spec, files, size, quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine, layout)
     else:

@@ -47,6 +47,10 @@ RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
 LEFTOVERS = {f"{name}{WRITING_SUFFIX}" for name in RUN_FILES}  # of a run that was killed while it wrote one of them
 
 
+class RunUnderWay(UserError):
+    """A run of another process is under way in the folder."""
+
+
 @contextlib.contextmanager
 def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
     """Gives the folder to a run of this process, prepared as prepare_run_folder says, and keeps all others out of it.
@@ -74,13 +78,13 @@ def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def hold_for_reading(out: str) -> Iterator[None]:
-    """Keeps runs out of the folder while a command reads it. Raises UserError as refuse_run_under_way."""
+    """Keeps runs out of the folder while a command reads it. Raises RunUnderWay as refuse_run_under_way."""
     with _run_lock_in_words(Path(out)), hold_lock(Path(out) / LOCK_FILE, shared=True):
         yield
 
 
 def refuse_run_under_way(out: str) -> None:
-    """Raises UserError when a run of another process is under way in the folder. Takes no time and writes nothing."""
+    """Raises RunUnderWay when a run of another process is under way in the folder. Takes no time and writes nothing."""
     with _run_lock_in_words(Path(out)):
         refuse_held(Path(out) / LOCK_FILE)
 
@@ -125,7 +129,7 @@ def _run_lock_in_words(folder: Path) -> Iterator[None]:
                 f"a command (make eval, merge, export, report or push) reads {folder}: wait until it has ended, or "
                 "choose another folder: OUT=..."
             ) from error
-        raise UserError(
+        raise RunUnderWay(
             f"a run is under way in {folder} ({error}): wait until it has ended, or name another folder: OUT=..."
         ) from error
 
@@ -166,6 +170,7 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     names -= {SAVING, *LEFTOVERS, DONE}
+    names -= {name for name in names if name.startswith(f"{REPORT}.") and name.endswith(WRITING_SUFFIX)}  # make report
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
     known = {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING} if names != {MODEL_CARD} else set()

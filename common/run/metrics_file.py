@@ -13,6 +13,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [entry for entry, _ in _whole_lines(folder / METRICS)]
 
 
+def curve_of(entries: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """The steps, and what metrics.jsonl says of each under this name."""
+    return [(entry["step"], entry[key]) for entry in entries if key in entry]
+
+
 def _whole_lines(path: Path) -> list[tuple[dict[str, Any], int]]:
     """The entries of the file, and the bytes up to the end of each. A killed run may leave half a line at the end."""
     found, size = [], 0

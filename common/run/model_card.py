@@ -15,7 +15,7 @@ from common.machine.paths import local_path
 from common.model.base_licence import base_licence
 from common.recipe import UserError
 from common.run.folder import MODEL_CARD, RUN_JSON
-from common.run.report import read_json
+from common.run.pages import read_object
 from common.sources.source_files import is_file, names_without_folders
 
 CARD_TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
@@ -32,7 +32,7 @@ def write_model_card(folder: Path) -> Path:
         raise UserError(
             f"{folder} has no {RUN_JSON} to make a model card of: write {folder / MODEL_CARD}, which says what it is"
         )
-    run = read_json(folder / RUN_JSON)
+    run = read_object(folder / RUN_JSON)
     environment = Environment(
         loader=FileSystemLoader(CARD_TEMPLATE.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -123,5 +123,5 @@ def _licence_in_words(base: str | None, licence: dict[str, str]) -> str:
 
 def _stop_ids(path: Path) -> list[int]:
     """The ids that end an answer, by the generation config that the run saved."""
-    found = read_json(path).get("eos_token_id") if path.exists() else None
+    found = read_object(path).get("eos_token_id") if path.exists() else None
     return [found] if isinstance(found, int) else found or []

@@ -1,13 +1,11 @@
 """report.html: a run on one page that needs nothing else, for a browser, a phone, or an e-mail."""
 
-import json
+import os
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from common.machine.device import GIB
-from common.machine.disk import write_text_atomically
+from common.machine.disk import WRITING_SUFFIX, write_aside
 from common.machine.slow_work import format_duration
 from common.machine.write_errors import writing
 from common.recipe import UserError
@@ -15,64 +13,47 @@ from common.run.charts import Curve, line_chart
 from common.run.drift import Drift
 from common.run.folder import EVAL_JSON, REPORT, RUN_JSON
 from common.run.held_out_loss import lowest_held_out_loss, perplexity
-from common.run.metrics_file import read_metrics
+from common.run.metrics_file import curve_of, read_metrics
+from common.run.pages import read_object, render
 
-TEMPLATE = Path(__file__).parent / "report.html.jinja"
 
-
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, *, under_way: bool = False) -> Path:
     """Writes report.html from run.json, metrics.jsonl and, where there is one, eval.json. Returns its path.
 
-    Raises UserError when the folder holds no run that has ended, or files of another version, and when report.html
-    cannot be written.
+    Of a run that has not ended: from metrics.jsonl alone. under_way: it goes on in another process; a run.json is of
+    an earlier part of it. Raises UserError when the folder holds no run, or files of another version, and when
+    report.html cannot be written.
     """
-    if not (folder / RUN_JSON).exists():
-        raise UserError(f"{folder} has no run.json: there is no run there, or it has not ended")
-    run, evaluation = read_json(folder / RUN_JSON), {}
-    if (folder / EVAL_JSON).exists():
-        evaluation = read_json(folder / EVAL_JSON)
-    environment = Environment(  # autoescape: an answer may hold HTML
-        loader=FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"count": lambda n: f"{n:,}", "gib": lambda n: f"{n / GIB:.2f}"}
-    try:
-        page = environment.get_template(TEMPLATE.name).render(
-            page_values(run, read_metrics(folder), evaluation, folder.name)
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'run.json'} is of another version, or damaged: {error!r}") from error
-    with writing(folder / REPORT):
-        write_text_atomically(folder / REPORT, page)
+    entries = read_metrics(folder)
+    if under_way or not (folder / RUN_JSON).exists():
+        if not any("loss" in entry for entry in entries):
+            where = "the run there has taken no step yet" if under_way else "there is no run there, or it took no step"
+            raise UserError(f"{folder} has nothing to show: {where}")
+        page = render("unfinished.html.jinja", run_so_far(entries, folder.name, under_way=under_way))
+    else:
+        page = _page_of_ended_run(folder, entries)
+    own = folder / f"{REPORT}.{os.getpid()}{WRITING_SUFFIX}"  # the run itself writes its report at its end
+    with writing(folder / REPORT), write_aside(folder / REPORT, aside=own) as aside:
+        aside.write_text(page, encoding="utf-8")
     return folder / REPORT
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a file of the run holds. Raises UserError when it holds none."""
+def _page_of_ended_run(folder: Path, entries: list[dict[str, Any]]) -> str:
+    run, evaluation = read_object(folder / RUN_JSON), {}
+    if (folder / EVAL_JSON).exists():
+        evaluation = read_object(folder / EVAL_JSON)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return values
+        return render("report.html.jinja", page_values(run, entries, evaluation, folder.name))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / 'run.json'} is of another version, or damaged: {error!r}") from error
 
 
 def page_values(
     run: dict[str, Any], entries: list[dict[str, Any]], evaluation: dict[str, Any], name: str
 ) -> dict[str, Any]:
     """The values that the template shows. name: of the run's folder."""
-    metrics, steps = run["metrics"], [entry for entry in entries if "loss" in entry]
-    held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
-
-    def curve(key: str) -> list[tuple[float, float]]:
-        return [(entry["step"], entry[key]) for entry in steps]
-
+    metrics = run["metrics"]
     kept_step = metrics.get("kept_step", metrics["steps"])  # which runs of earlier versions do not have
-    kept = [(step, loss) for step, loss in held_out if step == kept_step][-1:]
     before, after = metrics["eval_loss_before"], metrics["eval_loss"]
     drift = evaluation.get("drift") or run.get("drift")
     return {
@@ -90,25 +71,44 @@ def page_values(
         "kept": f"{kept_step:,} of {metrics['steps']:,}",
         "drift": drift and Drift(**drift),
         "skipped": [entry["step"] for entry in entries if "skipped" in entry],
-        "losses": line_chart(
-            "Loss over the optimizer steps",
-            "optimizer step",
-            [
-                Curve("training", curve("loss"), "training"),
-                Curve("held out", held_out, "held-out", dots=True),
-                Curve("kept", kept, "kept"),
-            ],
-            from_zero=False,
-        ),
-        "rates": line_chart(
-            "Learning rate over the optimizer steps",
-            "optimizer step",
-            [Curve("learning rate", curve("learning_rate"), "training")],
-        ),
-        "speeds": line_chart(
-            "Tokens per second so far, over the optimizer steps",
-            "optimizer step",
-            [Curve("tokens/s", curve("tokens_per_s"), "training")],
-        ),
+        **_charts(entries, kept_step),
         "lora": ", ".join(run["recipe"]["lora"]["target_modules"]),
+    }
+
+
+def run_so_far(entries: list[dict[str, Any]], name: str, *, under_way: bool) -> dict[str, Any]:
+    """The values that the template of a run that has not ended shows. entries: one has a loss at least."""
+    steps = [entry for entry in entries if "loss" in entry]
+    return {
+        "name": name,
+        "under_way": under_way,
+        "first": steps[0],
+        "last": steps[-1],
+        "time": format_duration(steps[-1]["seconds"]),
+        "read_at": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "held_out": [entry["eval_loss"] for entry in entries if "eval_loss" in entry],
+        "skipped": [entry["step"] for entry in entries if "skipped" in entry],
+        **_charts(entries, kept_step=None),
+    }
+
+
+def _charts(entries: list[dict[str, Any]], kept_step: int | None) -> dict[str, str]:
+    """The curves of a run over its optimizer steps. kept_step: is marked on the held-out loss."""
+    held_out = [(entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry]
+
+    def chart(title: str, key: str, name: str) -> str:
+        return line_chart(
+            f"{title} optimizer steps", "optimizer step", [Curve(name, curve_of(entries, key), "training")]
+        )
+
+    losses = [
+        Curve("training", curve_of(entries, "loss"), "training"),
+        Curve("held out", held_out, "held-out", dots=True),
+        Curve("kept", [(step, loss) for step, loss in held_out if step == kept_step][-1:], "kept"),
+    ]
+    return {
+        "losses": line_chart("Loss over the optimizer steps", "optimizer step", losses, from_zero=False),
+        "rates": chart("Learning rate over the", "learning_rate", "learning rate"),
+        "norms": chart("Norm of the gradient over the", "grad_norm", "gradient norm"),
+        "speeds": chart("Tokens per second so far, over the", "tokens_per_s", "tokens/s"),
     }

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from common.machine.hub import HubRepository, chain_of, first_line, gated, hub_errors_in_words, not_found
+from common.machine.slow_work import report_slow_work
 from common.recipe import UserError
 from common.sources.arrow_files import dataset_rows
 from common.sources.source_row import PlacedRow
@@ -29,7 +30,11 @@ def hub_rows(
 
     caches = (str(datasets.config.HF_DATASETS_CACHE),)
     repository = HubRepository("data set", name, revision, "give a file: DATA=my_chats.jsonl", caches)
-    with _unusable_in_words(repository), hub_errors_in_words(repository):
+    with (
+        _unusable_in_words(repository),
+        hub_errors_in_words(repository),
+        report_slow_work(f"reading the data set {name} of the hub"),
+    ):
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
     part = f"{config}, {split}" if config else split
     yield from dataset_rows(rows, f"{name} [{part}]", unread, columns)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 
@@ -271,6 +272,53 @@ def test_in_a_real_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(finetuned, 
     wait_until(lambda: asks() and "/system TEXT" in shown, "the help")
     os.write(terminal, b"\x04")
     assert ended(process) == 0
+
+
+class Repeats:
+    """In a model's place: it repeats what it is asked."""
+
+    adapter_on = True
+
+    def ask(self, text: str, show: Callable[[str], None]) -> None:
+        show(f"asked {text!r}")
+
+    def run_slash_command(self, line: str) -> str:
+        return f"ran {line!r}"
+
+
+@pytest.mark.parametrize(
+    ("pasted", "shown"),
+    [
+        ("two lines\n\nand a third\n", "asked 'two lines\\n\\nand a third'"),
+        ("// a comment\nfunc main() {}", "asked '// a comment\\nfunc main() {}'"),
+        ("/system You speak\nonly German.", "ran '/system You speak\\nonly German.'"),
+    ],
+)
+def test_lines_that_are_pasted_together_are_one_turn(pasted, shown):
+    """In a real terminal, which marks where a pasted text begins and ends."""
+    process, terminal = pty.fork()
+    if process == 0:
+        sys.stdin, sys.stdout, os.environ["TERM"] = open(0), open(1, "w"), "xterm"
+        try:
+            talk(Repeats())  # type: ignore[arg-type]
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
+    printed = ""
+
+    def has(text: str) -> bool:
+        nonlocal printed
+        if select.select([terminal], [], [], 0.01)[0]:
+            printed += os.read(terminal, 4096).decode(errors="replace")
+        return text in printed
+
+    wait_until(lambda: has("\x1b[?2004h"), "readline asks the terminal to mark what is pasted", 30)
+    os.write(terminal, f"\x1b[200~{pasted}\x1b[201~ ".encode())
+    os.write(terminal, b"\n")
+    wait_until(lambda: has(shown), "the answer", 30)
+    os.write(terminal, b"\x04")
+    assert ended(process) == 0
+    assert printed.count("asked ") + printed.count("ran ") == 1
 
 
 def test_the_chat_runs_where_attention_is_packed(parts):

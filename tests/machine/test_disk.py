@@ -37,6 +37,23 @@ def test_a_text_replaces_the_old_one(tmp_path):
     assert names(tmp_path) == {"run.json"}
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_what_is_moved_into_place_can_be_read_by_whom_the_umask_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with write_aside(tmp_path / "file") as aside:
+            aside.touch(0o600)  # as safetensors does
+        with write_aside(tmp_path / "folder", folder=True) as aside:
+            (aside / "inside").touch(0o600)
+            (aside / "link").symlink_to(tmp_path / "private")
+            (tmp_path / "private").touch(0o600)
+    finally:
+        os.umask(before)
+    written = [tmp_path / "file", tmp_path / "folder" / "inside"]
+    assert [path.stat().st_mode & 0o777 for path in written] == [0o666 & ~umask] * 2
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path):
     write_text_atomically(tmp_path / "run.json", "old")
     with pytest.raises(UnicodeEncodeError):

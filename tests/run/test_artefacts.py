@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_an_adapter_is_written_without_what_peft_leaves_beside_it(recipe, tmp_pa
     trained = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
     assert stored.keys() == trained.keys()
     assert all(torch.equal(stored[name], trained[name]) for name in stored)
+
+
+def test_others_may_read_what_a_run_leaves_where_the_umask_says_so(finetuned):
+    """Its checkpoints too; safetensors writes files that nobody else can read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in finetuned[1].rglob("*") if path.is_file()]
+    assert {"adapter_model.safetensors", "optimizer.pt", "report.html"} <= {path.name for path in files}
+    assert {path.name: path.stat().st_mode & 0o777 for path in files} == {p.name: 0o666 & ~umask for p in files}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -12,8 +12,10 @@ import pytest
 
 from common.cli import run_command
 from common.recipe import UserError
+from common.run.folder import prepare_run_folder
 from common.run.report import write_report
 from recipes.tiny import RECIPE
+from tests.machine.test_lock import held_by_another
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
@@ -79,7 +81,7 @@ def test_nothing_is_wider_than_the_screen(folder, width):
     write_report(folder)
     (folder / "look.html").write_text(LOOK.format(url="report.html", width=width))
     dom = browse(f"file://{folder}/look.html", "--allow-file-access-from-files", "--dump-dom", folder=folder)
-    assert f"<title>w{width} s5</title>" in dom  # five curves: loss twice and the kept step, learning rate, tokens/s
+    assert f"<title>w{width} s6</title>" in dom  # the loss's three, learning rate, gradient norm, tokens/s
 
 
 class Links(HTMLParser):
@@ -150,9 +152,50 @@ def test_make_report_writes_it_again(folder, capsys):
     assert (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_under_way_can_be_looked_at(folder, capsys, resumed):
+    """resumed: run.json tells of its first part."""
+    if not resumed:
+        (folder / "run.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:50]) + lines[50][:20])  # it is just being written
+    recipe = replace(RECIPE, out=str(folder))
+    with held_by_another(folder / ".lock", "alone"):
+        before = {path.name for path in folder.iterdir()}
+        assert run_command("report", "tiny", recipe, []) == 0
+        assert {path.name for path in folder.iterdir()} == before | {"report.html"}
+    said = capsys.readouterr().out
+    assert said == f"the run is under way: the page shows it as far as it is\nwritten: {folder / 'report.html'}\n"
+    text = words((folder / "report.html").read_text())
+    last = json.loads(lines[49])["step"]
+    assert f"Run “run”, under way: step {last}" in text and f"{last} optimizer steps" in text
+    assert "Norm of the gradient" in text and "Answers" not in text
+
+
+def test_a_run_that_was_killed_can_be_looked_at(folder, capsys):
+    (folder / "run.json").unlink()
+    assert run_command("report", "tiny", replace(RECIPE, out=str(folder)), []) == 0
+    text = words((folder / "report.html").read_text())
+    assert "not ended: step 194" in text and "no process goes on with it; ARGS=--resume does" in text
+    assert re.search(r"held-out loss 5\.5\d\d → 0\.0\d\d", text)
+
+
+def test_a_run_before_its_first_step_is_one_line(folder, capsys):
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 5.5}\n')
+    with held_by_another(folder / ".lock", "alone"):
+        assert run_command("report", "tiny", replace(RECIPE, out=str(folder)), []) == 2
+    assert "has nothing to show: the run there has taken no step yet" in capsys.readouterr().err
+
+
+def test_a_page_that_was_half_written_stops_no_run(folder):
+    (folder / "report.html.123.writing").write_text("<html>")
+    assert prepare_run_folder(str(folder), "resume") == folder
+    assert not (folder / "report.html.123.writing").exists()
+
+
 def test_a_folder_without_a_run_is_one_line(folder, tmp_path, capsys):
     assert run_command("report", "tiny", replace(RECIPE, out=str(tmp_path / "nothing")), []) == 2
-    assert "has no run.json: there is no run there, or it has not ended" in capsys.readouterr().err
+    assert "has nothing to show: there is no run there, or it took no step" in capsys.readouterr().err
     for text, message in (("{", "is damaged"), ("[]", "holds no object"), ('{"metrics": {}}', "of another version")):
         (folder / "run.json").write_text(text)
         with pytest.raises(UserError, match=message):
