@@ -45,6 +45,20 @@ _ENVIRONMENT = {
 }
 
 
+# What torchrun tells each process of a run; accelerate and transformers read these too.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ignored_variables: list[str] = []  # those of a launcher that were set, and not by one
+
+
+def _ignore_half_a_launch() -> None:
+    """Removes RANK and the like unless all of them are set: `make finetune RANK=64` is no process of a run."""
+    if all(name in os.environ for name in LAUNCHER_VARIABLES):
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if os.environ.pop(name, None) is not None:
+            ignored_variables.append(name)
+
+
 def set_environment() -> None:
     """Sets environment variables that libraries read when they are imported; a variable that is set stays as it is.
 
@@ -52,6 +66,7 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    _ignore_half_a_launch()
     _share_cpus()
     # On some CPUs bitsandbytes asks for a package that would download native kernels. We load none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

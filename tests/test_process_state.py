@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
 SET_HERE = {"CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "HF_HUB_DISABLE_TELEMETRY", "LOCAL_RANK"}
+SET_HERE |= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 SET_HERE |= {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"}
 
 
@@ -221,3 +222,12 @@ def test_sums_of_matmuls_have_full_precision_in_the_block_alone_and_the_users_ch
         assert allowed() == [True, True, False, False]
     finally:
         matmul.allow_fp16_reduced_precision_reduction = True
+
+
+def test_half_of_what_a_launcher_sets_is_no_process_of_a_run():
+    whole = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    environment, _ = environment_after_import(**whole)
+    assert environment["RANK"] == "1"
+    for missing in whole:
+        environment, _ = environment_after_import(**{name: whole[name] for name in whole if name != missing})
+        assert not environment.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}

@@ -10,7 +10,7 @@ from common.commands.flags import add_run_flags, apply_run_flags, has_several_pr
 from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
-from common.run.folder import hold_run_folder, refuse_run_under_way
+from common.run.folder import ADAPTER_WEIGHTS, hold_run_folder, refuse_run_under_way
 from common.run.provenance import make_command
 from common.run.tracker_check import refuse_unready_tracker
 
@@ -82,3 +82,13 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
             f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
         )
         flags.story(with_run_date(recipe))
+        run_on_main(lambda: _require_adapter(recipe))
+
+
+def _require_adapter(recipe: Recipe) -> None:
+    """Raises UserError when a run that has ended well has left no adapter."""
+    places = [Path(place) for place in (recipe.out, recipe.fallback_out) if place]
+    require(
+        any((place / ADAPTER_WEIGHTS).exists() for place in places),
+        f"the recipe's main has ended and left no adapter in {recipe.out}: it calls train(...), which trains and saves",
+    )
