@@ -120,4 +120,7 @@ def require_gpu(model_name: str) -> None:
     if torch.cuda.is_available():
         return
     reason = unusable_gpu() or "this machine has none that torch can see"
-    raise UserError(f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny")
+    raise UserError(
+        f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny. A recipe "
+        "with card_gib=None runs on a CPU too, slowly"
+    )
