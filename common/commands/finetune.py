@@ -65,7 +65,7 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
 
 
 def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.machine.collectives import init_distributed, run_on_main
+    from common.machine.collectives import all_gather, init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
     from common.run.general_texts import refuse_missing_texts
     from common.run.run_date import with_run_date
@@ -77,8 +77,9 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     init_distributed()
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(hold_run_folder(recipe.out, recipe.existing_run)))
+        # All look before any goes on: a run that fails removes the folder that it has left empty.
         require(
-            Path(recipe.out).is_dir(),
+            all(all_gather(Path(recipe.out).is_dir())),
             f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
         )
         flags.story(with_run_date(recipe))

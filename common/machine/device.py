@@ -223,4 +223,7 @@ def require_gpu(model_name: str) -> None:
     if reason is None and shown_gpus() == [] and _has_nvidia_gpu():
         reason = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides those of this machine"
     reason = reason or "this machine has none that torch can see"
-    raise UserError(f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny")
+    raise UserError(
+        f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny. A recipe "
+        "with card_gib=None runs on a CPU too, slowly"
+    )
