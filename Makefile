@@ -15,8 +15,10 @@ FORMAT ?=
 QUANT ?=
 BASE ?=
 TO ?=
+REPO ?=
 TASKS ?=
 RUNS ?=
+GPU ?=
 GPUS ?=
 NNODES ?=
 RDZV_ENDPOINT ?=
@@ -30,7 +32,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help finetune data plan dryrun chat eval merge export report compare lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
+.PHONY: help finetune data plan dryrun chat eval merge export report compare push lm-eval test check setup bench gpu-check parity memory demo _python _typed _recipe _merged
 
 help: _typed ## this list
 	@echo "make TARGET [MODEL=$(MODEL)] [DATA=my.jsonl] [OUT=outputs/mine] [SET=\"train.seed=2 lora.rank=64\"] [ARGS=\"--max-steps 50\"]"; echo
@@ -50,10 +52,11 @@ flag = $(if $(value $(2)),$(1)=$(call quoted,$(2)))
 RECIPE = $(call quoted,MODEL) $(call flag,--set,SET)
 OUT_FLAG = $(call flag,--out,OUT)
 RUN_FLAGS = $(call flag,--data,DATA) $(OUT_FLAG)
-PROCESS_FLAGS = $(call flag,--gpus,GPUS) $(call flag,--nnodes,NNODES) $(call flag,--rdzv-endpoint,RDZV_ENDPOINT)
+GPU_FLAG = $(call flag,--gpu,GPU)
+PROCESS_FLAGS = $(GPU_FLAG) $(call flag,--gpus,GPUS) $(call flag,--nnodes,NNODES) $(call flag,--rdzv-endpoint,RDZV_ENDPOINT)
 TARGET_FLAGS = $(OUT_FLAG) $(call flag,--base,BASE) $(call flag,--to,TO)
 
-finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
+finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPU=1 or GPUS=2; flags in ARGS: --max-steps N, --resume, --overwrite
 	@$(PY) -m recipes finetune $(RECIPE) $(PROCESS_FLAGS) $(RUN_FLAGS) $(ARGS)
 
 data: _recipe $(VENV)/.installed ## what MODEL would be trained on, with examples; DATA=my.jsonl SEQ_LEN=4096 JSON=data.json
@@ -67,22 +70,25 @@ dryrun: _recipe $(VENV)/.installed ## a few real steps with random weights, no d
 	@$(PY) -m recipes dryrun $(RECIPE) $(PROCESS_FLAGS) $(call flag,--layers,LAYERS) $(ARGS)
 
 chat: _recipe $(VENV)/.installed ## talk to what MODEL became; PROMPT="one question" answers it and ends
-	@$(PY) -m recipes chat $(RECIPE) $(OUT_FLAG) $(call flag,--prompt,PROMPT) $(ARGS)
+	@$(PY) -m recipes chat $(RECIPE) $(GPU_FLAG) $(OUT_FLAG) $(call flag,--prompt,PROMPT) $(ARGS)
 
 eval: _recipe $(VENV)/.installed ## base against adapter on held-out rows: loss, perplexity, answers; DATA=other.jsonl
-	@$(PY) -m recipes eval $(RECIPE) $(RUN_FLAGS) $(call flag,--json,JSON) $(ARGS)
+	@$(PY) -m recipes eval $(RECIPE) $(GPU_FLAG) $(RUN_FLAGS) $(call flag,--json,JSON) $(ARGS)
 
 merge: _recipe $(VENV)/.installed ## 16-bit safetensors with the adapter inside; BASE=original TO=folder
-	@$(PY) -m recipes merge $(RECIPE) $(TARGET_FLAGS) $(ARGS)
+	@$(PY) -m recipes merge $(RECIPE) $(GPU_FLAG) $(TARGET_FLAGS) $(ARGS)
 
 export: _recipe $(VENV)/.installed ## FORMAT=gguf, lora (the adapter alone) or ollama; QUANT=q8_0, q4_k_m, f16 ...
-	@$(PY) -m recipes export $(RECIPE) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
+	@$(PY) -m recipes export $(RECIPE) $(GPU_FLAG) $(TARGET_FLAGS) $(call flag,--format,FORMAT) $(call flag,--quant,QUANT) $(ARGS)
 
 report: _recipe $(VENV)/.installed ## the run on one page, report.html, written again; also of a run under way
 	@$(PY) -m recipes report $(RECIPE) $(OUT_FLAG) $(ARGS)
 
 compare: _typed $(VENV)/.installed ## runs side by side, as text and on a page: RUNS="outputs/a outputs/b" TO=page.html
 	@$(PY) -m recipes compare $(call flag,--runs,RUNS) $(call flag,--to,TO) $(ARGS)
+
+push: _recipe $(VENV)/.installed ## upload adapter, tokenizer and model card to the hub, after asking: REPO=me/name
+	@$(PY) -m recipes push $(RECIPE) $(OUT_FLAG) $(call flag,--repo,REPO) $(ARGS)
 
 # Sets `model`, as bash reads it: where a merge writes.
 MERGED = out=$(if $(value OUT),$(call quoted,OUT),outputs/$(subst _,-,$(MODEL))); \

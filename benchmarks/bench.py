@@ -6,134 +6,46 @@
 Each stack runs in a process of its own, in turn, `--rounds` times. The rate is that of the median step of the median
 round; the slowest and the fastest round stand in brackets. On a GPU with more memory than `--card-gib`, another process
 holds the rest. Results go to benchmarks/results/bench_<machine>: the .json after each measurement, the .png at the end.
+With --resume, what the .json has already is not measured again: more stacks, or the rest of a bench that was stopped.
 """
 
 import argparse
-import json
-import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from collections.abc import Container, Iterator
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
 
-from benchmarks.models import recipe_of
-from benchmarks.results_folder import result_path, write_result
+from benchmarks.model_flops import flops_per_token
+from benchmarks.results_folder import read_result, result_path, write_result
+from benchmarks.run_stack import (
+    Result,
+    limit_free_memory,
+    make_checkpoint_once,
+    run_stack,
+    tokens_per_s,
+    write_rows,
+)
 from benchmarks.stacks import NEEDS_GPU, STACKS, Job
 from common import REPOSITORY
 from common.machine.device import GIB, this_machine
-from common.machine.out_of_memory import out_of_memory
-from common.model.activation_checkpointing import Policy
-from common.plan.forecast import Forecast
-
-CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"  # a folder for each model
-LIMIT_SECONDS = 540  # that one process may take
-Result = dict[str, Any]
+from common.machine.gpus import use_one_gpu
+from common.plan.speed import data_sheet_flops
+from common.recipe import UserError
 
 
-def make_checkpoint_once(name: str) -> Path:
-    """Makes the model's 4-bit checkpoint, unless an earlier benchmark has. Returns its folder."""
-    folder = CHECKPOINTS / name
-    if not (folder / "tokenizer.json").exists():  # the file that is written last
-        subprocess.run([sys.executable, "-m", "benchmarks.models", name, str(folder)], check=True, cwd=REPOSITORY)
-    return folder
+def summarize(measurements: list[Result], matmul_flops: float, sheet_flops: float | None = None) -> list[Result]:
+    """Puts the rounds of each model, length and stack together in one entry.
 
-
-def write_rows(path: Path, tokens: int, rows: int, folder: Path) -> None:
-    """Writes rows of token ids, each of `tokens` ids and one example, made from the shipped conversations' text.
-
-    folder: of the model whose tokenizer is used.
+    In FLOPs per second: matmul_flops as measured on this machine, sheet_flops by the card's data sheet, where known.
     """
-    from transformers import AutoTokenizer
-
-    lines = (REPOSITORY / "data" / "tiny" / "train.jsonl").read_text().splitlines()
-    text = "\n".join(message["content"] for line in lines for message in json.loads(line)["messages"])
-    stream = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
-    stream *= -(-tokens * rows // len(stream))
-    path.write_text("".join(json.dumps(stream[i * tokens : (i + 1) * tokens]) + "\n" for i in range(rows)))
-
-
-@contextmanager
-def limit_free_memory(gib: float | None) -> Iterator[None]:
-    """Leaves only `gib` of the GPU's memory free inside the block. None, and no GPU, leave all."""
-    if gib is None or not torch.cuda.is_available():
-        yield
-        return
-    command = [sys.executable, "-m", "benchmarks.ballast", "--leave-gib", str(gib)]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as ballast:
-        assert ballast.stdin and ballast.stdout
-        print(f"ballast {ballast.stdout.readline().strip()}", flush=True)
-        try:
-            yield
-        finally:
-            ballast.stdin.close()
-
-
-def run_stack(stack: str, job: Job, peers: str | None) -> Result:
-    """Runs a stack in a process of its own. Returns its result, or under "failed" the reason in words."""
-    environment = dict(os.environ)
-    if peers and stack.startswith("unsloth"):
-        environment["PYTHONPATH"] = os.pathsep.join([peers, str(REPOSITORY)])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.json"
-        path.write_text(json.dumps(asdict(replace(job, started_at=time.time()))))
-        command = [sys.executable, "-m", "benchmarks.stacks", stack, "--job", str(path)]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=REPOSITORY,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=LIMIT_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return {"stack": stack, "failed": f"took longer than {LIMIT_SECONDS} s"}
-    if done.returncode:
-        return {"stack": stack, "failed": describe_failure(done.stderr)}
-    result: Result = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
-def describe_failure(stderr: str) -> str:
-    """The error that a process ended with, in a few words."""
-    lines = [line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|error)\b", line)]
-    last = (lines or stderr.splitlines() or ["no message"])[-1]
-    return "out of memory" if out_of_memory(RuntimeError(last)) else last[:200]
-
-
-def tokens_per_s(result: Result) -> float:
-    """The rate of the median step."""
-    job = result["job"]
-    rate: float = job["tokens"] * job["accumulation"] / statistics.median(result["seconds"])
-    return rate
-
-
-def flops_per_token(name: str, tokens: int) -> float:
-    """FLOPs of forward and backward, without activation checkpointing and with causal attention.
-
-    Counted from our step as it would run on a GPU.
-    """
-    recipe = recipe_of(name)
-    forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)))
-    step = forecast.step(tokens, Policy(forecast.layers, forecast.layers))
-    return sum(segment.work.flops for segment in step.segments) / tokens
-
-
-def summarize(measurements: list[Result], matmul_flops: float) -> list[Result]:
-    """Puts the rounds of each model, length and stack together in one entry. matmul_flops: FLOPs per second."""
     entries = []
     references: dict[tuple[str, int], list[float]] = {}  # losses of TRL's first round
     for m in measurements:
@@ -149,10 +61,13 @@ def summarize(measurements: list[Result], matmul_flops: float) -> list[Result]:
             continue
         rates = [tokens_per_s(m) for m in good]
         rate = statistics.median(rates)
+        flops = rate * rounds[0]["flops_per_token"]
         entry |= {
             "tokens_per_s": rate,
             "slowest_and_fastest_round": [min(rates), max(rates)],
-            "share_of_ceiling": rate * rounds[0]["flops_per_token"] / matmul_flops,
+            "flops_per_second": flops,
+            "mfu": flops / sheet_flops if sheet_flops else None,
+            "share_of_ceiling": flops / matmul_flops,
             "allocated_bytes": good[0]["allocated_bytes"],
             "reserved_bytes": good[0]["reserved_bytes"],
             "resident_bytes": good[0]["resident_bytes"],
@@ -166,20 +81,28 @@ def summarize(measurements: list[Result], matmul_flops: float) -> list[Result]:
     return entries
 
 
+def in_teraflops(flops: float) -> str:
+    return f"{flops / 1e12:,.0f}" if flops >= 1e13 else f"{flops / 1e12:.2g}"
+
+
+def in_percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
 def table(report: Result) -> str:
     """The summary as a Markdown table, in the order in which the stacks ran."""
     gpu = any(entry.get("allocated_bytes") for entry in report["summary"])
     memory = "peak allocated / reserved" if gpu else "peak of RAM"
     lines = [
-        f"| model | tokens a micro-batch | stack | tokens/s | ours is | {memory} | first step | share of the ceiling "
-        "| largest loss difference from TRL |",
-        "|---|---|---|---|---|---|---|---|---|",
+        f"| model | tokens a micro-batch | stack | tokens/s | ours is | {memory} | first step | TFLOP/s | MFU "
+        "| share of the ceiling | largest loss difference from TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ours = {(e["model"], e["tokens"]): e.get("tokens_per_s") for e in report["summary"] if e["stack"] == "ours"}
     for entry in report["summary"]:
         start = f"| `{entry['model']}` | {entry['tokens']:,} | {entry['stack']} |"
         if "failed" in entry:
-            lines.append(f"{start} {entry['failed']} | – | – | – | – | – |")
+            lines.append(f"{start} {entry['failed']} | – | – | – | – | – | – | – |")
             continue
         mine = ours.get((entry["model"], entry["tokens"]))
         ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] != "ours" else "–"
@@ -189,7 +112,8 @@ def table(report: Result) -> str:
         difference = f"{entry['loss_difference']:.4f}" if "loss_difference" in entry else "–"
         lines.append(
             f"{start} {entry['tokens_per_s']:,.0f} ({slowest:,.0f} – {fastest:,.0f}) | {ratio} | {peak} GiB "
-            f"| {entry['first_step_seconds']:.0f} s | {entry['share_of_ceiling']:.0%} | {difference} |"
+            f"| {entry['first_step_seconds']:.0f} s | {in_teraflops(entry['flops_per_second'])} "
+            f"| {in_percent(entry['mfu'])} | {entry['share_of_ceiling']:.0%} | {difference} |"
         )
     return "\n".join(lines)
 
@@ -228,21 +152,62 @@ def describe_machine() -> str:
     return f"{names[0] if names else platform.processor()}, {machine.name}"
 
 
-def measure_case(model: str, tokens: int, args: argparse.Namespace) -> Iterator[Result]:
-    """Runs every stack on one model and length, in turn, `--rounds` times; yields each result as it comes."""
+def measure_case(
+    model: str, tokens: int, args: argparse.Namespace, done: Container[tuple[str, int, str, int]]
+) -> Iterator[Result]:
+    """Runs every stack on one model and length, in turn, `--rounds` times; yields each result as it comes.
+
+    done: model, tokens, stack and round of what is left out.
+    """
+    turns = [(number, stack) for number in range(args.rounds) for stack in args.stacks]
+    turns = [(number, stack) for number, stack in turns if (model, tokens, stack, number) not in done]
+    if not turns:
+        return
     folder, flops = make_checkpoint_once(model), flops_per_token(model, tokens)
     with tempfile.TemporaryDirectory() as scratch, limit_free_memory(args.card_gib):
         rows = Path(scratch) / "rows.jsonl"
         write_rows(rows, tokens, (args.warmup + args.steps) * args.accumulation, folder)
         limit = args.card_gib if torch.cuda.is_available() else None
         job = Job(str(folder), str(rows), tokens, args.accumulation, args.warmup, args.steps, limit, 0.0)
-        for _ in range(args.rounds):
-            for stack in args.stacks:
-                result = run_stack(stack, job, args.peers)
-                yield result | {"model": model, "job": asdict(job), "flops_per_token": flops}
+        for number, stack in turns:
+            result = run_stack(stack, job, args.peers)
+            yield result | {"model": model, "round": number, "job": asdict(job), "flops_per_token": flops}
+
+
+def read_report(path: Path, args: argparse.Namespace) -> Result:
+    """The report of an earlier bench, to go on with. Raises UserError when it measured something else."""
+    report: Result = read_result(path)
+    for measurement in report["measurements"]:
+        for setting in ("warmup", "steps", "accumulation"):
+            if (was := measurement["job"][setting]) != (now := getattr(args, setting)):
+                raise UserError(f"{path} was measured with --{setting} {was}, not {now}: take another --out")
+    if (was := report["machine"]) != (now := describe_machine()):
+        raise UserError(f"{path} was measured on {was}, and this is {now}: take another --out")
+    return report
+
+
+def measure_ceiling() -> float:
+    """FLOPs per second of this machine's matmul, measured in a process that leaves no memory behind."""
+    command = [sys.executable, "-m", "benchmarks.ceiling"]
+    return float(subprocess.run(command, check=True, cwd=REPOSITORY, capture_output=True, text=True).stdout)
+
+
+def new_report(args: argparse.Namespace) -> Result:
+    gpu = torch.cuda.is_available()
+    return {
+        "date": date.today().isoformat(),
+        "machine": describe_machine(),
+        "command": "python -m benchmarks.bench " + " ".join(sys.argv[1:]),
+        "card_gib": args.card_gib if gpu else None,
+        "matmul_flops": measure_ceiling(),
+        "data_sheet_flops": data_sheet_flops(torch.cuda.get_device_name()) if gpu else None,
+        "summary": [],
+        "measurements": [],
+    }
 
 
 def main() -> int:
+    use_one_gpu()  # the stacks, which inherit it, would each do something else with several
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama3-8b", "mistral-7b", "qwen-14b"] if gpu else ["tiny"])
@@ -255,28 +220,24 @@ def main() -> int:
     parser.add_argument("--card-gib", type=float, default=24.0)
     parser.add_argument("--peers", help="a folder with unsloth and the versions it needs, for PYTHONPATH")
     parser.add_argument("--out", type=Path, help="the .json; the picture goes beside it")
+    parser.add_argument("--resume", action="store_true", help="go on with what the .json has, where there is one")
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--warmup and --steps must be at least 1")
     out = args.out or result_path("bench")
     out.parent.mkdir(parents=True, exist_ok=True)
-    matmul = subprocess.run(
-        [sys.executable, "-m", "benchmarks.ceiling"], check=True, cwd=REPOSITORY, capture_output=True, text=True
-    )
-    report: Result = {
-        "date": date.today().isoformat(),
-        "machine": describe_machine(),
-        "command": "python -m benchmarks.bench " + " ".join(sys.argv[1:]),
-        "card_gib": args.card_gib if gpu else None,
-        "matmul_flops": float(matmul.stdout),
-        "summary": [],
-        "measurements": [],
-    }
+    try:
+        report = read_report(out, args) if args.resume and out.exists() else new_report(args)
+    except UserError as error:
+        parser.error(str(error))
+    done = {(m["model"], m["job"]["tokens"], m["stack"], m.get("round", 0)) for m in report["measurements"]}
     for model in args.models:
         for tokens in args.tokens:
-            for result in measure_case(model, tokens, args):
+            for result in measure_case(model, tokens, args, done):
                 report["measurements"].append(result)
-                report["summary"] = summarize(report["measurements"], report["matmul_flops"])
+                report["summary"] = summarize(
+                    report["measurements"], report["matmul_flops"], report.get("data_sheet_flops")
+                )
                 write_result(report, out)
                 outcome = result.get("failed") or f"{tokens_per_s(result):,.0f} tokens/s"
                 print(f"{model}, {tokens:,} tokens, {result['stack']}: {outcome}", flush=True)

@@ -6,11 +6,14 @@
     python3 -m benchmarks.gpu_check --peers .site/peers   # without make; unsloth at versions of its own
 
 Each piece leaves its result on disk. When one fails or runs too long, a line says so, and the next one begins. Logs and
-a summary, which is written after each piece, go to benchmarks/results/gpu_check/ (rehearsals: outputs/gpu_check/).
+a summary, which is written after each piece, go to benchmarks/results/gpu_check/ (rehearsals: outputs/gpu_check/). With
+--resume the pieces of the bench and of the longest rows go on with what they measured before.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,48 +23,69 @@ from pathlib import Path
 import torch
 
 from benchmarks.results_folder import write_result
+from benchmarks.stacks import STACKS
 from common import REPOSITORY
 
 LIMIT_SECONDS = 590  # that a piece may take
 MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")
+FIRST_STACKS = ("ours", "trl", "trl + liger", "unsloth")  # of the bench; the others follow in a piece of their own
+LONGEST_STACKS = ("ours", "unsloth, tiled MLP", "unsloth", "trl, offload", "trl")
 FIRST_TESTS = "head_loss or packed_attention or kernel or lean or policy"  # of tests/test_gpu.py; all else needs these
 
 
-def pieces(results: Path, peers: str | None, rehearse: bool) -> dict[str, list[str]]:
+def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = False) -> dict[str, list[str]]:
     """The command of each piece by its name, in the order in which they run.
 
     results: the folder for their results. peers: PYTHONPATH of unsloth. rehearse: small pieces that run on a CPU.
+    resume: go on with results that are there.
     """
     python = [sys.executable, "-m"]
+
+    def bench(model: str, tokens: int, *flags: str, goes_on: bool = resume) -> list[str]:
+        out = str(results / f"bench_{model.replace('-', '_')}_{tokens}.json")
+        command = [*python, "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--rounds", "1"]
+        return [*command, *flags, *peer_flags, *(["--resume"] if goes_on else []), "--out", out]
+
+    def longest_row(model: str, *flags: str) -> list[str]:
+        out = str(results / f"longest_row_{model.replace('-', '_')}.json")
+        command = [*python, "benchmarks.longest_row", "--model", model, "--seconds", str(LIMIT_SECONDS - 20)]
+        return [*command, *flags, *peer_flags, *(["--resume"] if resume else []), "--out", out]
+
+    peer_flags = ["--peers", peers] if peers else []
     if rehearse:
         return {
             "kernels": [*python, "pytest", "tests/kernels/test_kernels.py", "-k", "rope or swiglu"],
             "forms": [*python, "benchmarks.kernels", "--tokens", "64", "--repeats", "3", "--out", str(results)],
-            "bench-tiny-128": bench_command(results, None, "tiny", 128, "--steps", "2", "--warmup", "1"),
+            "bench-tiny-128": bench("tiny", 128, "--steps", "2", "--warmup", "1"),
+            "longest-tiny": longest_row("tiny", "--stacks", "ours", "--first", "1024", "--most", "2048"),
             "profile": profile_command(results, "tiny", 64),
         }
     tests = [*python, "pytest", "-m", "gpu", "tests/test_gpu.py", "-s"]
     commands = {"kernels": [*tests, "-k", FIRST_TESTS]}
     commands["forms"] = [*python, "benchmarks.kernels", "--out", str(results)]
     commands["memory-llama3-8b"] = memory_command(results, "llama3-8b")
-    commands["bench-llama3-8b-4096"] = bench_command(results, peers, "llama3-8b", 4096)
+    others = [stack for stack in STACKS if stack not in FIRST_STACKS]
+
+    def bench_both(model: str, tokens: int) -> None:
+        commands[f"bench-{model}-{tokens}"] = bench(model, tokens, "--stacks", *FIRST_STACKS)
+        # Into the same file: all stacks on one card in ten minutes would be too many.
+        commands[f"bench-others-{model}-{tokens}"] = bench(model, tokens, "--stacks", *others, goes_on=True)
+
+    bench_both("llama3-8b", 4096)
     commands["profile"] = profile_command(results, "llama3-8b", 4096)
     commands["dryrun"] = [*python, "recipes", "dryrun", "llama3-8b"]
     for tokens in (2048, 8192):
-        commands[f"bench-llama3-8b-{tokens}"] = bench_command(results, peers, "llama3-8b", tokens)
+        bench_both("llama3-8b", tokens)
+    commands["longest-llama3-8b"] = longest_row(
+        "llama3-8b", "--stacks", *LONGEST_STACKS, "--first", "32768", "--step", "4096", "--try-seconds", "180"
+    )
     for model in MODELS[1:]:
         for tokens in (4096, 2048, 8192):
-            commands[f"bench-{model}-{tokens}"] = bench_command(results, peers, model, tokens)
+            bench_both(model, tokens)
     for model in MODELS[1:]:
         commands[f"memory-{model}"] = memory_command(results, model)
     commands["tests"] = [*tests, "-k", f"not ({FIRST_TESTS})"]
     return commands
-
-
-def bench_command(results: Path, peers: str | None, model: str, tokens: int, *flags: str) -> list[str]:
-    out = results / f"bench_{model.replace('-', '_')}_{tokens}.json"
-    command = [sys.executable, "-m", "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--out", str(out)]
-    return [*command, "--rounds", "1", *flags, *(["--peers", peers] if peers else [])]
 
 
 def memory_command(results: Path, model: str) -> list[str]:
@@ -80,20 +104,23 @@ def run_piece(name: str, command: list[str], log: Path) -> str:
     with log.open("w") as output:
         output.write(f"$ {' '.join(command)}\n\n")
         output.flush()
+        piece = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
-            environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-            done = subprocess.run(
-                command,
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                timeout=LIMIT_SECONDS,
-                check=False,
-            )
-            ended = "done" if done.returncode == 0 else f"failed with status {done.returncode}"
+            status = piece.wait(LIMIT_SECONDS)
+            ended = "done" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
             ended = f"stopped after {LIMIT_SECONDS} s"
+        finally:  # all that it started too: a stack that trains on would slow down the next piece
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(piece.pid, signal.SIGKILL)
+            piece.wait()
     return f"{ended} in {time.monotonic() - started:.0f} s"
 
 
@@ -102,10 +129,11 @@ def main() -> int:
     parser.add_argument("--pieces", nargs="+", metavar="NAME", help="only these, in this order")
     parser.add_argument("--peers", help="a folder with unsloth and the versions it needs, for PYTHONPATH")
     parser.add_argument("--rehearse", action="store_true", help="every kind of piece, small, on the CPU")
+    parser.add_argument("--resume", action="store_true", help="go on with what the bench and longest rows measured")
     parser.add_argument("--list", action="store_true", help="name the pieces and end")
     args = parser.parse_args()
     results = REPOSITORY / ("outputs" if args.rehearse else "benchmarks/results") / "gpu_check"
-    known = pieces(results, args.peers, args.rehearse)
+    known = pieces(results, args.peers, args.rehearse, args.resume)
     if args.list:
         print("\n".join(f"{name:24} {' '.join(command[1:])}" for name, command in known.items()))
         return 0

@@ -10,7 +10,6 @@ Results go to benchmarks/results/memory_<gpu>.json.
 
 import argparse
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -24,11 +23,12 @@ import torch
 from peft import PeftModel
 
 from benchmarks.models import recipe_of
-from benchmarks.results_folder import result_path
+from benchmarks.results_folder import result_path, write_result
 from common.machine.device import GIB, Machine, this_machine
 from common.machine.out_of_memory import out_of_memory
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.attention import PACKED_ATTENTION
+from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -69,8 +69,11 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
         batch["cu_seq_lens_q"] = torch.tensor([0, tokens], dtype=torch.int32)
     batch = {name: value.to(machine.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    held = held_adapters(model)
 
     def micro_batch() -> float:
+        if machine.is_gpu:
+            torch.cuda.synchronize()  # the optimizer's kernels of the step before
         started = time.perf_counter()
         with torch.autocast(machine.device.type, machine.dtype, enabled=machine.dtype != torch.float32):
             loss = model(**batch, num_items_in_batch=2 * tokens).loss
@@ -80,7 +83,9 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
         return time.perf_counter() - started
 
     def step() -> list[float]:
+        held.hold()  # as the trainer
         seconds = [micro_batch() for _ in range(2)]
+        held.release()
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -100,6 +105,7 @@ def measure(
     checkpoint_activations(model, policy)
     step = random_step(model, forecast, tokens, machine)
     step()  # compiles the kernels and allocates the optimizer states
+    gc.collect()  # what an earlier measurement left in circles is not this step's
     if machine.is_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -112,14 +118,19 @@ def measure(
         "predicted_bytes": predicted.peak() + WORKSPACE_BYTES,
         "allocated_bytes": machine.allocated_bytes(),
         "reserved_bytes": machine.peak_bytes() if machine.is_gpu else None,
-        "predicted_seconds": predicted.seconds(forecast.speed),
+        "predicted_seconds": sum(forecast.speed.seconds(s.work) for s in predicted.segments if s.name != "optimizer"),
         "seconds": min(seconds),
         "tokens_per_s": tokens / min(seconds),
     }
 
 
-def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list[dict[str, Any]]:
-    """Measures every policy at every length, in the order of `lengths`. What does not fit has its prediction alone."""
+def measure_recipe(
+    recipe: Recipe, lengths: list[int], machine: Machine, keep: Callable[[dict[str, Any]], None]
+) -> list[dict[str, Any]]:
+    """Measures every policy at every length, in the order of `lengths`. What does not fit has its prediction alone.
+
+    keep: is given each measurement as soon as it is there.
+    """
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
@@ -137,6 +148,7 @@ def measure_recipe(recipe: Recipe, lengths: list[int], machine: Machine) -> list
                 results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}
             model.zero_grad()
             gc.collect()
+            keep(results[-1])
             print(in_words(results[-1]), flush=True)
     return results
 
@@ -172,14 +184,18 @@ def main() -> int:
         "measurements": [],
     }
     path = args.out or result_path("memory")
+
+    def keep(measurement: dict[str, Any]) -> None:
+        results["measurements"].append(measurement)
+        write_result(results, path)
+
     for name in args.models:
         recipe = recipe_of(name)
         results["recipes"][name] = asdict(recipe)
         try:
-            results["measurements"] += measure_recipe(recipe, args.tokens, machine)
+            measure_recipe(recipe, args.tokens, machine, keep)
         except UserError as error:
             print(f"{name}: {error}")
-        path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
         gc.collect()
         torch.cuda.empty_cache()
     print(f"written to {path}")

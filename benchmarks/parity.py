@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks.results_folder import write_result
 from common import REPOSITORY
+from common.machine.gpus import use_one_gpu
 from recipes.tiny import RECIPE
 
 FIRST_LOSS_TOLERANCE = 1e-4  # nats: fp32 sums in another order
@@ -121,6 +122,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
+    use_one_gpu()  # both runs inherit it; TRL refuses several
     result = compare(args.steps, args.repeats)
     print(
         f"losses: the first differs by {result['first_loss_difference']:.1e} nats (limit {FIRST_LOSS_TOLERANCE:.0e}), "

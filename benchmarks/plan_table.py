@@ -1,13 +1,16 @@
 """Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
 
-    python -m benchmarks.plan_table        # about a minute
+    python -m benchmarks.plan_table            # about a minute
+    python -m benchmarks.plan_table --write    # and writes them into the pages, and the peaks into the README's table
 
 tests/benchmarks/test_plan_table.py compares the pages with it.
 """
 
+import re
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.models import recipe_of
 from common.machine.device import GIB
@@ -109,9 +112,40 @@ def policy_lines(name: str = "llama3-8b") -> list[str]:
     return lines
 
 
+def write_tables(page: Path, lines: list[str]) -> None:
+    """Puts each line in the place of the one in the page that begins with the same two cells, or the same one."""
+    text = page.read_text(encoding="utf-8")
+    for line in lines:
+        cells = line.split(" | ")
+        key = " | ".join(cells[: 2 if cells[0].startswith("| `") else 1]) + " |"
+        text, found = re.subn(rf"^{re.escape(key)}.*$", lambda _, line=line: line, text, flags=re.MULTILINE)  # type: ignore[misc]
+        assert found == 1, f"{page} has {found} lines that begin with {key}"
+    page.write_text(text, encoding="utf-8")
+
+
+def write_readme(page: Path, plans: list[str]) -> None:
+    """Puts the planned peaks on 24 GiB into the table of recipes. plans: of plan_lines."""
+    text = page.read_text(encoding="utf-8")
+    for name in MODELS:
+        peak = next(line.split(" | ")[4] for line in plans if line.startswith(f"| `{name}` | 24 GiB |"))
+        text, found = re.subn(rf"(?m)^(\| `{name}` \|.*\| )[^|]* \|$", rf"\g<1>{peak} |", text)
+        assert found == 1, f"{page} has {found} lines of {name}"
+    page.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activation_lines(), plan_lines(), policy_lines(), published_lines()
+    tables = activations, plans, policies, published = (
+        activation_lines(),
+        plan_lines(),
+        policy_lines(),
+        published_lines(),
+    )
     print("\n\n".join("\n".join(lines) for lines in tables))
+    if "--write" in sys.argv:
+        root = Path(__file__).parents[1]
+        write_tables(root / "docs" / "speed.md", activations)
+        write_tables(root / "docs" / "memory.md", [*plans, *policies, *published])
+        write_readme(root / "README.md", plans)
     sys.exit(0)

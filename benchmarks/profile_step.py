@@ -4,18 +4,22 @@
     python -m benchmarks.profile_step --model tiny --tokens 256              # on a CPU, by operator
 
 torch.profiler records two micro-batches and the optimizer's step, without activation checkpointing unless --recompute.
-"gaps" is the time in which the GPU waits for Python. Results go to benchmarks/results/profile_<model>_<machine>.json.
+The step's own time is that of another step, without the profiler. "gaps" is what no kernel fills of it: the GPU waits
+for Python. Results go to benchmarks/results/profile_<model>_<machine>.json.
 """
 
 import argparse
 import re
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.memory import random_step
@@ -32,6 +36,7 @@ from common.plan.speed import speed_of
 
 # What a kernel does: the first pattern that its name matches. Names differ between cards and versions.
 KERNEL_KINDS = {
+    "copies": r"^mem(cpy|set)",
     "attention": r"flash|fmha|attention",
     "dequantisation": r"dequant",
     "optimizer": r"adam|multi_tensor",
@@ -47,6 +52,18 @@ def kind_of(name: str) -> str:
     )
 
 
+def kernels_of(events: Iterable[Any], *, on_gpu: bool) -> list[dict[str, Any]]:
+    """Microseconds and calls of each kernel, on a CPU of each operator, longest first. events: torch's key averages."""
+    kernels = []
+    for event in events:
+        if on_gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue  # a launch, or a range that holds kernels: it would count them a second time
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent:
+            kernels.append({"name": event.key, "kind": kind_of(event.key), "calls": event.count, "microseconds": spent})
+    return sorted(kernels, key=lambda kernel: -kernel["microseconds"])
+
+
 def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bool) -> dict[str, Any]:
     """Profiles an optimizer step. Returns microseconds of each kernel, on a CPU of each operator, and of the step."""
     machine = this_machine()
@@ -58,20 +75,19 @@ def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bo
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, Policy(forecast.layers, 0 if recompute else forecast.layers))
     step = random_step(model, forecast, tokens, machine)
+    wait = torch.cuda.synchronize if machine.is_gpu else lambda: None  # the optimizer's kernels run on after step()
     for _ in range(3):
         step()
+    wait()
     started = time.perf_counter()
     step()
+    wait()
     microseconds = 1e6 * (time.perf_counter() - started)
     activity = ProfilerActivity.CUDA if machine.is_gpu else ProfilerActivity.CPU
     with profile(activities=[activity]) as profiler:
         step()
-    kernels = []
-    for event in profiler.key_averages():
-        spent = event.self_device_time_total if machine.is_gpu else event.self_cpu_time_total
-        if spent:
-            kernels.append({"name": event.key, "kind": kind_of(event.key), "calls": event.count, "microseconds": spent})
-    kernels.sort(key=lambda kernel: -kernel["microseconds"])
+        wait()
+    kernels = kernels_of(profiler.key_averages(), on_gpu=machine.is_gpu)
     return {
         "date": date.today().isoformat(),
         "machine": str(machine),

@@ -1,13 +1,15 @@
 """Times one training stack: `python -m benchmarks.stacks NAME --job job.json` prints one line of JSON.
 
 Every stack trains the same 4-bit checkpoint on the same rows, with LoRA of rank 16 on all linear layers, AdamW and one
-learning rate, through its own trainer. All else is as the stack's documentation sets it up. A process runs one stack
-only: unsloth patches libraries that the others use, and no stack's memory counts as another's.
+learning rate, through its own trainer. All else is as the stack's documentation sets it up, but for the environment
+variables that common/process_state.py sets for all of them (the allocator's expandable segments, cuBLAS's workspace).
+A process runs one stack only: unsloth patches libraries that the others use, and no stack's memory counts as another's.
 """
 
 import argparse
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -31,7 +33,7 @@ class Job:
     accumulation: int  # micro-batches of an optimizer step
     warmup: int  # optimizer steps before the timed ones
     steps: int  # timed optimizer steps
-    card_gib: float | None  # limit of torch's allocator; None sets none
+    card_gib: float | None  # limit of torch's allocator, on a CPU of the process's data (RLIMIT_DATA); None sets none
     started_at: float  # time.time() when the process was started
 
 
@@ -81,10 +83,10 @@ def trl(job: Job, folder: str, **options: Any) -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTTrainer
 
-    gpu = torch.cuda.is_available()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[mixed_precision()]
     torch.manual_seed(SEED)
     return SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16 if gpu else torch.float32),
+        AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype),
         args=sft_config(job, folder, **options),
         train_dataset=dataset(job),
         processing_class=AutoTokenizer.from_pretrained(job.model),
@@ -92,13 +94,15 @@ def trl(job: Job, folder: str, **options: Any) -> Any:
     )
 
 
-def unsloth(job: Job, folder: str, **options: Any) -> Any:
-    """unsloth as its documentation sets it up. options: of its get_peft_model."""
+def unsloth(job: Job, folder: str, load: dict[str, Any] | None = None, **options: Any) -> Any:
+    """unsloth as its documentation sets it up. load: options of its from_pretrained. options: of its get_peft_model."""
     from unsloth import FastLanguageModel  # first: it patches what is imported after it
 
     from trl import SFTTrainer  # isort: skip
 
-    model, tokenizer = FastLanguageModel.from_pretrained(job.model, max_seq_length=job.tokens, load_in_4bit=True)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        job.model, max_seq_length=job.tokens, load_in_4bit=True, **(load or {})
+    )
     model = FastLanguageModel.get_peft_model(
         model,
         r=RANK,
@@ -120,20 +124,37 @@ STACKS: dict[str, Callable[[Job, str], Any]] = {
     "trl": trl,
     "trl + liger": lambda job, folder: trl(job, folder, use_liger_kernel=True),
     "trl, selective": lambda job, folder: trl(job, folder, gradient_checkpointing_kwargs={"selective": True}),
+    # transformers 5.16 and newer: the inputs of the layers wait in pinned host memory.
+    "trl, offload": lambda job, folder: trl(job, folder, activation_checkpointing_kwargs={"offload": True}),
     "transformers, every 2nd layer": lambda job, folder: trl(
-        job, folder, gradient_checkpointing_kwargs={"every_n_layers": 2}
+        job, folder, activation_checkpointing_kwargs={"every_n_layers": 2}
     ),
     "unsloth": unsloth,
     "unsloth, auto": lambda job, folder: unsloth(job, folder, checkpoint_skip_layers="auto"),
+    # As unsloth's page on fine-tuning with 500K tokens of context turns it on.
+    "unsloth, tiled MLP": lambda job, folder: unsloth(job, folder, {"unsloth_tiled_mlp": True}),
+    "unsloth, not compiled": unsloth,
 }
-NEEDS_GPU = ("trl + liger", "unsloth", "unsloth, auto")  # their Triton kernels
+# Read by a stack's libraries when they are imported. UNSLOTH_COMPILE_DISABLE "disables auto compiler"
+# (https://unsloth.ai/docs/basics/unsloth-environment-flags); the result's "compiled_graphs" says what is left of it.
+ENVIRONMENT = {"unsloth, not compiled": {"UNSLOTH_COMPILE_DISABLE": "1"}}
+# For their Triton kernels, or for pinned host memory.
+NEEDS_GPU = ("trl + liger", "trl, offload", *(name for name in STACKS if name.startswith("unsloth")))
+
+
+def mixed_precision() -> str | None:
+    """The number format of the trainers' autocast: bf16 where the GPU has it, else fp16; on a CPU none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def sft_config(job: Job, folder: str, **options: Any) -> Any:
-    import torch
     from trl import SFTConfig
 
-    gpu = torch.cuda.is_available()
+    precision = mixed_precision()
     return SFTConfig(
         output_dir=folder,
         max_length=job.tokens,
@@ -143,8 +164,9 @@ def sft_config(job: Job, folder: str, **options: Any) -> Any:
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         optim="adamw_torch_fused",
-        bf16=gpu,
-        use_cpu=not gpu,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        use_cpu=precision is None,
         seed=SEED,
         logging_steps=1,
         save_strategy="no",
@@ -165,7 +187,10 @@ def dataset(job: Job) -> Any:
 
 
 def run(name: str, job: Job) -> dict[str, Any]:
-    """Trains. Returns losses, seconds of each timed step and to the end of the first step, peaks in bytes."""
+    """Trains. Returns losses, seconds of each timed step and to the end of the first step, peaks in bytes.
+
+    compiled_graphs: how many graphs torch.compile made; None where it was not used.
+    """
     if name.startswith("unsloth"):
         import unsloth  # noqa: F401 - before torch
     import torch
@@ -174,9 +199,13 @@ def run(name: str, job: Job) -> dict[str, Any]:
     from benchmarks.results_folder import installed_versions
 
     gpu = torch.cuda.is_available()
-    if gpu and job.card_gib is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, job.card_gib * (1 << 30) / total))
+    if job.card_gib is not None:
+        limit = int(job.card_gib * (1 << 30))
+        if gpu:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        else:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     ends: list[float] = []
     first_step = 0.0
 
@@ -194,6 +223,7 @@ def run(name: str, job: Job) -> dict[str, Any]:
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     timed = [b - a for a, b in zip(ends, ends[1:], strict=False)][job.warmup - 1 :]
+    dynamo = sys.modules.get("torch._dynamo.utils")
     return {
         "stack": name,
         "seconds": timed,
@@ -203,6 +233,7 @@ def run(name: str, job: Job) -> dict[str, Any]:
         "reserved_bytes": torch.cuda.max_memory_reserved() if gpu else None,
         "resident_bytes": resident_bytes(),
         "policy": str(getattr(trainer, "policy", "")) or None,
+        "compiled_graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else None,
         "versions": installed_versions(PACKAGES),
     }
 
@@ -218,6 +249,7 @@ def main() -> int:
     parser.add_argument("stack", choices=STACKS)
     parser.add_argument("--job", type=Path, required=True, help="a JSON file with the fields of Job")
     args = parser.parse_args()
+    os.environ.update(ENVIRONMENT.get(args.stack, {}))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     result = run(args.stack, Job(**json.loads(args.job.read_text())))

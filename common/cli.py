@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.commands import COMMANDS
+from common.commands.flags import choose_gpu
 from common.commands.make_variables import MAKE_NEW
 from common.commands.set_fields import PARTS, refuse_typed_twice, set_fields
 from common.exit_status import exit_status
 from common.machine.paths import output_path
 from common.machine.processes import is_main_process
-from common.process_state import quiet_libraries
+from common.process_state import ignored_variables, quiet_libraries
 from common.recipe import Recipe
 from common.run.folder import hold_for_reading, put_old_run_back
 
@@ -52,8 +53,16 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
     recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
 
     def act() -> int | None:
+        if ignored_variables:
+            print(
+                f"note: {' and '.join(ignored_variables)} in the environment is ignored: no launcher has set the "
+                "others that go with it",
+                file=sys.stderr,
+            )
         if is_main_process():
             put_old_run_back(recipe.out)
+        if COMMANDS[command].computes:
+            choose_gpu(flags)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
             refuse_typed_twice(flags)
             parts = ("", *PARTS) if command in MAKE_NEW else ("model",)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
 from common.cpu_quota import available_cpus, cpus_in_affinity
 from common.output_stream import protected_stream
@@ -37,9 +37,26 @@ _ENVIRONMENT = {
     "OMP_DYNAMIC": "FALSE",
     # cuBLAS is deterministic only with a fixed workspace (PyTorch notes, "Reproducibility").
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    # Fewer out-of-memory errors from fragmentation when rows have different lengths.
-    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # Fewer out-of-memory errors from fragmentation when rows have different lengths. And page-locked host memory in its
+    # exact size above 4 MiB (common/machine/host_memory.py): up to there blocks are powers of two, and kept for reuse,
+    # because small ones come and go in every step (an adapter's gradients). With pinned_max_round_threshold_mb alone
+    # torch 2.13 may give out a kept block that is too small (pytorch pull request 192722).
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True,pinned_max_cached_size_mb:4",
 }
+
+
+# What torchrun tells each process of a run; accelerate and transformers read these too.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ignored_variables: list[str] = []  # those of a launcher that were set, and not by one
+
+
+def _ignore_half_a_launch() -> None:
+    """Removes RANK and the like unless all of them are set: `make finetune RANK=64` is no process of a run."""
+    if all(name in os.environ for name in LAUNCHER_VARIABLES):
+        return
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if os.environ.pop(name, None) is not None:
+            ignored_variables.append(name)
 
 
 def set_environment() -> None:
@@ -49,19 +66,21 @@ def set_environment() -> None:
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    _show_one_gpu()
+    _ignore_half_a_launch()
     _share_cpus()
     # On some CPUs bitsandbytes asks for a package that would download native kernels. We load none.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-def _show_one_gpu() -> None:
-    """Hides all GPUs but the first from torch, unless torchrun's LOCAL_RANK or CUDA_VISIBLE_DEVICES is set.
+def show_one_gpu(entry: str, *, numbered_by_bus: bool = False) -> None:
+    """Hides all GPUs but one from this process, and from those that it starts. Called by machine/gpus.py.
 
-    A run without torchrun is one process on one GPU, and transformers' trainer would use every GPU that it sees.
+    entry: of CUDA_VISIBLE_DEVICES, which CUDA reads once, when it is first asked. numbered_by_bus: the entry is a
+    number of nvidia-smi, which counts by bus; CUDA itself counts the fastest GPU first.
     """
-    if "LOCAL_RANK" not in os.environ:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = entry
+    if numbered_by_bus:
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 
 _threads_are_ours = False  # OMP_NUM_THREADS was set here, and not by the user
@@ -101,6 +120,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
     # FSDP2 warns of writing in place into the outputs of our decoder layers, which nobody does.
     warnings.filterwarnings("ignore", message=".*returned a view tensor.*", category=UserWarning)
+    # torch says so in the first backward pass of a run on a GPU (ATen/native/transformers/cuda/attention_backward.cu).
+    # docs/reliability.md says what it means. Other operators without a deterministic form still warn.
+    text = "(Flash|Memory Efficient) Attention defaults to a non-deterministic algorithm"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
+    # So does the thread of that pass when it begins with a matmul (ATen/cuda/CublasHandlePool.cpp).
+    text = "Attempting to run cuBLAS, but there was no current CUDA context"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
     # matplotlib draws a box where its font lacks a letter of a run's or model's name.
     warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
     # The pad token is the recipe's (load_tokenizer chooses it), and what ends an answer is asked for by name.
@@ -124,6 +150,14 @@ def quiet_transformers(*, also_on_terminal: bool = False) -> None:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+
+
+def quiet_hub_uploads() -> None:
+    """Hides huggingface_hub's progress bars and its warnings. Called by machine/hub_upload.py, which prints lines."""
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
 
 
 @contextlib.contextmanager
@@ -237,6 +271,27 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def set_tracker_folder(variable: str, folder: Path) -> None:
-    """Tells a tracker by its own environment variable where to write. Called by run/trackers.py."""
-    os.environ.setdefault(variable, str(folder))
+@contextlib.contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """Keeps the sums of 16-bit matmuls on a GPU in fp32 within the block. Called by model/loss.py.
+
+    torch allows cuBLAS to split a matmul along its inner dimension, to round the parts to 16 bits and to add those up
+    (ATen/cuda/CUDABlas.cpp: the mask of reduction schemes). With this it may split, and adds in fp32.
+    """
+    import torch
+
+    matmul: Any = torch.backends.cuda.matmul
+    names = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    before = {name: (getattr(matmul, name), getattr(matmul, f"{name}_split_k")) for name in names}
+    for name, (_, may_split) in before.items():
+        setattr(matmul, name, (False, may_split))
+    try:
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(matmul, name, allowed)
+
+
+def set_tracker_variable(variable: str, value: str) -> None:
+    """Tells a tracker by its own environment variable where to write, or a run's name. Called by run/trackers.py."""
+    os.environ.setdefault(variable, value)

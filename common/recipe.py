@@ -22,7 +22,23 @@ Kernels = Literal["lean", "stock"]
 Sharding = Literal["auto", "never", "always"]
 Schedule = Literal["cosine", "linear", "constant"]
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"]
-ReportTo = Literal["none", "tensorboard", "trackio", "wandb"]
+ReportTo = Literal[  # what transformers' trainer knows
+    "none",
+    "azure_ml",
+    "clearml",
+    "codecarbon",
+    "comet_ml",
+    "dagshub",
+    "dvclive",
+    "flyte",
+    "kubeflow",
+    "mlflow",
+    "neptune",
+    "swanlab",
+    "tensorboard",
+    "trackio",
+    "wandb",
+]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
 Keep = Literal["last", "best"]
 AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
@@ -246,6 +262,9 @@ class LoraSpec(_Spec):
     rslora: bool = False  # scale = alpha / sqrt(rank), arXiv:2312.03732: as if alpha were sqrt(rank) times as large
     dora: bool = False  # trains a vector of magnitudes per linear layer too, arXiv:2402.09353: slower
     target_modules: tuple[str, ...] = ALL_LINEAR  # the linear layers of a decoder layer that get an adapter
+    # Folder of an adapter whose weights are the first ones: of an earlier run, or one that PEFT saved, with the rank,
+    # alpha and targets of this spec. Steps and learning rate begin anew: docs/after.md. None starts with a new adapter.
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -253,6 +272,10 @@ class LoraSpec(_Spec):
         require(self.alpha > 0, f"LoraSpec.alpha is {self.alpha}; it must be above 0")
         require(0 <= self.dropout < 1, f"LoraSpec.dropout is {self.dropout}; it is a share, 0 to below 1")
         require(len(self.target_modules) > 0, "LoraSpec.target_modules is empty: nothing would be trained")
+        require(
+            self.start_from is None or bool(self.start_from.strip()),
+            "LoraSpec.start_from is empty; None starts with a new adapter",
+        )
 
 
 @dataclass(frozen=True)
@@ -288,7 +311,8 @@ class TrainSpec(_Spec):
     # Evaluations in a row that do not lower the held-out loss, after which the run stops; None never stops it early.
     patience: int | None = None
     sample_answers: int = 4  # answers to held-out prompts, by base and adapter, in report.html; 0 skips them
-    report_to: ReportTo = "none"  # a tracker, which must be installed, that gets the metrics; "wandb" sends them away
+    # A tracker, which must be installed, that gets the metrics; most send them away. A run there has its folder's name.
+    report_to: ReportTo = "none"
     seed: int = 0  # of the adapter's first weights, dropout, the order of rows, and the choice of held-out rows
     # True: the same seed on the same machine gives the same adapter, bit for bit on a CPU. On a GPU, flash attention's
     # backward still adds up in a varying order: torch has no faster deterministic form of it.

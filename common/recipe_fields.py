@@ -46,6 +46,10 @@ BROUGHT = {
         "dropout": ("lora_dropout",),
         "target_modules": ("lora_target", "lora_target_modules", "modules", "target_linear", "lora_target_linear"),
         "rslora": ("use_rslora",),
+        "start_from": (
+            *("adapter", "adapter_name_or_path", "adapter_path", "lora_model_dir", "lora_path", "peft_path"),
+            *("resume_adapter_file", "pretrained_adapter"),
+        ),
         "dora": ("use_dora",),
     },
     "TrainSpec": {

@@ -1,7 +1,7 @@
 """Runs a recipe, or another command on it.
 
     python -m recipes NAME [flags]            # fine-tunes with recipes/NAME.py; a dash stands for an underscore
-    python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report
+    python -m recipes COMMAND NAME [flags]    # finetune, data, plan, dryrun, chat, eval, merge, export, report, push
     python -m recipes COMMAND NAME --help     # the flags of a command
     python -m recipes compare --runs "outputs/a outputs/b"
     python -m recipes --check NAME            # only says whether there is such a recipe

@@ -5,7 +5,7 @@ Own it:   cp recipes/qwen_14b.py recipes/my_bot.py, edit RECIPE, make finetune M
 """
 
 from common.data import load_rows
-from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer, shard_layers, use_lean_layers
+from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run import train
@@ -35,7 +35,5 @@ def main(recipe: Recipe = RECIPE) -> None:
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)  # faults in the data end it here
     model = load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
-    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # where the plan shards: reads each layer that load_4bit left empty, shards it
     train(model, tokenizer, rows, recipe, plan)

@@ -7,7 +7,7 @@ Own it:   cp recipes/smollm2_135m.py recipes/my_bot.py, edit RECIPE, make finetu
 """
 
 from common.data import load_rows
-from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer, shard_layers, use_lean_layers
+from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.run import generate, load_prompts, print_before_after, train
@@ -36,9 +36,7 @@ def main(recipe: Recipe = RECIPE) -> None:
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)
     model = load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, recipe.train.seed)
-    use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
-    shard_layers(model, plan.layout)  # where the plan shards: reads each layer that load_4bit left empty, shards it
     prompts = load_prompts(recipe.data.eval_source, tokenizer)
     # the longest answer wanted has 31 tokens
     before = generate(model, tokenizer, prompts, max_new_tokens=40, at_a_time=126)

@@ -12,11 +12,11 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from tests import tiers
+
+os.environ.update(tiers.environment())
 # Several test processes share the cores. A thread of OpenMP that waits for another one spins on its core by default.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # no GPU: Triton's interpreter runs its kernels, if it knows early enough
-
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # as quiet_libraries does, which here comes after the imports
 
 import pytest
@@ -76,8 +76,9 @@ DEFAULT_TIER = "not slow and not gpu"  # of pyproject.toml
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.markexpr != "gpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests are about the CPU, on a machine with a GPU too
+    """Refuses the GPU tier where it was asked for in a way that tests/tiers.py could not see."""
+    if tiers.is_gpu_tier(config.option.markexpr) and tiers.gpus_are_hidden():
+        raise pytest.UsageError("the GPU is hidden already: write -m gpu as words of their own on the command line")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which make test uses

@@ -1,21 +1,28 @@
 """What only a GPU can show. Run with: make test ARGS="-m gpu"."""
 
+import gc
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from benchmarks.kernels import gpu_times, microseconds
 from benchmarks.memory import in_words, measure, policies
+from benchmarks.run_stack import limit_free_memory
 from common.data.rows import load_rows
-from common.kernels import rms_norm, rope, swiglu
+from common.kernels import cross_entropy, nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
@@ -24,15 +31,17 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.loss import head_loss
+from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast
 from common.plan.machine_plan import plan_for_card, setting_of
 from common.plan.plan import Plan
 from common.recipe import DataSpec
 from common.run.metrics_file import read_metrics
+from common.run.trainer_config import build_trainer
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
-from tests.kernels.test_kernels import EPS, norm_in_float64, rope_in_float64
+from tests.kernels.test_kernels import EPS, NF4_SHAPES, nf4, nf4_arguments, norm_in_float64, rope_in_float64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,6 +49,26 @@ pytestmark = [
     # Where an operator has no deterministic form it warns; the test of two equal runs decides.
     pytest.mark.filterwarnings("default:.*determinis.*:UserWarning"),
 ]
+
+
+def free_the_card() -> None:
+    """Gives back what earlier steps and tests left: a trainer and its model hold each other, and so their memory."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def card_of_its_own() -> None:
+    """Each test begins on a free card, also one that starts other processes on it."""
+    free_the_card()
+
+
+def nothing_else_is_there() -> None:
+    """Fails where an earlier test still holds memory, which a peak would be measured with."""
+    free_the_card()
+    held = torch.cuda.memory_allocated() - WORKSPACE_BYTES  # cuBLAS keeps its own
+    assert held <= 64 << 20, f"earlier tests still hold {held / GIB:.2f} GiB of the card: run this test alone"
 
 
 def test_make_finetune_learns_on_a_gpu(tmp_path):
@@ -78,7 +107,7 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
         out=out,
     )
     Path(out).mkdir(parents=True, exist_ok=True)
-    torch.cuda.empty_cache()
+    nothing_else_is_there()
     torch.cuda.reset_peak_memory_stats()
     plan = plan or plan_for_card(recipe)
     tokenizer = load_tokenizer(recipe.model)
@@ -87,6 +116,47 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
+
+
+class WaitingIsAnError(TrainerCallback):
+    """From the end of a micro-batch to that of the next one, in each step but the first."""
+
+    def __init__(self) -> None:
+        self.micro_batches = self.done = 0
+
+    def on_substep_end(self, _, state, *__, **___) -> None:
+        strict = torch.cuda.get_sync_debug_mode() == 2
+        self.micro_batches += strict
+        self.done += 1
+        torch.cuda.set_sync_debug_mode("error" if state.global_step and self.done < 3 else "default")
+
+    def on_step_begin(self, *_, **__) -> None:
+        self.done = 0
+
+
+def test_no_micro_batch_makes_the_host_wait(tmp_path):
+    """By torch's own count. The last micro-batch of a step is left out: the gradient norm is read before a callback."""
+    recipe = replace(
+        RECIPE,
+        model=replace(RECIPE.model, weights="random", layers=2),
+        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=0, drift_source=None),
+        train=replace(RECIPE.train, rows_per_step=4, max_steps=3),
+        out=str(tmp_path),
+    )
+    tokenizer = load_tokenizer(recipe.model)
+    rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
+    for policy in (Policy(2, 1), Policy(2, offload=True)):
+        model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
+        use_lean_layers(model, recipe.train.kernels)
+        checkpoint_activations(model, policy)
+        trainer = build_trainer(model, tokenizer, rows, recipe, Plan(1, 4, Layout(), policy, "a test"), tmp_path)
+        strict = WaitingIsAnError()
+        trainer.add_callback(strict)
+        try:
+            trainer.train()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert strict.micro_batches == 2 * 2  # of steps 2 and 3: the second and third micro-batch
 
 
 def test_the_same_seed_gives_nearly_the_same_adapter_on_a_gpu(tmp_path):
@@ -136,6 +206,35 @@ def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape):
     assert error(rms_norm.rms_norm_backward(grad, x, weight, EPS, residual), expected_grad + residual.double()) <= BF16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 3), (5, 16_385), (512, 128_256), (3, 151_936), (7, 262_145)])
+def test_the_cross_entropy_kernel_is_that_of_float64(shape, dtype):
+    torch.manual_seed(0)
+    logits = (4 * torch.randn(shape, device="cuda")).to(dtype)
+    logits[0, ::7] = float("-inf")
+    targets = torch.randint(1, shape[1], shape[:1], device="cuda")
+    targets -= (targets % 7 == 0).int()  # in the first row every seventh is impossible
+    exact = logits.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    before = logits.clone()
+    assert error(cross_entropy.cross_entropy_(logits, targets, 0.0), expected) <= 1e-6
+    assert torch.equal(logits, before)
+    assert error(cross_entropy.cross_entropy_(logits, targets, 1024.0), expected) <= 1e-6
+    assert error(logits, 1024 * expected_grad) <= max(torch.finfo(dtype).eps, 4e-6)
+
+
+def test_the_cross_entropy_kernel_reaches_beyond_2_to_the_31_entries():
+    logits = torch.zeros(16_400, 131_072, device="cuda", dtype=torch.float16)  # 4 GiB
+    logits[-1, 77] = 9.0
+    targets = torch.full((16_400,), 77, device="cuda")
+    nll = cross_entropy.cross_entropy_(logits, targets, 1.0)
+    expected = math.log(131_071 + math.exp(9)) - 9
+    assert nll[-1].item() == pytest.approx(expected, rel=1e-6)
+    assert logits[-1, 77].item() == pytest.approx(math.exp(-expected) - 1, rel=1e-3)  # in fp16
+    assert (nll[:-1] == nll[0]).all() and not (logits[0] == 0).any()
+
+
 @pytest.mark.parametrize(
     ("tokens", "heads", "key_heads", "dim"), [(7, 5, 3, 12), (2048, 32, 8, 128), (300, 40, 8, 128)]
 )
@@ -159,6 +258,15 @@ def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
     assert error(swiglu.swiglu(gate, up), expected) <= BF16
     product, grad_gate = swiglu.swiglu_backward_(grad, gate, up)
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
+
+
+@pytest.mark.parametrize("dtype", nf4_dequantize.NF4_DTYPES)
+@pytest.mark.parametrize("shape", [*NF4_SHAPES, (1024, 4096)])
+def test_the_nf4_kernel_is_bitsandbytes_bit_for_bit(shape, dtype):
+    packed, state = nf4(shape, device="cuda")
+    state.dtype = dtype
+    got = nf4_dequantize.nf4_dequantize(*nf4_arguments(packed, state, dtype))
+    assert torch.equal(got, bnb.dequantize_4bit(packed, state).view(shape))
 
 
 @pytest.mark.parametrize("name", ["llama3_8b", "qwen_14b"])
@@ -257,6 +365,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=6))
     machine = this_machine()
     forecast = Forecast(recipe, setting_of(machine))
+    nothing_else_is_there()
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     for tokens in (2048, 8192):
@@ -270,7 +379,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
 def test_a_card_that_is_too_small_for_the_plan_makes_the_run_step_down(tmp_path):
     free = run(str(tmp_path / "plenty"), layers=4, steps=2, plan=Plan(1, 16, Layout(), Policy(4, 4), "a test"))
     try:
-        torch.cuda.empty_cache()
+        free_the_card()
         share = 0.8 * free[1] / torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(share)
         metrics, peak = run(
@@ -288,6 +397,27 @@ def test_llama3_8b_stays_within_its_plan(tmp_path):
     print(f"{this_machine()}: peak {peak / GIB:.2f} GiB allocated, {metrics['tokens_per_s']:,.0f} tokens/s")
     assert peak <= 1.01 * metrics["predicted_bytes"]
     assert metrics["step_downs"] == []
+
+
+def test_the_benchmarks_clock_is_the_gpus_and_not_pythons():
+    """Two small kernels with 2 ms of Python between them take the GPU microseconds; a matmul takes what it takes."""
+    number = torch.zeros(1, device="cuda")
+
+    def slow_python() -> None:
+        number.add_(1)
+        time.sleep(0.002)
+        number.add_(1)
+
+    assert microseconds(slow_python, 9) < 500
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    fastest = 2 * 4096**3 / 2.5e15  # seconds, on the fastest card that there is
+    assert all(fastest < seconds < 0.1 for seconds in gpu_times(lambda: a @ a, 9))
+
+
+def test_the_ballast_leaves_the_memory_that_was_asked_for():
+    free = torch.cuda.mem_get_info()[0]
+    with limit_free_memory(free / GIB - 2):
+        assert torch.cuda.mem_get_info()[0] == pytest.approx(free - 2 * GIB, abs=64 << 20)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs; runs where there are")

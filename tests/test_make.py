@@ -54,17 +54,27 @@ FLAGS = {
     "finetune": {
         "DATA": "--data",
         "OUT": "--out",
+        "GPU": "--gpu",
         "GPUS": "--gpus",
         "NNODES": "--nnodes",
         "RDZV_ENDPOINT": "--rdzv-endpoint",
     },
     "data": {"DATA": "--data", "SEQ_LEN": "--seq-len", "JSON": "--json"},
-    "plan": {"CARD_GIB": "--card-gib", "SEQ_LEN": "--seq-len", "JSON": "--json", "GPUS": "--gpus"},
-    "dryrun": {"LAYERS": "--layers", "GPUS": "--gpus"},
-    "eval": {"DATA": "--data", "OUT": "--out", "JSON": "--json"},
-    "merge": {"OUT": "--out", "BASE": "--base", "TO": "--to"},
-    "export": {"OUT": "--out", "BASE": "--base", "TO": "--to", "FORMAT": "--format", "QUANT": "--quant"},
+    "plan": {"CARD_GIB": "--card-gib", "SEQ_LEN": "--seq-len", "JSON": "--json", "GPU": "--gpu", "GPUS": "--gpus"},
+    "dryrun": {"LAYERS": "--layers", "GPU": "--gpu", "GPUS": "--gpus"},
+    "chat": {"OUT": "--out", "PROMPT": "--prompt", "GPU": "--gpu"},
+    "eval": {"GPU": "--gpu", "DATA": "--data", "OUT": "--out", "JSON": "--json"},
+    "merge": {"GPU": "--gpu", "OUT": "--out", "BASE": "--base", "TO": "--to"},
+    "export": {
+        "GPU": "--gpu",
+        "OUT": "--out",
+        "BASE": "--base",
+        "TO": "--to",
+        "FORMAT": "--format",
+        "QUANT": "--quant",
+    },
     "report": {"OUT": "--out"},
+    "push": {"OUT": "--out", "REPO": "--repo"},
 }
 
 

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ from transformers import LlamaConfig
 from transformers.trainer_utils import align_special_tokens
 
 from common.cpu_quota import available_cpus
-from common.process_state import quiet_libraries
+from common.process_state import full_precision_sums, quiet_libraries
 from tests.conftest import ROOT
 
 SHOW = "import json, os, sys, common; print(json.dumps([dict(os.environ), 'torch' in sys.modules]))"
 SET_HERE = {"CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG", "HF_HUB_DISABLE_TELEMETRY", "LOCAL_RANK"}
+SET_HERE |= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
 SET_HERE |= {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"}
 
 
@@ -38,15 +40,35 @@ def test_importing_common_sets_the_environment_and_does_not_import_torch():
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
+# As torch 2.13 writes them, in attention_backward.cu, CublasHandlePool.cpp and Context.cpp.
+OF_EVERY_RUN = (
+    "Flash Attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Memory Efficient attention defaults to a non-deterministic algorithm. To explicitly enable determinism call "
+    "torch.use_deterministic_algorithms(True, warn_only=False).",
+    "Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context...",
+)
+OF_A_FAULT = "cumsum_cuda_kernel does not have a deterministic implementation, but you set ..."
+
+
+def test_what_torch_says_in_every_run_on_a_gpu_is_silent_and_what_tells_of_a_fault_is_not():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        for text in (*OF_EVERY_RUN, OF_A_FAULT):
+            warnings.warn(text, UserWarning, stacklevel=1)
+    assert [str(warning.message) for warning in heard] == [OF_A_FAULT]
+
+
 def test_a_variable_that_is_set_stays_as_it_is():
     environment, _ = environment_after_import(CUBLAS_WORKSPACE_CONFIG=":16:8", CUDA_VISIBLE_DEVICES="3")
     assert environment["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert environment["CUDA_VISIBLE_DEVICES"] == "3"
 
 
-@pytest.mark.parametrize(("variables", "visible"), [({}, "0"), ({"LOCAL_RANK": "1"}, None)])
-def test_only_a_process_of_torchrun_sees_all_gpus(variables, visible):
-    assert environment_after_import(**variables)[0].get("CUDA_VISIBLE_DEVICES") == visible
+def test_importing_common_hides_no_gpu():
+    """The process may start those of a run on several GPUs; machine/gpus.py hides them where one computes."""
+    assert "CUDA_VISIBLE_DEVICES" not in environment_after_import()[0]
 
 
 @pytest.mark.parametrize(
@@ -178,3 +200,34 @@ def test_a_pad_token_of_ours_is_no_warning_of_the_trainer(tokenizer, caplog):
     align_special_tokens(model, tokenizer)
     assert config.pad_token_id == tokenizer.pad_token_id  # it had something to say
     assert not caplog.records
+
+
+def test_sums_of_matmuls_have_full_precision_in_the_block_alone_and_the_users_choice_comes_back():
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+
+    def allowed() -> list[bool]:
+        return [
+            getattr(matmul, f"allow_{n}_reduced_precision_reduction{k}")
+            for n in ("bf16", "fp16")
+            for k in ("", "_split_k")
+        ]
+
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)
+    try:
+        with pytest.raises(ValueError), full_precision_sums():
+            assert allowed() == [False, True, False, False]
+            raise ValueError
+        assert allowed() == [True, True, False, False]
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = True
+
+
+def test_half_of_what_a_launcher_sets_is_no_process_of_a_run():
+    whole = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    environment, _ = environment_after_import(**whole)
+    assert environment["RANK"] == "1"
+    for missing in whole:
+        environment, _ = environment_after_import(**{name: whole[name] for name in whole if name != missing})
+        assert not environment.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}

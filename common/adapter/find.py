@@ -3,7 +3,6 @@
 All checks come before the base model is looked for: what cannot work fails in a second, before any download.
 """
 
-import json
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from common.adapter.config import read_adapter_config
 from common.machine.disk import sha256_of
 from common.machine.paths import is_same_place
+from common.model.adapter_config import read_adapter_config
+from common.model.adapter_files import read_run_json, require_adapter_files
 from common.model.integrity import check_complete
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
-
-_PICKLED_WEIGHTS = "adapter_model.bin"
 
 
 @dataclass(frozen=True)
@@ -40,17 +38,10 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
     folder = Path(recipe.out)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: train first (make finetune), or name the run's: OUT=...")
-    missing = next((name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if not (folder / name).is_file()), None)
-    if missing == ADAPTER_WEIGHTS and (folder / _PICKLED_WEIGHTS).is_file():
-        raise UserError(
-            f"{folder} has its weights in {_PICKLED_WEIGHTS}, a pickle, which may run code and is not read: load the "
-            f"adapter with PEFT and save it again, which writes {ADAPTER_WEIGHTS}"
-        )
-    if missing:
-        raise UserError(f"{folder} has no adapter ({missing} is missing); a run leaves it when it ends")
+    require_adapter_files(folder)
     config = read_adapter_config(folder / ADAPTER_CONFIG)
     check_complete(folder / ADAPTER_WEIGHTS)
-    run = _read_run(folder / RUN_JSON)
+    run = read_run_json(folder / RUN_JSON)
     ran = recipe_from_run(run["recipe"], recipe) if run else recipe
     for trained_on in (config.base_model_name_or_path, ran.model.name):
         if trained_on and not is_same_place(trained_on, recipe.model.name):
@@ -95,17 +86,6 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
         lora=replace(lora, target_modules=tuple(lora.target_modules)),
         train=spec(TrainSpec, "train"),
     )
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        run["recipe"]["model"]["name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged; remove it to use the adapter with the recipe's values") from error
-    return dict(run)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from common.adapter.find import TrainedAdapter
 from common.adapter.load import attach_adapter, trained_tokenizer
 from common.adapter.tokenizer_files import write_tokenizer
 from common.adapter.trained_base import find_trained_base
-from common.machine.device import this_machine
+from common.machine.device import this_machine, warn_of_unused_gpu
 from common.machine.disk import MADE_FROM, sha256_of
 from common.machine.slow_work import report_slow_work, show_status
 from common.model.config import load_config
@@ -60,6 +60,7 @@ class MergedWeights:
                 f"the run in {adapter.folder} had random weights, a dry run: there is no base to go with it"
             )
         machine = this_machine()
+        warn_of_unused_gpu("merging")
         self.adapter, self.device = adapter, machine.device
         self.dtype = adapter.dtype or machine.dtype  # of the weights that were quantised, and of the compute
         self.folder = find_trained_base(adapter)

@@ -22,6 +22,7 @@ from common.commands.export import add_export_flags, run_export
 from common.commands.finetune import add_finetune_flags, run_finetune
 from common.commands.merge import add_merge_flags, run_merge
 from common.commands.plan import add_plan_flags, run_plan
+from common.commands.push import add_push_flags, run_push
 from common.commands.report import run_report
 from common.recipe import Recipe
 
@@ -32,16 +33,18 @@ class Command(NamedTuple):
     run: Callable[[Recipe, argparse.Namespace], int | None]  # returns an exit status; None stands for 0
     add_flags: Callable[[argparse.ArgumentParser], None] | None = None  # beside --out, which every command has
     reads_run: bool = False  # a run must not write into the folder meanwhile
+    computes: bool = True  # on a GPU where there is one; it has --gpu
 
 
 COMMANDS = {
     "finetune": Command(run_finetune, add_finetune_flags),
-    "data": Command(run_data, add_data_flags),
+    "data": Command(run_data, add_data_flags, computes=False),
     "plan": Command(run_plan, add_plan_flags),
     "dryrun": Command(run_dryrun, add_dryrun_flags),
     "chat": Command(run_chat, add_chat_flags),
     "eval": Command(run_eval, add_eval_flags, reads_run=True),
     "merge": Command(run_merge, add_merge_flags, reads_run=True),
     "export": Command(run_export, add_export_flags, reads_run=True),
-    "report": Command(run_report),  # also shows a run under way
+    "report": Command(run_report, computes=False),  # also shows a run under way
+    "push": Command(run_push, add_push_flags, reads_run=True, computes=False),
 }

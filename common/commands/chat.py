@@ -4,11 +4,13 @@ import argparse
 import contextlib
 import sys
 
+from common.commands.flags import add_gpu_flag
 from common.process_state import accept_any_bytes
 from common.recipe import Recipe
 
 
 def add_chat_flags(parser: argparse.ArgumentParser) -> None:
+    add_gpu_flag(parser)
     parser.add_argument("--prompt", help="answer this and end; only the answer goes to standard output")
     parser.add_argument("--system", default="", help="system message")
     parser.add_argument("--base", action="store_true", help="begin with the adapter off")

@@ -47,6 +47,7 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
         recipe,
         model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
         data=DataSpec(str(DRY_RUN_DATA), eval_rows=8, drift_source=None),
+        lora=replace(recipe.lora, start_from=None),  # an adapter of the real weights means nothing on random ones
         train=train,
         out=f"{recipe.out}-dry-run",
         existing_run="overwrite",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.commands.flags import other_data, whole_number
+from common.commands.flags import add_gpu_flag, other_data, whole_number
 from common.machine.paths import local_path
 from common.recipe import Recipe, UserError
 from common.run.folder import EVAL_JSON, refuse_inside
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def add_eval_flags(parser: argparse.ArgumentParser) -> None:
+    add_gpu_flag(parser)
     parser.add_argument("--data", help="rows of this file or hub data set instead of the run's held-out rows")
     parser.add_argument(
         "--samples", type=whole_number(0), default=5, metavar="N", help="answers side by side (default: 5)"

@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from common.commands.flags import add_run_flags, apply_run_flags
+from common.commands.flags import add_run_flags, apply_run_flags, has_several_processes
 from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
-from common.run.folder import hold_run_folder, refuse_run_under_way
+from common.run.folder import ADAPTER_WEIGHTS, hold_run_folder, refuse_run_under_way
 from common.run.provenance import make_command
 from common.run.tracker_check import refuse_unready_tracker
 
@@ -33,14 +33,14 @@ def run_finetune(recipe: Recipe, flags: argparse.Namespace) -> int | None:
 
 
 def _resume_command(flags: argparse.Namespace) -> str:
-    typed = {"DATA": flags.data, "OUT": flags.out, "SET": flags.set}
+    typed = {"GPU": flags.gpu, "DATA": flags.data, "OUT": flags.out, "SET": flags.set}
     variables = {"MODEL": flags.recipe_name, "GPUS": os.environ.get("WORLD_SIZE")} | typed
     steps = ["--max-steps", str(flags.max_steps)] if flags.max_steps is not None else []
     return make_command("finetune", variables, [*steps, "--resume"])
 
 
 def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> int | None:
-    """Runs the recipe's story in this process; where --gpus or --nnodes are given, starts the processes of the run.
+    """Runs the recipe's story in this process; where --gpus or --nnodes are more than 1, starts those of the run.
 
     hint: printed behind the message when a signal stops the run. Returns the exit status; None when the run has ended.
     Raises UserError as launch and _run_here.
@@ -48,19 +48,24 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
     if is_main_process():
         refuse_run_under_way(recipe.out)  # at once: what follows imports torch, and may start processes
     is_launched = "WORLD_SIZE" in os.environ  # by launch or by torchrun: this is one of the run's processes
-    if (flags.gpus is not None or flags.nnodes > 1) and not is_launched:
+    if has_several_processes(flags) and not is_launched:
         return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
+    status = None
     try:
         _run_here(recipe, flags)
     except Stopped as stop:
         if is_main_process():  # all processes stop
             print(f"\n{stop}{hint if stop.can_go_on else ''}", file=sys.stderr)
-        return 128 + stop.signal_number
-    return None
+        status = 128 + stop.signal_number
+    from common.machine.collectives import shut_down_distributed
+
+    # Not after an error: the others may not come here, and NCCL would wait for them.
+    shut_down_distributed()
+    return status
 
 
 def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.machine.collectives import init_distributed, run_on_main
+    from common.machine.collectives import all_gather, init_distributed, run_on_main
     from common.machine.device import require_gpu_per_process
     from common.run.general_texts import refuse_missing_texts
     from common.run.run_date import with_run_date
@@ -72,8 +77,19 @@ def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
     init_distributed()
     with contextlib.ExitStack() as stack:
         run_on_main(lambda: stack.enter_context(hold_run_folder(recipe.out, recipe.existing_run)))
+        # All look before any goes on: a run that fails removes the folder that it has left empty.
         require(
-            Path(recipe.out).is_dir(),
+            all(all_gather(Path(recipe.out).is_dir())),
             f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
         )
         flags.story(with_run_date(recipe))
+        run_on_main(lambda: _require_adapter(recipe))
+
+
+def _require_adapter(recipe: Recipe) -> None:
+    """Raises UserError when a run that has ended well has left no adapter."""
+    places = [Path(place) for place in (recipe.out, recipe.fallback_out) if place]
+    require(
+        any((place / ADAPTER_WEIGHTS).exists() for place in places),
+        f"the recipe's main has ended and left no adapter in {recipe.out}: it calls train(...), which trains and saves",
+    )

@@ -1,11 +1,13 @@
 """The flags that several commands take, and what they change in the recipe."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from common.machine.gpus import use_one_gpu
 from common.machine.paths import output_path
-from common.recipe import DataSpec, Recipe, UserError
+from common.recipe import DataSpec, Recipe, UserError, require
 
 BASES = ("4bit", "original")
 
@@ -22,8 +24,33 @@ def whole_number(minimum: int) -> Callable[[str], int]:
     return parse
 
 
+def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of a command that computes."""
+    parser.add_argument("--gpu", metavar="N", help="compute on this GPU, as nvidia-smi counts (default: the first)")
+
+
+def choose_gpu(flags: argparse.Namespace) -> None:
+    """Hides all GPUs but one from a process that computes by itself. Raises UserError as use_one_gpu.
+
+    A process that starts those of a run on several GPUs hides none, nor do they. To be called before torch is imported.
+    """
+    several = has_several_processes(flags) or "LOCAL_RANK" in os.environ
+    require(
+        flags.gpu is None or not several,
+        f"GPU={flags.gpu} is for a run in one process; for GPUS=2, CUDA_VISIBLE_DEVICES=0,2 chooses the GPUs",
+    )
+    if not several:
+        use_one_gpu(flags.gpu)
+
+
+def has_several_processes(flags: argparse.Namespace) -> bool:
+    """Returns whether --gpus and --nnodes ask for a run in more than one process."""
+    return (getattr(flags, "gpus", None) or 1) * getattr(flags, "nnodes", 1) > 1
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a run. A plan and a dry run take them too: they look at the same run."""
+    add_gpu_flag(parser)
     parser.add_argument("--data", help="train on these files or hub data set instead of the recipe's")
     parser.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimizer steps")
     count = whole_number(1)
@@ -57,6 +84,7 @@ def other_data(spec: DataSpec, source: str) -> DataSpec:
 
 def add_target_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of a command that writes a merged model."""
+    add_gpu_flag(parser)
     parser.add_argument(
         "--base", default="4bit", help="merge into the base as it was trained (4bit) or the original one"
     )

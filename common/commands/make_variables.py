@@ -10,19 +10,20 @@ from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
 from common.recipe_fields import BROUGHT
 
 ANYWHERE = ("PYTHON", "VENV", "ARGS")
-_RUN = ("MODEL", "SET", "DATA", "GPUS", "NNODES", "RDZV_ENDPOINT")
-_TARGET = ("MODEL", "SET", "OUT", "BASE", "TO")
+_RUN = ("MODEL", "SET", "DATA", "GPU", "GPUS", "NNODES", "RDZV_ENDPOINT")
+_TARGET = ("MODEL", "SET", "GPU", "OUT", "BASE", "TO")
 TAKES = {
     "finetune": (*_RUN, "OUT"),
     "data": ("MODEL", "SET", "DATA", "SEQ_LEN", "JSON"),
-    "plan": ("MODEL", "SET", "GPUS", "NNODES", "RDZV_ENDPOINT", "CARD_GIB", "SEQ_LEN", "JSON"),
-    "dryrun": ("MODEL", "SET", "GPUS", "NNODES", "RDZV_ENDPOINT", "LAYERS"),
-    "chat": ("MODEL", "SET", "OUT", "PROMPT"),
-    "eval": ("MODEL", "SET", "OUT", "DATA", "JSON"),
+    "plan": ("MODEL", "SET", "GPU", "GPUS", "NNODES", "RDZV_ENDPOINT", "CARD_GIB", "SEQ_LEN", "JSON"),
+    "dryrun": ("MODEL", "SET", "GPU", "GPUS", "NNODES", "RDZV_ENDPOINT", "LAYERS"),
+    "chat": ("MODEL", "SET", "GPU", "OUT", "PROMPT"),
+    "eval": ("MODEL", "SET", "GPU", "OUT", "DATA", "JSON"),
     "merge": _TARGET,
     "export": (*_TARGET, "FORMAT", "QUANT"),
     "report": ("MODEL", "SET", "OUT"),
     "compare": ("RUNS", "TO"),
+    "push": ("MODEL", "SET", "OUT", "REPO"),
     "lm-eval": ("MODEL", "OUT", "TO", "TASKS"),
 }
 MAKE_NEW = ("finetune", "data", "plan", "dryrun")  # look at the recipe; other commands take what a run recorded

@@ -18,12 +18,12 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
-    """Prints and draws the plan for --card-gib, else for this machine's GPU, else for the recipe's card_gib.
+    """Prints and draws the plan for --card-gib, else for this machine's GPUs, else for the recipe's card_gib.
 
     Raises UserError when no plan fits the card.
     """
-    from common.machine.device import this_machine
-    from common.plan.card import Card
+    from common.machine.device import first_gpus, this_machine
+    from common.plan.card import Card, smallest_of
     from common.plan.machine_plan import plan_for_card, setting_of
     from common.plan.picture import draw_plan
     from common.plan.plan import choose_option
@@ -39,7 +39,11 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
         recipe = replace(recipe, card_gib=flags.card_gib)
     machine = this_machine()
     if flags.card_gib is None and machine.is_gpu:
-        card, setting = Card.of_machine(machine), setting_of(machine)
+        here = flags.gpus or 1
+        card = smallest_of([(Card.of_machine(gpu), gpu.dtype) for gpu in first_gpus(here)])
+        if card.host_bytes is not None:
+            card = replace(card, host_bytes=card.host_bytes // here)  # the run's processes share it
+        setting = setting_of(machine)
     elif recipe.card_gib is not None:
         card, setting = Card.of_size(recipe.card_gib), None
     else:

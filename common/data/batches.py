@@ -1,6 +1,6 @@
 """Makes micro-batches from packed rows, and splits a micro-batch into smaller ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from common.tokens.labels import IGNORED, trained_positions
 
 Batch = dict[str, Any]  # a micro-batch, as collate makes it
+TOKENS = "tokens"  # the entry of collate_counted
 _TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
@@ -41,6 +42,14 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_
         return batch
     ends = torch.tensor(lengths).cumsum(0)
     return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
+
+
+def collate_counted(rows: Sequence[dict[str, list[int]]], collate_rows: Callable[..., Batch]) -> Batch:
+    """What collate_rows makes of the rows, with the number of their tokens under TOKENS.
+
+    Counted here, no GPU is waited for. Who takes the batch takes the number out before the model sees it.
+    """
+    return collate_rows(rows) | {TOKENS: sum(len(row["input_ids"]) for row in rows)}
 
 
 def split_into_examples(batch: Batch) -> list[Batch]:

@@ -1,4 +1,4 @@
-"""The operators of the lean layers: one file each, with its PyTorch reference, its Triton kernel and its fake version.
+"""The operators of lean layers and loss: one file each, with its PyTorch reference, Triton kernel and fake version.
 
 They are registered with torch.library, for the whole process and under names of our own (torch.ops.common), so a plan
 on fake tensors, activation checkpointing and torch.compile see them. On a GPU they run as Triton kernels; on a CPU, or

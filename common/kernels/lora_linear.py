@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.kernels.nf4_dequantize import is_supported, nf4_dequantize
 from common.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from common.kernels.swiglu import swiglu, swiglu_backward_
 
@@ -48,6 +49,11 @@ class LoraLinear:
         packed = self.weight.detach()
         if packed.dtype != torch.uint8:  # stored as the model's dtype, so that FSDP2 can shard them together
             packed = packed.view(torch.uint8)
+        if is_supported(state, dtype):
+            outer = state.state2
+            codes_and_scales = state.absmax, state.code, outer.absmax, outer.code, state.offset
+            weight: Tensor = nf4_dequantize(packed, *codes_and_scales, state.shape, dtype)
+            return weight
         ops, absmax = torch.ops.bitsandbytes, state.absmax
         if state.nested:  # double quantization: the scales are quantized too
             outer = state.state2
@@ -77,9 +83,18 @@ def _concatenate(parts: Sequence[Tensor | None], dim: int) -> Tensor | None:
     return torch.cat(tensors, dim) if len(tensors) > 1 else tensors[0] if tensors else None
 
 
-def _stack_lora_a(linears: Sequence[LoraLinear], dtype: torch.dtype) -> Tensor | None:
-    """A of all layers, (sum of ranks, in), so that one matmul with their common input gives every z."""
-    return _concatenate([None if linear.a is None else linear.a.detach().to(dtype) for linear in linears], 0)
+@dataclass(frozen=True)
+class AdapterCopies:
+    """The adapters of layers with a common input as their matmuls take them, in the dtype of the compute."""
+
+    a: Tensor | None  # A of all layers, (sum of ranks, in), so that one matmul with the input gives every z
+    b: list[Tensor | None]  # scale * B of each layer, (out, rank)
+
+
+def copy_adapters(linears: Sequence[LoraLinear], dtype: torch.dtype) -> AdapterCopies:
+    """Casts, scales and stacks. The copies are right until an adapter changes; what need not be copied is no copy."""
+    a = _concatenate([None if linear.a is None else linear.a.detach().to(dtype) for linear in linears], 0)
+    return AdapterCopies(a, [None if linear.b is None else linear.scaled_b(dtype) for linear in linears])
 
 
 def _split_by_rank(stacked: Tensor | None, linears: Sequence[LoraLinear], dim: int) -> list[Tensor | None]:
@@ -100,34 +115,32 @@ def _addmm_optional(base: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
     return x @ weight if base is None else torch.addmm(base, x, weight)
 
 
-def _lora_forward(x: Tensor, linears: Sequence[LoraLinear], residual: Tensor | None = None) -> list[Tensor]:
+def _lora_forward(
+    x: Tensor, linears: Sequence[LoraLinear], copies: AdapterCopies | None, residual: Tensor | None = None
+) -> list[Tensor]:
     """The layers' outputs for their common input x (tokens, in), each (tokens, out), plus `residual` (tokens, out)."""
-    a = _stack_lora_a(linears, x.dtype)
-    lora_a_out = _split_by_rank(None if a is None else x @ a.t(), linears, 1)
+    copies = copies or copy_adapters(linears, x.dtype)
+    lora_a_out = _split_by_rank(None if copies.a is None else x @ copies.a.t(), linears, 1)
     outputs = []
-    for linear, z in zip(linears, lora_a_out, strict=True):  # z = x A^T; None without an adapter
+    for linear, z, b in zip(linears, lora_a_out, copies.b, strict=True):  # z = x A^T; None without an adapter
         base = _add_optional(residual, linear.bias)
-        if z is None:
+        if z is None or b is None:
             weight = linear.dequantize(x.dtype)
             outputs.append(_addmm_optional(base, x, weight.t()))
         else:
-            b = linear.scaled_b(x.dtype)
             branch = _addmm_optional(base, z, b.t())
             outputs.append(branch.addmm_(x, linear.dequantize(x.dtype).t()))  # accumulates into the LoRA branch
     return outputs
 
 
 def _backward_to_input(
-    grads: Sequence[Tensor], linears: Sequence[LoraLinear], a: Tensor | None
+    grads: Sequence[Tensor], linears: Sequence[LoraLinear], copies: AdapterCopies
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the common input, and that of every z, (tokens, sum of ranks). a: from _stack_lora_a."""
-    dtype = grads[0].dtype
-    grad_z = _concatenate(
-        [None if li.b is None else grad @ li.scaled_b(dtype) for grad, li in zip(grads, linears, strict=True)], 1
-    )
-    grad_x = None if a is None or grad_z is None else grad_z @ a
+    """The gradient of the common input, and that of every z, (tokens, sum of ranks)."""
+    grad_z = _concatenate([None if b is None else grad @ b for grad, b in zip(grads, copies.b, strict=True)], 1)
+    grad_x = None if copies.a is None or grad_z is None else grad_z @ copies.a
     for grad, linear in zip(grads, linears, strict=True):
-        weight = linear.dequantize(dtype)
+        weight = linear.dequantize(grad.dtype)
         grad_x = grad @ weight if grad_x is None else grad_x.addmm_(grad, weight)
         del weight  # before the next one is dequantized
     assert grad_x is not None
@@ -135,9 +148,10 @@ def _backward_to_input(
 
 
 def _backward_to_adapters(
-    x: Tensor, grads: Sequence[Tensor], grad_z: Tensor | None, linears: Sequence[LoraLinear], a: Tensor | None
+    x: Tensor, grads: Sequence[Tensor], grad_z: Tensor | None, linears: Sequence[LoraLinear], copies: AdapterCopies
 ) -> list[Tensor | None]:
     """The gradients of A and B of each layer in turn, in their own dtype; None without an adapter."""
+    a = copies.a
     if a is None or grad_z is None:
         return [None] * (2 * len(linears))
     grads_of_a = _split_by_rank(grad_z.t() @ x, linears, 0)
@@ -159,56 +173,66 @@ def _adapters(linears: Sequence[LoraLinear]) -> list[Tensor | None]:
 class _RmsNormLoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear], *_: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        eps: float,
+        linears: Sequence[LoraLinear],
+        copies: AdapterCopies | None,
+        *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.weight, ctx.eps, ctx.linears = weight, eps, linears
+        ctx.weight, ctx.eps, ctx.linears, ctx.copies = weight, eps, linears, copies
         ctx.save_for_backward(hidden)
-        return *_lora_forward(rms_norm_forward(hidden, weight, eps), linears), hidden
+        return *_lora_forward(rms_norm_forward(hidden, weight, eps), linears, copies), hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (hidden,) = ctx.saved_tensors
         *grads, residual_grad = grads  # type: ignore[assignment]
-        a = _stack_lora_a(ctx.linears, hidden.dtype)
-        grad, grad_z = _backward_to_input(grads, ctx.linears, a)
+        copies = ctx.copies or copy_adapters(ctx.linears, hidden.dtype)
+        grad, grad_z = _backward_to_input(grads, ctx.linears, copies)
         normed = rms_norm_forward(hidden, ctx.weight, ctx.eps)
-        adapters = _backward_to_adapters(normed, grads, grad_z, ctx.linears, a)
+        adapters = _backward_to_adapters(normed, grads, grad_z, ctx.linears, copies)
         del normed
-        return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual_grad), None, None, None, *adapters
+        return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual_grad), None, None, None, None, *adapters
 
 
 def rms_norm_lora_linears(
-    hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear]
+    hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear], copies: AdapterCopies | None = None
 ) -> tuple[Tensor, ...]:
     """The outputs of layers whose common input is the RMS norm of hidden (tokens, size); and hidden itself.
 
     The hidden that is returned is for the residual connection: its gradient then joins that of the norm without a pass
-    over memory of its own. Saves hidden.
+    over memory of its own. Saves hidden. copies: of the adapters as they are now, kept until backward; None makes them
+    in each pass.
     """
-    outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, *_adapters(linears))
+    adapters = _adapters(linears)
+    outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, copies, *adapters)
     return outputs
 
 
 class _LoraLinearAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, linear: LoraLinear, *_: Tensor | None) -> Tensor:
-        ctx.linear = linear
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, linear: LoraLinear, copies: AdapterCopies | None, *_: Tensor | None
+    ) -> Tensor:
+        ctx.linear, ctx.copies = linear, copies
         ctx.save_for_backward(x)
-        return _lora_forward(x, [linear], residual)[0]
+        return _lora_forward(x, [linear], copies, residual)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        a = _stack_lora_a([ctx.linear], x.dtype)
-        grad_x, grad_z = _backward_to_input([grad], [ctx.linear], a)
-        return grad_x, grad, None, *_backward_to_adapters(x, [grad], grad_z, [ctx.linear], a)
+        copies = ctx.copies or copy_adapters([ctx.linear], x.dtype)
+        grad_x, grad_z = _backward_to_input([grad], [ctx.linear], copies)
+        return grad_x, grad, None, None, *_backward_to_adapters(x, [grad], grad_z, [ctx.linear], copies)
 
 
-def lora_linear_add(x: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
-    """residual (tokens, out) plus the layer's output for x (tokens, in). Saves x."""
-    output: Tensor = _LoraLinearAdd.apply(x, residual, linear, *_adapters([linear]))
+def lora_linear_add(x: Tensor, linear: LoraLinear, residual: Tensor, copies: AdapterCopies | None = None) -> Tensor:
+    """residual (tokens, out) plus the layer's output for x (tokens, in). Saves x. copies: as rms_norm_lora_linears."""
+    output: Tensor = _LoraLinearAdd.apply(x, residual, linear, copies, *_adapters([linear]))
     return output
 
 
@@ -216,8 +240,16 @@ class _KeepGateUp(torch.autograd.Function):
     """Saves gate and up, and computes the backward pass of the down projection. Its output takes no memory."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, linear: LoraLinear, shape: torch.Size, *_: Tensor | None) -> Tensor:
-        ctx.linear = linear
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        linear: LoraLinear,
+        copies: AdapterCopies | None,
+        shape: torch.Size,
+        *_: Tensor | None,
+    ) -> Tensor:
+        ctx.linear, ctx.copies = linear, copies
         ctx.save_for_backward(gate, up)
         return gate.new_empty(()).expand(shape)
 
@@ -225,11 +257,11 @@ class _KeepGateUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        a = _stack_lora_a([ctx.linear], gate.dtype)
-        grad_up, grad_z = _backward_to_input([grad], [ctx.linear], a)
+        copies = ctx.copies or copy_adapters([ctx.linear], gate.dtype)
+        grad_up, grad_z = _backward_to_input([grad], [ctx.linear], copies)
         product, grad_gate = swiglu_backward_(grad_up, gate, up)
-        adapters = _backward_to_adapters(product, [grad], grad_z, [ctx.linear], a)
-        return grad_gate, grad_up, None, None, *adapters
+        adapters = _backward_to_adapters(product, [grad], grad_z, [ctx.linear], copies)
+        return grad_gate, grad_up, None, None, None, *adapters
 
 
 class _DownAdd(torch.autograd.Function):
@@ -237,22 +269,31 @@ class _DownAdd(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, placeholder: Tensor, residual: Tensor, gate: Tensor, up: Tensor, linear: LoraLinear
+        ctx: Any,
+        placeholder: Tensor,
+        residual: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        linear: LoraLinear,
+        copies: AdapterCopies | None,
     ) -> Tensor:
-        return _lora_forward(swiglu(gate, up), [linear], residual)[0]
+        return _lora_forward(swiglu(gate, up), [linear], copies, residual)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, grad, None, None, None
+        return grad, grad, None, None, None, None
 
 
-def swiglu_lora_linear_add(gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor) -> Tensor:
+def swiglu_lora_linear_add(
+    gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor, copies: AdapterCopies | None = None
+) -> Tensor:
     """residual (tokens, out) plus the layer's output for silu(gate) * up, both (tokens, in). Saves gate and up.
+    copies: as rms_norm_lora_linears.
 
     It saves them before it computes. PyTorch's non-reentrant checkpoint stops a recompute as soon as everything that
     was saved is there again. So a layer that recomputes does not run this matmul, whose result nobody reads, again.
     """
-    placeholder = _KeepGateUp.apply(gate, up, linear, residual.shape, *_adapters([linear]))
-    output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear)
+    placeholder = _KeepGateUp.apply(gate, up, linear, copies, residual.shape, *_adapters([linear]))
+    output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear, copies)
     return output

@@ -1,6 +1,6 @@
 """What the processes of a run tell each other: collective operations, which every process calls in the same order.
 
-Without init_distributed, in a run of one process, each of them returns at once.
+Without init_distributed each of them returns at once.
 """
 
 import os
@@ -25,9 +25,10 @@ T = TypeVar("T")
 def init_distributed() -> None:
     """Connects the processes of the run, and silences standard output in all but the main one (silence_stdout).
 
-    Does nothing in a run of one process. Raises UserError when the main process cannot be reached.
+    Does nothing in a run of one process, unless torchrun started it: accelerate would connect that with NCCL alone,
+    which cannot send what is on the CPU. Raises UserError when the main process cannot be reached.
     """
-    if world_size() == 1 or distributed.is_initialized():
+    if (world_size() == 1 and "LOCAL_RANK" not in os.environ) or distributed.is_initialized():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -41,6 +42,7 @@ def init_distributed() -> None:
 
 
 def shut_down_distributed() -> None:
+    """Ends what init_distributed began. Every process must call it. NCCL warns at the exit of one that did not."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 

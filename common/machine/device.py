@@ -4,16 +4,20 @@ import gc
 import os
 import shutil
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 
-from common.machine.processes import local_rank
+from common.machine.gpus import NVIDIA_SMI_SECONDS, missing_gpu, shown_gpus
+from common.machine.processes import local_rank, world_size
 from common.recipe import UserError
 
 GIB = 1 << 30
+BF16_CAPABILITY = (8, 0)  # from the RTX 30 series and A100 on; torch.cuda.is_bf16_supported looks at the same
+DRIVER_SERIES = 580  # the first that runs CUDA 13, of whose 13.0 torch is built (CUDA 13.0 release notes)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,17 @@ class Machine:
         """Peak of the tensors' memory on the GPU so far in bytes; None on a CPU, where torch does not count it."""
         return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else None
 
+    def full_times(self) -> tuple[int, int]:
+        """How often so far torch's allocator found the GPU full and tried again, and how often it gave up.
+
+        To try again it waits for the GPU and gives back what it had cached. Where it gives up, torch raises
+        OutOfMemoryError. Zeros on a CPU.
+        """
+        if not self.is_gpu:
+            return 0, 0
+        counts = torch.cuda.memory_stats(self.device)
+        return counts.get("num_alloc_retries", 0), counts.get("num_ooms", 0)
+
     def __str__(self) -> str:
         return f"{self.name}, computing in {str(self.dtype).removeprefix('torch.')} ({self.reason})"
 
@@ -70,54 +85,145 @@ def available_ram() -> int | None:
 
 @cache
 def this_machine() -> Machine:
-    """Returns the device of this process: on a GPU bf16 where it has it and else fp16, on a CPU fp32."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank())
-        total = torch.cuda.get_device_properties(device).total_memory / GIB
-        name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Machine(device, torch.bfloat16, "the GPU has bf16", name)
-        return Machine(device, torch.float16, "the GPU has no bf16", name)
+    """Returns the device of this process: on a GPU bf16 where it has it and else fp16, on a CPU fp32.
+
+    A GPU that torch has no code for is none: unusable_gpu says so.
+    """
+    if torch.cuda.is_available() and _without_code() is None:
+        return _gpu(local_rank())
     cores = f"CPU, {torch.get_num_threads()} threads"
     # Some CPUs are faster in bf16 (AMX). But models on a CPU are small, and with fp32 no result depends on the CPU.
     return Machine(torch.device("cpu"), torch.float32, "as on every CPU", cores)
 
 
+def first_gpus(count: int) -> list[Machine]:
+    """Returns the GPUs that a run on `count` of them would use here, or as many as this process sees."""
+    return [_gpu(number) for number in range(min(count, torch.cuda.device_count()))]
+
+
+def _gpu(number: int) -> Machine:
+    device = torch.device("cuda", number)
+    total = torch.cuda.get_device_properties(device).total_memory / GIB
+    name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
+    if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
+        return Machine(device, torch.bfloat16, "the GPU has bf16", name)
+    return Machine(device, torch.float16, "the GPU has no bf16", name)
+
+
+def _without_code() -> str | None:
+    """Returns in one line that torch was not built for this process's GPU; None when it was."""
+    device = torch.device("cuda", local_rank())
+    capability, architectures = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    if not architectures or has_code_for(capability, architectures):
+        return None
+    built = sorted({_version_of(architecture) for architecture in architectures})
+    builds = ", ".join(f"{major}.{minor}" for major, minor in built)
+    lowest = f"{built[0][0]}.{built[0][1]}"
+    needed = f"a card of capability {lowest} or newer" if capability < built[0] else "a newer torch"
+    return (
+        f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, and torch "
+        f"{torch.__version__} has code for {builds}: what is needed is {needed}"
+    )
+
+
+def has_code_for(capability: tuple[int, int], architectures: Iterable[str]) -> bool:
+    """Returns whether a GPU can run what was built for these architectures (torch.cuda.get_arch_list).
+
+    Machine code, sm_XY, runs on capabilities X.Y and newer ones of the same X; sm_XYa on X.Y alone. PTX, compute_XY, is
+    compiled for any newer GPU (CUDA programming guide, "Compute capabilities" and "Architecture-specific features").
+    """
+    for architecture in architectures:
+        built = _version_of(architecture)
+        is_ptx, is_specific = architecture.startswith("compute"), architecture.endswith("a")
+        if capability == built:
+            return True
+        if not is_specific and built < capability and (is_ptx or built[0] == capability[0]):
+            return True
+    return False
+
+
+def _version_of(architecture: str) -> tuple[int, int]:
+    """(9, 0) for sm_90, sm_90a and compute_90; (12, 0) for sm_120f."""
+    digits = architecture.partition("_")[2].rstrip("af")
+    return int(digits[:-1]), int(digits[-1])
+
+
 def unusable_gpu() -> str | None:
-    """Returns in one line why torch cannot use the machine's NVIDIA GPU; None when it can, or when there is none."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if torch.cuda.is_available() or hidden or not (Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi")):
+    """Returns in one line why torch cannot use the machine's NVIDIA GPU.
+
+    None when it can, when there is none, and when CUDA_VISIBLE_DEVICES hides all of them.
+    """
+    if torch.cuda.is_available():
+        return _without_code()
+    if shown_gpus() == [] or not _has_nvidia_gpu():
         return None
     if torch.version.cuda is None:
         return (
             f"this machine has an NVIDIA GPU, but torch {torch.__version__} is a CPU build. Install the CUDA build: "
             "rm -rf .venv && make setup (with no other package index configured)"
         )
+    if missing := missing_gpu():
+        return f"CUDA_VISIBLE_DEVICES is set, and {missing}"
     driver = _driver_version()
+    series = driver.partition(".")[0]
+    if series.isdecimal() and int(series) >= DRIVER_SERIES:
+        return (
+            f"this machine has an NVIDIA GPU, and its driver {driver} is new enough, but CUDA finds none "
+            f"({_cuda_error()}). nvidia-smi -L lists what there is; a GPU in MIG mode needs an instance"
+        )
     return (
         f"this machine has an NVIDIA GPU (driver {driver}), but torch {torch.__version__} cannot use it: CUDA "
-        f"{torch.version.cuda} needs a driver of the 580 series or newer. Update the driver, then check nvidia-smi"
+        f"{torch.version.cuda} needs a driver of the {DRIVER_SERIES} series or newer. Update the driver, then check "
+        "nvidia-smi"
     )
+
+
+def warn_of_unused_gpu(work: str) -> None:
+    """Prints why `work`, such as "training", is done on the CPU of a machine that has an NVIDIA GPU."""
+    if reason := unusable_gpu():
+        print(f"warning: {work} on the CPU: {reason}", flush=True)
+
+
+def _has_nvidia_gpu() -> bool:
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _cuda_error() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return "without an error"
 
 
 def _driver_version() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown: nvidia-smi fails"
     return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else "unknown"
 
 
 def require_gpu_per_process() -> None:
-    """Raises UserError when this machine has fewer GPUs than the run has processes here. A CPU may have any number."""
-    if torch.cuda.is_available() and local_rank() >= torch.cuda.device_count():
-        raise UserError(f"GPUS is more than {local_rank()}, and this machine has {torch.cuda.device_count()}")
+    """Raises UserError when this process of a run on several has no GPU that it can use. A CPU may have any number."""
+    if world_size() == 1 or not torch.cuda.is_available():
+        return
+    if local_rank() >= torch.cuda.device_count():
+        raise UserError(f"GPUS is more than {local_rank()}, and this process sees {torch.cuda.device_count()} GPU(s)")
+    if reason := _without_code():
+        raise UserError(f"not all GPUs can be used: {reason}. CUDA_VISIBLE_DEVICES=0,1 names the ones to use")
 
 
 def require_gpu(model_name: str) -> None:
     """Raises UserError, which says what to do, unless torch can use a GPU."""
-    if torch.cuda.is_available():
+    reason = unusable_gpu()
+    if torch.cuda.is_available() and reason is None:
         return
-    reason = unusable_gpu() or "this machine has none that torch can see"
-    raise UserError(f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny")
+    if reason is None and shown_gpus() == [] and _has_nvidia_gpu():
+        reason = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides those of this machine"
+    reason = reason or "this machine has none that torch can see"
+    raise UserError(
+        f"{model_name} needs an NVIDIA GPU: {reason}. To try everything on a CPU: make finetune MODEL=tiny. A recipe "
+        "with card_gib=None runs on a CPU too, slowly"
+    )

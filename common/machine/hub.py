@@ -45,6 +45,7 @@ class HubRepository:
     revision: str | None
     instead: str  # what to do where the hub cannot be reached
     caches: tuple[str, ...] = ()  # folders beside the hub's cache that it is put in
+    uploads: bool = False  # whether something is sent there, and not read
 
     @property
     def page(self) -> str:
@@ -106,12 +107,15 @@ def _cause_in_words(error: Exception, repository: HubRepository) -> UserError | 
         if isinstance(cause, RevisionNotFoundError):
             return UserError(f"{name} has no revision {repository.revision!r}; see {repository.page}/tree/main")
         if isinstance(cause, RepositoryNotFoundError):
-            return not_found(repository)
+            return _refused_upload(404, "", repository) if repository.uploads else not_found(repository)
         if isinstance(cause, HFValidationError):
             return UserError(f"{name} is no id of the hub: {first_line(cause)}")
         if isinstance(cause, FileMetadataError):
             return _no_hub(repository)
         if isinstance(cause, HfHubHTTPError) and not isinstance(cause, RemoteEntryNotFoundError):
+            if repository.uploads:
+                said = cause.response.headers.get("X-Error-Message", "")
+                return _refused_upload(cause.response.status_code, said, repository)
             return _refused(cause.response.status_code, repository)
         if isinstance(cause, ImportError) and "socksio" in text:
             return UserError(
@@ -124,7 +128,7 @@ def _cause_in_words(error: Exception, repository: HubRepository) -> UserError | 
             )
         if isinstance(cause, _CONNECTION_ERRORS) and type(cause) not in (ConnectionError, Timeout):
             return None  # what led to it are errors of a socket
-        if (words := cache_error(cause, name, repository.caches)) is not None:
+        if not repository.uploads and (words := cache_error(cause, name, repository.caches)) is not None:
             return words
     return None
 
@@ -141,6 +145,8 @@ def _no_connection(error: Exception, repository: HubRepository) -> UserError | N
 
 
 def _unreachable(reason: str, repository: HubRepository) -> UserError:
+    if repository.uploads:
+        return UserError(f"the hub cannot be reached ({reason}), and nothing was changed there: try again when it can")
     return UserError(
         f"{repository.name} is not in the local cache and the hub cannot be reached ({reason}). Connect and try again, "
         f"or {repository.instead}"
@@ -171,6 +177,28 @@ def _refused(status: int, repository: HubRepository) -> UserError:
     if status >= 500:
         return _unreachable(f"it answers with its error {status}", repository)
     return UserError(f"the hub does not send {name}: it answers {status}. See {repository.page}")
+
+
+def _refused_upload(status: int, said: str, repository: HubRepository) -> UserError:
+    """The words for an answer with an error's status to what was sent. said: the hub's own words."""
+    name = repository.name
+    if status == 409:
+        return UserError(
+            f"the hub has something else under the name {name} that you may not see: choose another, REPO=..."
+        )
+    if status == 429:
+        return UserError(
+            f"the hub has had too many requests from here (429): wait some minutes, then upload {name} again"
+        )
+    if status >= 500:
+        return _unreachable(f"it answers with its error {status}", repository)
+    if status in (401, 403, 404):
+        return UserError(
+            f"the hub does not let you write to {name} ({status}). The owner must be you or an organisation that lets "
+            "you, and the token, perhaps in HF_TOKEN, must have the right to write: make one on "
+            "https://huggingface.co/settings/tokens, then log in with: .venv/bin/hf auth login"
+        )
+    return UserError(f"the hub does not take {name}: it answers {status}{f' ({said})' if said else ''}")
 
 
 def _set_of_proxies() -> str:

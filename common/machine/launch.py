@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import signal
 import socket
 import subprocess
@@ -40,8 +41,10 @@ def launch(train: TrainSpec, gpus: int, nnodes: int = 1, rdzv_endpoint: str | No
     )
     from torch.cuda import device_count  # slow to import
 
-    if device_count():
-        require(gpus <= device_count(), f"GPUS is {gpus}, and this machine has {device_count()}")
+    if count := device_count():  # through NVML: this process gets no CUDA context
+        shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+        there = "this machine has" if shown is None else f"CUDA_VISIBLE_DEVICES={shown} shows"
+        require(gpus <= count, f"GPUS is {gpus}, and {there} {count}")
     rows_per_process(train, gpus * nnodes)
     if rdzv_endpoint:
         check_rendezvous(rdzv_endpoint)

@@ -19,6 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
@@ -92,26 +93,46 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
     model.config.use_cache = False  # training never reads it, and a recompute would fill it twice
     # The embedding is frozen: without this the first layer's input needs no gradient.
     model.enable_input_require_grads()
-    contexts: dict[str, Any] = {}
+    # Saved for each layer, and set again where it recomputes, by the host; only dropout reads it.
+    options: dict[str, Any] = {"preserve_rng_state": is_random(model)}
     if policy.keep_attention:
-        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
+    finish_copies(model)
     offloaded = OffloadedInputs() if policy.offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < policy.recomputed
-        layer._gradient_checkpointing_func = partial(_run_checkpointed, index, offloaded, contexts)
+        layer._gradient_checkpointing_func = partial(_run_checkpointed, index, offloaded, options)
+        layer.offloaded_inputs = offloaded
+
+
+def finish_copies(model: PreTrainedModel | PeftModel) -> None:
+    """Returns when no copy of the layers' inputs is under way, and gives their memory back.
+
+    For the end of a run, and for a micro-batch that was left in its middle, such as one that ran out of memory.
+    """
+    for layer in decoder_layers(model):
+        if (offloaded := getattr(layer, "offloaded_inputs", None)) is not None:
+            offloaded.finish()
+
+
+def is_random(model: PreTrainedModel | PeftModel) -> bool:
+    """Whether the model draws random numbers in training: it has dropout, in a module or by its config."""
+    configured = (value for name, value in model.config.to_dict().items() if "drop" in name)
+    modules = (module.p for module in model.modules() if isinstance(module, _DropoutNd))
+    return any(isinstance(rate, int | float) and rate for rate in (*configured, *modules))
 
 
 def _run_checkpointed(
     index: int,
     offloaded: OffloadedInputs | None,
-    contexts: dict[str, Any],
+    options: dict[str, Any],
     layer: Callable[..., Tensor],
     *inputs: Tensor,
 ) -> Tensor:
     """The layer's output. Only its inputs are saved, so the hooks that offload see nothing else."""
     hooks = saved_tensors_hooks(partial(offloaded.pack, index), offloaded.unpack) if offloaded else nullcontext()
     with hooks:
-        return checkpoint(layer, *inputs, use_reentrant=False, **contexts)
+        return checkpoint(layer, *inputs, use_reentrant=False, **options)
 
 
 class RecomputeWatch(TorchDispatchMode):

@@ -1,103 +1,98 @@
 """Activation offload: the inputs of recomputing layers wait in host memory between forward and backward.
 
-They are copied on a CUDA stream of their own, beside the computation. The two copies are operators of torch.library
-with fake versions, so a plan sees what leaves the GPU and what returns.
+They are copied on a CUDA stream of their own, beside the computation. Each layer has one block of page-locked host
+memory, which it keeps from micro-batch to micro-batch. The largest micro-batch, which the rehearsal computes first,
+decides its size.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from common.machine.out_of_memory import allocating_on_host
-
-
-@custom_op("common::to_host", mutates_args=())
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in host memory, pinned where there is a GPU. Still under way on the copy stream when this returns."""
-    with allocating_on_host():
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return _copy(tensor, host)
+from common.machine.copy_stream import CopyStream
+from common.machine.host_memory import empty_on_host
 
 
-@custom_op("common::to_device", mutates_args=())
-def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device. It is still under way when this returns: call `wait_for_copies` before reading it."""
-    return _copy(host, torch.empty(host.shape, dtype=host.dtype, device=device))
+class Packed(NamedTuple):
+    """What autograd keeps instead of a layer's input."""
 
-
-@to_host.register_fake
-def _(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-@to_device.register_fake
-def _(host: Tensor, device: torch.device) -> Tensor:
-    return torch.empty_like(host, device=device)
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}  # one for each GPU, as long as the process lives
-
-
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    if device not in _streams:
-        _streams[device] = torch.cuda.Stream(device)
-    return _streams[device]
-
-
-def _copy(source: Tensor, target: Tensor) -> Tensor:
-    gpu = next((tensor.device for tensor in (source, target) if tensor.is_cuda), None)
-    if gpu is None:
-        return target.copy_(source)
-    stream = _copy_stream(gpu)
-    # The copy begins when the source is computed, and when earlier work on the target's memory is done.
-    stream.wait_stream(torch.cuda.current_stream(gpu))
-    with torch.cuda.stream(stream):
-        return target.copy_(source, non_blocking=True)
-
-
-def wait_for_copies(device: torch.device) -> None:
-    """Makes what the GPU computes from here on wait for every copy that is under way; the host does not wait."""
-    if device.type == "cuda" and device in _streams:
-        torch.cuda.current_stream(device).wait_stream(_streams[device])
+    layer: int
+    host: Tensor  # its copy in host memory
 
 
 class OffloadedInputs:
     """The layers' inputs in host memory, with the two hooks of torch.autograd.graph.saved_tensors_hooks.
 
     A layer's input is copied to the host while the layer computes. In backward it is copied back while the layer
-    after it recomputes.
+    after it recomputes. Call `finish` before the object is dropped or left in the middle of a micro-batch.
     """
 
     def __init__(self) -> None:
-        self.hosts: dict[int, Tensor] = {}
+        self.blocks: dict[int, Tensor] = {}  # host memory of each layer: uint8, as large as its largest input so far
+        self.hosts: dict[int, Tensor] = {}  # the inputs that wait there
         self.leaving: Tensor | None = None  # kept alive until its copy is done
         self.returning: dict[int, Tensor] = {}
-        self.device = torch.device("cpu")
+        self.copies = CopyStream(torch.device("cpu"))  # of the device of the first input
 
-    def pack(self, layer: int, tensor: Tensor) -> Tensor | int:
+    def pack(self, layer: int, tensor: Tensor) -> Tensor | Packed:
         """Starts the copy of a layer's input; returns what autograd keeps instead. An empty tensor stays as it is."""
         if not tensor.numel():
             return tensor
         with torch.no_grad():
-            wait_for_copies(self.device)  # that of the layer before, which was done long ago
-            self.returning.clear()
-            self.device, self.leaving = tensor.device, tensor.detach()
-            self.hosts[layer] = to_host(self.leaving)
-        return layer
+            source = tensor.detach().contiguous()
+            if source.device != self.copies.device:
+                self.copies = CopyStream(source.device)
+            self.copies.wait()  # for that of the layer before, which was done long ago: its source goes now
+            self.returning.clear()  # where a backward pass has not come to its end
+            self.leaving = source
+            self.hosts[layer] = host = self._host_tensor(layer, source)
+            self.copies.copy(host, source)
+        return Packed(layer, host)
 
-    def unpack(self, packed: Tensor | int) -> Tensor:
-        """The layer's input on its device again; starts the copy of the input of the layer before."""
+    def unpack(self, packed: Tensor | Packed) -> Tensor:
+        """The layer's input on its device again; starts the copy of the input of the layer before.
+
+        Raises RuntimeError when another micro-batch has taken the place of the input, or it was returned already.
+        """
         if isinstance(packed, Tensor):
             return packed
-        self.leaving = None
-        tensor = self._start_return(packed)
-        wait_for_copies(self.device)
-        del self.returning[packed], self.hosts[packed]
-        if packed - 1 in self.hosts:
-            self._start_return(packed - 1)
-        return tensor
+        layer = packed.layer
+        if self.hosts.get(layer) is not packed.host:
+            raise RuntimeError(
+                f"the input of layer {layer} is not in host memory any more: one backward pass a forward"
+            )
+        if self.leaving is not None:  # the last one of the forward pass
+            self.copies.wait()
+            self.leaving = None
+        self._start_return(layer)
+        self.copies.wait()
+        del self.hosts[layer]
+        if layer - 1 in self.hosts:
+            self._start_return(layer - 1)
+        return self.returning.pop(layer)
 
-    def _start_return(self, layer: int) -> Tensor:
+    def finish(self) -> None:
+        """Returns when no copy is under way, and lets go of all memory.
+
+        Otherwise a copy could still write to memory of the device that somebody else has by then.
+        """
+        self.copies.synchronize()
+        self.leaving = None
+        for tensors in (self.returning, self.hosts, self.blocks):
+            tensors.clear()
+
+    def _host_tensor(self, layer: int, like: Tensor) -> Tensor:
+        """Host memory for a tensor like this one, in the layer's block, which grows where it is too small."""
+        block = self.blocks.get(layer)
+        if block is None or block.nbytes < like.nbytes:
+            self.hosts.pop(layer, None)
+            self.blocks.pop(layer, None)  # before the larger one is taken
+            block = self.blocks[layer] = empty_on_host(like.nbytes, like)
+        return block[: like.nbytes].view(like.dtype).view(like.shape)
+
+    def _start_return(self, layer: int) -> None:
         if layer not in self.returning:
-            self.returning[layer] = to_device(self.hosts[layer], self.device)
-        return self.returning[layer]
+            host = self.hosts[layer]
+            self.returning[layer] = torch.empty(host.shape, dtype=host.dtype, device=self.copies.device)
+            self.copies.copy(self.returning[layer], host)

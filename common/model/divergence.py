@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-# Entries of a tile in fp32, of which five are alive at once: 160 MiB, less than the tile of the loss, which a plan
-# counts (common.model.loss). 2^23 entries are 65 tokens of Llama 3's vocabulary.
-DIVERGENCE_TILE_ENTRIES = 1 << 23
+# Entries of a tile in fp32, of which five are alive at once: 80 MiB, less than the tile of the loss, which a plan
+# counts (common.model.loss). 2^22 entries are 32 tokens of Llama 3's vocabulary.
+DIVERGENCE_TILE_ENTRIES = 1 << 22
 
 
 def head_divergence(base_hidden: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ No card of a sharded run has room for the whole model. So the work is split over
    their weights. The decoder layers have tensors of the right shapes that take no memory, which is all that LoRA, the
    lean layers and activation checkpointing need. The model's attribute `layer_weights`, a `TensorSource`, says where
    the missing weights are to be read.
-2. `common.model.sharding.shard_layers` takes that attribute off the model with `take_layer_weights`. Then it fills
-   one layer with `fill_layer`, shards it, and goes on with the next, so that at most one layer is whole at a time.
+2. `common.model.sharding.shard_layers`, which `train` calls, takes that attribute off the model with
+   `take_layer_weights`. Then it fills one layer with `fill_layer`, shards it, and goes on with the next, so that at
+   most one layer is whole at a time.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.machine.device import Machine
+from common.machine.layout import Layout
 from common.machine.shared_memory import read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.attention import attention_implementation
@@ -28,11 +30,11 @@ from common.model.nf4 import (
 )
 from common.model.quantization import QUANT_TYPE
 from common.model.tensor_source import TensorSource, WeightsOrigin
-from common.recipe import ModelSpec
+from common.recipe import ModelSpec, UserError
 
 
 def build_hollow_model(
-    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine
+    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine, layout: Layout
 ) -> PreTrainedModel:
     """The model without the weights of its decoder layers, and with `layer_weights` to read them from.
 
@@ -46,6 +48,7 @@ def build_hollow_model(
         if spec.bits == 4:
             make_linears_4bit(model, names_of_4bit_linears(model), machine.dtype)
     model.is_loaded_in_4bit = spec.bits == 4
+    model.planned_layout = layout
     model.layer_weights = source = TensorSource(
         spec, weights, machine, double_quant=quantization_config(config, machine.dtype).bnb_4bit_use_double_quant
     )
@@ -73,14 +76,24 @@ def _without_memory(parameter: nn.Parameter) -> nn.Parameter:
     return Params4bit(hollow, quant_type=QUANT_TYPE) if isinstance(parameter, Params4bit) else nn.Parameter(hollow)
 
 
+def planned_layout(model: nn.Module) -> Layout | None:
+    """The layout that load_4bit was given, of a model whose layers it left empty; None for any other model."""
+    layout = getattr(model, "planned_layout", None)
+    assert layout is None or isinstance(layout, Layout)
+    return layout
+
+
 def take_layer_weights(model: PreTrainedModel) -> TensorSource:
     """The `layer_weights` that build_hollow_model left on the model, which then no longer has them.
 
-    Raises RuntimeError for a model that is not hollow.
+    Raises UserError for a model that is not hollow.
     """
     source = model.__dict__.pop("layer_weights", None)
     if source is None:
-        raise RuntimeError("the layers have their weights already; a recipe calls load_4bit with layout=plan.layout")
+        raise UserError(
+            "the plan shards the layers, and the recipe has loaded them whole: write "
+            "load_4bit(recipe.model, layout=plan.layout) in it"
+        )
     assert isinstance(source, TensorSource)
     return source
 

@@ -7,6 +7,7 @@ pass does not cover, such as generation with a cache or a merged adapter, goes t
 
 from typing import Any
 
+import torch
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.kernels import say_references_run
-from common.kernels.lora_linear import LoraLinear, lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
+from common.kernels.lora_linear import lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from common.kernels.rms_norm import rms_norm
 from common.kernels.rope import rope
 from common.kernels.triton_check import why_no_triton
 from common.model.architectures import ARCHITECTURES
+from common.model.held_adapters import HeldAdapters
 from common.recipe import Kernels
 
 # A decoder layer's linear modules.
@@ -32,16 +34,28 @@ class _LeanLayer(nn.Module):
     """Lets attention and MLP compute the norm before them and the residual connection after them too."""
 
     def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
-        if past_key_values is not None or any(_unsupported_linear(self.get_submodule(name)) for name in LINEAR_NAMES):
+        if past_key_values is not None or not self._is_supported():
             output: Tensor = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
             return output
         hidden = self.self_attn(hidden_states, norm=self.input_layernorm, **kwargs)
         output = self.mlp(hidden, norm=self.post_attention_layernorm)
         return output
 
+    def _is_supported(self: Any) -> bool:
+        """Whether all linear modules are as the lean pass knows them now. Asked once while adapters are held."""
+        if self in self.held.supported:
+            return True
+        supported = not any(_unsupported_linear(self.get_submodule(name)) for name in LINEAR_NAMES)
+        if supported and self.held.holds:
+            self.held.supported.add(self)
+        return supported
+
 
 class _LeanAttention(nn.Module):
     """Saves for backward: its input, what attention itself saves, and queries and keys before their norms (Qwen3)."""
+
+    held: HeldAdapters
+    input_groups = ("q_proj k_proj v_proj", "o_proj")  # linear modules by their input
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, **kwargs: Any) -> Any:
         """norm: the RMS norm before attention. With it, returns the hidden states after the residual connection.
@@ -51,9 +65,9 @@ class _LeanAttention(nn.Module):
         if norm is None:
             return super().forward(hidden_states, **kwargs)
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
-        linears = [read_lora_linear(module) for module in (self.q_proj, self.k_proj, self.v_proj)]
+        group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         query, key, value, hidden = rms_norm_lora_linears(
-            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
+            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, *group
         )
         if hasattr(self, "q_norm"):
             query, key = _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm)
@@ -69,12 +83,16 @@ class _LeanAttention(nn.Module):
             sliding_window=getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
             **kwargs,
         )
-        output = lora_linear_add(output.reshape(len(hidden), -1), read_lora_linear(self.o_proj), hidden)
+        (linear,), copies = self.held.read(self, self.input_groups[1], hidden.dtype)
+        output = lora_linear_add(output.reshape(len(hidden), -1), linear, hidden, copies)
         return output.view_as(hidden_states)
 
 
 class _LeanMLP(nn.Module):
     """Saves for backward: its input, and the outputs of the gate and the up projection."""
+
+    held: HeldAdapters
+    input_groups = ("gate_proj up_proj", "down_proj")
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None) -> Tensor:
         """norm: the RMS norm before the MLP. With it, returns the hidden states after the residual connection.
@@ -84,11 +102,12 @@ class _LeanMLP(nn.Module):
         if norm is None:
             output: Tensor = super().forward(hidden_states)
             return output
-        linears = [read_lora_linear(module) for module in (self.gate_proj, self.up_proj)]
+        group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         gate, up, hidden = rms_norm_lora_linears(
-            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, linears
+            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, *group
         )
-        return swiglu_lora_linear_add(gate, up, read_lora_linear(self.down_proj), hidden).view_as(hidden_states)
+        (linear,), copies = self.held.read(self, self.input_groups[1], hidden.dtype)
+        return swiglu_lora_linear_add(gate, up, linear, hidden, copies).view_as(hidden_states)
 
 
 def _norm_heads(states: Tensor, norm: Any) -> Tensor:
@@ -119,7 +138,9 @@ def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
     if kernels == "stock":
         return
     if reason := unsupported_reason(model):
-        print(f"layers: stock, slower and with more memory, because {reason}")
+        if getattr(model, "why_stock", None) != reason:  # said already where a recipe's story calls it too
+            print(f"layers: stock, slower and with more memory, because {reason}")
+        model.why_stock = reason
         return
     swap_in_lean_classes(model)
     if model.device.type == "cuda" and (reason := why_no_triton()):
@@ -128,13 +149,27 @@ def use_lean_layers(model: PeftModel, kernels: Kernels) -> None:
 
 def swap_in_lean_classes(model: nn.Module) -> None:
     """Gives every module that has a lean class that class. `unsupported_reason(model)` must be None."""
+    held = HeldAdapters()
     for module in model.modules():
-        module.__class__ = _lean_class(module)
+        if type(module) in LEAN_CLASS_OF:
+            module.__class__ = LEAN_CLASS_OF[type(module)]
+            module.held = held  # type: ignore[assignment]
 
 
 def _lean_class(module: nn.Module) -> type:
     """The lean subclass of the module's class; its own class where there is none, or where it is lean already."""
     return LEAN_CLASS_OF.get(type(module), type(module))
+
+
+def copy_all_adapters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Makes all copies of adapters that are held (HeldAdapters.hold), as a first micro-batch does.
+
+    dtype: of the compute. Does nothing for a model without lean layers.
+    """
+    for module in model.modules():
+        if isinstance(module, _LeanAttention | _LeanMLP):
+            for names in module.input_groups:
+                module.held.read(module, names, dtype)
 
 
 def is_lean(model: nn.Module) -> bool:
@@ -174,14 +209,3 @@ def _unsupported_linear(module: Any) -> str | None:
     if not isinstance(module.lora_dropout[name], nn.Identity):
         return "they have no LoRA dropout"
     return None
-
-
-def read_lora_linear(module: Any) -> LoraLinear:
-    """The module's weights and the adapter that is active now, in the form that common.kernels takes."""
-    base = module.base_layer if isinstance(module, LoraLayer) else module
-    quant_state = getattr(base, "quant_state", None)  # a weight that FSDP2 has gathered has none of its own
-    if base is module or module.disable_adapters:
-        return LoraLinear(base.weight, base.bias, quant_state=quant_state)
-    (name,) = module.active_adapters
-    adapter = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
-    return LoraLinear(base.weight, base.bias, *adapter, quant_state)

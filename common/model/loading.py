@@ -112,8 +112,8 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     """The base model on the machine's device: linear layers in NF4 (`spec.bits=4`), all else in the compute dtype.
 
     Weights are read and quantized one tensor at a time, so host memory stays near one tensor above the result. With a
-    layout that shards, the decoder layers have no weights yet (common.model.hollow_model): call
-    common.model.sharding.shard_layers after the adapters are attached, which reads and shards them layer by layer.
+    layout that shards, the decoder layers have no weights yet (common.model.hollow_model): `train`, or an answer before
+    it, reads and shards them layer by layer when the adapters are attached (common.model.sharding).
     Raises UserError when the weights are missing, damaged, incomplete, or quantized in another way.
     """
     machine = machine or this_machine()
@@ -128,7 +128,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     quiet_transformers(also_on_terminal=size < MIN_ANNOUNCED_BYTES)
     announce_loading(spec, files, size, quantizes=quantizes)
     if layout.sharded:
-        model = build_hollow_model(spec, config, weights, machine)
+        model = build_hollow_model(spec, config, weights, machine, layout)
     else:
         with _show_loading(spec):
             model = load_whole_model(spec, config, weights, machine, generation, quantizes=quantizes)

@@ -5,6 +5,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.model.start_adapter import StartedFrom, digest_of, load_start_adapter
 from common.recipe import LoraSpec, UserError
 
 
@@ -12,8 +13,9 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
     """Puts fp32 adapters on every target module; nothing else is trainable.
 
     A starts from Kaiming-uniform noise, B from zero, so the model's outputs are unchanged until the first step. The
-    noise is drawn from torch's global generator, which is seeded with `seed`. Raises UserError when the model has no
-    module of a target's name, and when a target is the head.
+    noise is drawn from torch's global generator, which is seeded with `seed`. With `spec.start_from` both then become
+    those of that adapter. Raises UserError when the model has no module of a target's name, when a target is the head,
+    and as load_start_adapter.
     """
     names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     missing = [target for target in spec.target_modules if target not in names]
@@ -43,15 +45,26 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise RuntimeError(f"{name} is {parameter.dtype}; adapters are trained in fp32")
+    load_start_adapter(peft_model, spec)
     return peft_model
 
 
-def unmoved_adapters(adapter: dict[str, Tensor]) -> list[str]:
-    """Names of the B matrices that are still zero, as attach_lora made them: such an adapter changes nothing.
+def unmoved_adapters(adapter: dict[str, Tensor], start: StartedFrom | None = None) -> list[str]:
+    """Names of the B matrices of the linear layers that have learnt nothing since attach_lora made their adapters.
 
-    adapter: tensors by name.
+    adapter: tensors by name. A new adapter whose B is still zero changes nothing. One that started from another
+    (`start`) has learnt nothing where no tensor of the layer has moved.
     """
-    return [name for name, tensor in adapter.items() if "lora_B" in name and not tensor.any()]
+    names = [name for name in adapter if "lora_B" in name]
+    if start is None:
+        return [name for name in names if not adapter[name].any()]
+    moved = {_layer_of(name) for name, tensor in adapter.items() if digest_of(tensor) != start.digests[name]}
+    return [name for name in names if _layer_of(name) not in moved]
+
+
+def _layer_of(name: str) -> str:
+    """The linear layer of an adapter's tensor."""
+    return name.split(".lora_")[0]
 
 
 def trainable_params(model: nn.Module) -> int:

@@ -1,7 +1,7 @@
 """Head and loss fused: cross-entropy over the vocabulary, computed in tiles, without the logits of all tokens.
 
 The head is frozen, so training needs the gradient of the hidden states alone, and the forward pass can compute it: a
-tile of logits becomes probabilities, and those become its gradient, in place. That takes two matmuls with the head
+tile of logits is overwritten with its gradient (common.kernels.cross_entropy). That takes two matmuls with the head
 instead of three (TRL 1.16 computes each tile again in backward), and saves only a gradient of the hidden states' size.
 The same code runs on a GPU, on a CPU, and on the fake tensors of a plan.
 """
@@ -16,45 +16,56 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from common.kernels.cross_entropy import cross_entropy_
+from common.process_state import full_precision_sums
 from common.tokens.labels import trained_positions as find_trained_positions
 
-# A tile of logits in fp32. 2^26 entries are 512 tokens of Llama 3's vocabulary: enough rows for a saturated matmul.
+# Of a tile of logits, 128 MiB in 16 bits. By the plan the loss then adds nothing to the peak of a step of 2,048 tokens,
+# so a smaller tile saves nothing there. It is 512 rows of Llama 3's vocabulary. Each tile reads the head twice, and
+# meanwhile an H100 computes 240 rows, an RTX 4090 160 (common/plan/speed.py): with fewer rows a step takes longer.
 TILE_ENTRIES = 1 << 26
+# A program of a matmul computes 128 rows or 64: a tile of 523 takes as long as one of 640.
+ROWS_OF_A_PROGRAM = 128
+# The gradient of fp16 logits is kept so many times as large as it is. An entry below 2^-25 would be lost: beside a
+# token of probability 0.999 a third of what the others have if they are spread as words are, all of it if evenly. The
+# trainer's GradScaler comes too late for that. The sums over the vocabulary stay within 2 * 1024 times the head's
+# largest weight, so within fp16 for weights up to 32.
+FP16_SCALE = 1024.0
+
+
+def _rows_of_a_tile(vocabulary: int) -> int:
+    rows = max(1, TILE_ENTRIES // vocabulary)
+    return rows if rows < ROWS_OF_A_PROGRAM else rows - rows % ROWS_OF_A_PROGRAM
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-        tokens, vocabulary = len(positions), len(weight)
-        rows = max(1, min(tokens, TILE_ENTRIES // vocabulary))
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.zeros_like(hidden) if wants_gradient else None
-        tile = torch.empty((rows, vocabulary), dtype=torch.float32, device=hidden.device)
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for start in range(0, tokens, rows):
-            here, target = positions[start : start + rows], targets[start : start + rows, None]
-            probabilities = tile[: len(here)]
-            logits = torch.mm(hidden[here].to(weight.dtype), weight.t())
-            probabilities.copy_(logits)
-            highest = probabilities.amax(-1, keepdim=True)
-            target_logit = probabilities.gather(-1, target)
-            partition = probabilities.sub_(highest).exp_().sum(-1, keepdim=True)
-            total += (partition.log() + highest - target_logit).sum()
-            if gradient is not None:
-                # d loss / d logits = softmax - 1 at the target
-                probabilities.div_(partition)
-                probabilities[torch.arange(len(here), device=here.device), target[:, 0]] -= 1
-                gradient[here] = torch.mm(logits.copy_(probabilities), weight).to(gradient.dtype)
-            del logits
+        ctx.scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
+        nll = torch.empty_like(targets, dtype=torch.float32)
+        tokens, rows = len(positions), _rows_of_a_tile(len(weight))
+        with full_precision_sums():
+            for start in range(0, tokens, rows):
+                tile = slice(start, start + rows)
+                here = positions[tile]
+                logits = torch.mm(hidden[here].to(weight.dtype), weight.t())
+                nll[tile] = cross_entropy_(logits, targets[tile], ctx.scale if wants_gradient else 0.0)
+                if gradient is not None:
+                    gradient[here] = torch.mm(logits, weight).to(gradient.dtype)
+                del logits  # before those of the next tile are there
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return nll.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None
+        # A vector of one number in fp32: it is not rounded to the gradient's dtype before the product.
+        factor = (grad / ctx.scale).reshape(1)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None, None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from common.model.quantization import QUANT_TYPE, SETTINGS, stored_quantization
 from common.model.safetensors_files import SafetensorsFolder
 
-VALUES_PER_SCALE, SCALES_PER_OUTER_SCALE = 64, 256  # bitsandbytes' defaults, and the paper's block sizes
 # What transformers' name of a stored 4-bit weight is followed by in the tensor that holds its settings.
 STORED_SETTINGS = SETTINGS + QUANT_TYPE
 # The tensors of a QuantState, in the order of `state_tensors`; the last two exist only with double quantization.

@@ -8,8 +8,8 @@ with their layers, and so are their gradients and the optimizer's states.
 """
 
 import math
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from torch.distributed.tensor import DTensor
 
 from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
+from common.machine.host_memory import page_locked
 from common.machine.layout import Layout
 from common.machine.out_of_memory import allocating_on_host
 from common.machine.slow_work import report_slow_work
 from common.model.activation_checkpointing import decoder_layers
-from common.model.hollow_model import fill_layer, take_layer_weights
+from common.model.hollow_model import fill_layer, planned_layout, take_layer_weights
 from common.recipe import LoraSpec, TrainSpec, require
 
 ADAPTER_NAME = "default"  # that PEFT gives the adapter, and leaves out in its files
@@ -57,10 +58,11 @@ def shard_layers(model: PeftModel, layout: Layout) -> None:
     """Reads the weights of the decoder layers, and shards each layer as soon as it has them.
 
     model: from `load_4bit` with the same layout, which leaves the layers without weights (common.model.hollow_model).
-    Does nothing for a layout that does not shard. Each machine reads and quantizes a weight once, for all of its cards.
+    Does nothing for a layout that does not shard, and for layers that are sharded. Each machine reads and quantizes a
+    weight once, for all of its cards.
     Raises UserError when the weights are damaged or others than the config says.
     """
-    if not layout.sharded:
+    if not layout.sharded or is_sharded(model):
         return
     base, machine = model.get_base_model(), this_machine()
     weights = take_layer_weights(base)
@@ -83,11 +85,43 @@ def shard_layers(model: PeftModel, layout: Layout) -> None:
     )
 
 
+def shard_empty_layers(model: nn.Module) -> None:
+    """shard_layers, as load_4bit's layout said, where the layers have no weights yet: before a run the model answers.
+
+    Does nothing for any other model. All processes must call it.
+    """
+    if isinstance(model, PeftModel) and (layout := planned_layout(model.get_base_model())):
+        shard_layers(model, layout)
+
+
+@contextmanager
+def without_fsdp_classes(model: nn.Module) -> Iterator[None]:
+    """In the block each sharded module has the class that it had before; then FSDP2's subclass of the one it has now.
+
+    fully_shard gives a module a class made of FSDPModule and the module's own, torch 2.13 _fully_shard/_fsdp_init.py.
+    """
+    sharded = {module: type(module) for module in model.modules() if isinstance(module, FSDPModule)}
+    for module, fsdp_class in sharded.items():
+        module.__class__ = fsdp_class.__mro__[fsdp_class._orig_cls_mro_index]
+    yield
+    for module, fsdp_class in sharded.items():
+        if module.__class__ is not fsdp_class.__mro__[fsdp_class._orig_cls_mro_index]:
+            own = {"__deepcopy__": vars(fsdp_class)["__deepcopy__"]}
+            fsdp_class = type(f"FSDP{type(module).__name__}", (FSDPModule, type(module)), own)
+        module.__class__ = fsdp_class
+
+
 def shard_layer(layer: nn.Module, mesh: DeviceMesh, *, on_host: bool = False) -> None:
-    """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in pinned host memory."""
-    host = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda")
+    """Applies FSDP2's fully_shard to one decoder layer. on_host keeps its shards in host memory.
+
+    It is page-locked where there is a GPU and the system allows it.
+    """
+    policy = OffloadPolicy()
     with allocating_on_host() if on_host else nullcontext():
-        fully_shard(layer, mesh=mesh, offload_policy=host if on_host else OffloadPolicy())
+        if on_host:
+            size = sum(parameter.nbytes for parameter in layer.parameters()) // mesh.size()
+            policy = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda" and page_locked(size).is_pinned())
+        fully_shard(layer, mesh=mesh, offload_policy=policy)
 
 
 def shard_root(model: PeftModel, mesh: DeviceMesh) -> None:

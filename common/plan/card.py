@@ -1,5 +1,6 @@
 """The memory that a plan may use: of a card, what a step cannot use of it, and of the host."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,14 +10,24 @@ from common.machine.device import GIB, Machine, available_ram
 from common.machine.processes import local_world_size
 from common.recipe import UserError
 
-CONTEXT_BYTES = GIB // 2  # CUDA context and loaded kernels: about 0.5 GiB on cards of this size; not measured by us
+# Nothing here was measured by this repository; docs/memory.md has the sources.
+# Of a process that trains, beside what torch allocates: the CUDA context with the kernels it has loaded. GiB of the
+# card, and bytes up to that size. Others measured 0.22 to 0.40 GiB on an RTX 3090, 0.41 to 0.51 on an RTX 4090, 0.55 on
+# an L4, 0.58 to 0.60 on an RTX 5090, 0.95 on a card of 80 GB.
+CONTEXT_BYTES = ((24, int(0.55 * GIB)), (48, int(0.6 * GIB)), (math.inf, GIB))
+# Of that, kernels: CUDA loads each at its first launch, so a context that is there has few of them yet. Assumed to be
+# 150 to 350 MiB in a training step.
+KERNEL_BYTES = 350 << 20
 # cuBLAS takes 8 blocks of 4,096 KiB (CUBLAS_WORKSPACE_CONFIG, common/process_state.py), once for the forward and once
-# for the backward thread, and cuBLASLt up to as much again (torch, ATen/cuda/CUDABlas.cpp).
-WORKSPACE_BYTES = 3 * (32 << 20)
-NCCL_BYTES = GIB // 4  # its buffers and kernels, on a card that talks to others; assumed, not measured
+# for the backward thread; cuBLASLt uses the same (torch.backends.cuda, TORCH_CUBLASLT_UNIFIED_WORKSPACE). Two of them
+# are what peaks that others published show.
+WORKSPACE_BYTES = 2 * (32 << 20)
+# NCCL's buffers and kernels on a card that talks to others: measured on two A100 over NVLink, and taken for PCIe too.
+NCCL_BYTES = int(0.54 * GIB)
 # Of the card: blocks whose size the allocator cannot use, with expandable segments.
 RESERVE_SHARE = 0.03
-# Of the available host memory: pinned blocks are powers of two, and the data needs some.
+# Of the available host memory: the data and other programs need some, and what is page-locked cannot be swapped out.
+# Assumed, not measured.
 HOST_SHARE = 0.8
 SAME_SIZE_BITS = 26  # cards that differ by less than 2**26 bytes, 64 MiB, are of one size
 
@@ -30,6 +41,9 @@ class Card:
     has_context: bool = False  # this process has its CUDA context on the card already
     gpu: str | None = None  # its name, for its speed; None is an RTX 4090
     uses_nccl: bool = False  # it talks to other cards
+    # Of a layer that another stream gathers. torch's allocator keeps freed blocks for the stream that took them: they
+    # serve no tensor of the step.
+    other_stream_bytes: int = 0
     host_bytes: int | None = None  # of host memory that a run may use beside it; None where that is not known
 
     @classmethod
@@ -48,11 +62,16 @@ class Card:
     def overhead(self) -> dict[str, int]:
         """What the count cannot see and no step can use, in bytes, by name."""
         return {
-            "CUDA context": 0 if self.has_context else CONTEXT_BYTES,
+            "CUDA context": 0 if self.has_context else self._context_bytes() - KERNEL_BYTES,
+            "CUDA kernels": KERNEL_BYTES,
             "workspaces": WORKSPACE_BYTES,
             "NCCL": NCCL_BYTES if self.uses_nccl else 0,
+            "another stream's layer": self.other_stream_bytes,
             "reserve": int(RESERVE_SHARE * self.size),
         }
+
+    def _context_bytes(self) -> int:
+        return next(size for up_to, size in CONTEXT_BYTES if self.size <= up_to * GIB)
 
     @property
     def overhead_bytes(self) -> int:

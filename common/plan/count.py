@@ -14,12 +14,15 @@ from unittest.mock import patch
 import torch
 from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from common.machine.collectives import local_tensor
 from common.model.activation_checkpointing import decoder_layers
+from common.model.held_adapters import held_adapters
+from common.model.lean_layers import copy_all_adapters
 from common.plan.ledger import Ledger
 from common.plan.resident import find_resident_memory
-from common.plan.step import GRADIENTS, Step
+from common.plan.step import ADAPTERS, GRADIENTS, Step
 
 
 def count_step(
@@ -42,17 +45,23 @@ def count_step(
     if accumulates:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
+    held, sharded = held_adapters(model), any(isinstance(parameter, DTensor) for parameter in trained)
+    held.hold(copies=not sharded)  # as the trainer
+    if accumulates and not sharded:  # earlier micro-batches have made them
+        copy_all_adapters(model, next(model.parameters()).dtype)  # the embedding's
     resident = find_resident_memory(model, optimizer)
-    sharded = any(resident.sharded_per_layer.values())
     ledger = Ledger(resident.tensors, references=references)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.set_kind(p.grad, GRADIENTS)) for p in trained]
     resize = patch.object(torch.UntypedStorage, "resize_", lambda storage, size: ledger.resize(storage, size))
     with ledger, resize, _segments_of_layers(model, ledger):
         value = loss()
+        for copy in held.tensors():
+            ledger.set_kind(copy, ADAPTERS)
         ledger.begin_segment("loss")
         value.backward()
         del value
         ledger.begin_segment("optimizer")
+        held.release()
         if sharded:
             torch.nn.utils.get_total_norm([local_tensor(p.grad) for p in trained if p.grad is not None])
         elif max_grad_norm is not None:
@@ -68,6 +77,7 @@ def count_step(
         len(decoder_layers(model)),
         ledger.segments(),
         resident.sharded_per_layer,
+        resident.shard_on_host,
     )
 
 

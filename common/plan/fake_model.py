@@ -16,12 +16,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 
+from common.kernels.nf4_dequantize import SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE
 from common.model.activation_checkpointing import decoder_layers
 from common.model.config import load_config
 from common.model.lean_layers import swap_in_lean_classes, unsupported_reason
 from common.model.lora import attach_lora
 from common.model.loss import fuse_head_and_loss
-from common.model.nf4 import SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE, make_linears_4bit, quantization_config
+from common.model.nf4 import make_linears_4bit, quantization_config
 from common.model.quantization import QUANT_TYPE
 from common.recipe import Kernels, LoraSpec, ModelSpec
 

@@ -22,10 +22,11 @@ from common.plan.fake_process_group import fake_process_group
 from common.plan.mixed_layers import find_mixed_layers
 from common.plan.speed import SPEEDS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
-from common.plan.step import Step
+from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS, Step
 from common.recipe import Recipe
 
 SHORT_EXAMPLE_TOKENS = 64  # data of shorter examples is rare
+PARAMETERS = (WEIGHTS, EMBEDDINGS, ADAPTERS)  # kinds of a decoder layer's parameters; its norms count as EMBEDDINGS
 
 
 @dataclass(frozen=True)
@@ -50,47 +51,60 @@ class Forecast:
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
-    def step(self, tokens: int, policy: Policy, *, accumulates: bool = True, on_host: int = 0) -> Step:
+    def step(self, tokens: int, policy: Policy, *, rows: int = 1, accumulates: bool = True, on_host: int = 0) -> Step:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
-        Counted on a few layers and spliced. With flash attention only the number of tokens matters, not the rows they
-        lie in; with another attention they are one row. on_host: layers whose shards wait in host memory.
+        Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention
+        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards wait in host
+        memory.
 
         Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
         are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates).with_shards_on_host(on_host)
+        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_shards_on_host(on_host)
 
-    def _splice(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
+    @property
+    def packs(self) -> bool:
+        """Whether the rows of a micro-batch lie one after another, without padding and without a mask."""
+        return self.setting.attention == PACKED_ATTENTION
+
+    def gathered_layer_bytes(self) -> int:
+        """Bytes of the largest decoder layer's parameters gathered from all cards; 0 where layers are not sharded."""
+        if not self.layout.sharded:
+            return 0
+        shards = self.step(self.recipe.train.seq_len, Policy(self.layers)).sharded_per_layer
+        return self.layout.processes * sum(shards[kind] for kind in PARAMETERS) + self.mixed.gathered
+
+    def _splice(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Step:
         parts = []
         if policy.recomputed:
-            parts.append(self._layers_that_recompute(tokens, policy, accumulates))
+            parts.append(self._layers_that_recompute(tokens, policy, accumulates, rows))
         if policy.kept:
-            parts.append(self._layers_that_keep(tokens, policy, accumulates))
+            parts.append(self._layers_that_keep(tokens, policy, accumulates, rows))
         return self.mixed.add_to(splice_layers(parts))
 
-    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool) -> Part:
+    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
         # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
         # stays on the card.
         repeated = 2 if policy.offload else 1
         counted = min(self.layers, repeated + 2)
-        step = self._count(tokens, replace(policy, layers=counted, kept=0), accumulates)
+        step = self._count(tokens, replace(policy, layers=counted, kept=0), accumulates, rows)
         if policy.kept and self.layout.sharded:
             # None of them is the model's last layer, which gathers itself in its backward pass.
             return Part(step, [min(i, max(0, counted - 2)) for i in range(policy.recomputed)])
         return Part(step, layers_to_copy(policy.recomputed, counted, repeated))
 
-    def _layers_that_keep(self, tokens: int, policy: Policy, accumulates: bool) -> Part:
+    def _layers_that_keep(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
         counted = min(self.layers, 3)
-        step = self._count(tokens, Policy(counted, counted), accumulates)
+        step = self._count(tokens, Policy(counted, counted), accumulates, rows)
         copied = layers_to_copy(policy.kept, counted, 1)
         if policy.recomputed and counted > 2:  # none of them is the model's first layer
             copied = [max(1, i) for i in copied]
         return Part(step, copied)
 
-    def count(self, tokens: int, policy: Policy, accumulates: bool) -> Step:
+    def count(self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1) -> Step:
         """Counts the step of a model of `policy.layers` layers.
 
         It makes a new model each time: the first step may change one (bitsandbytes casts biases).
@@ -109,22 +123,22 @@ class Forecast:
         )
         checkpoint_activations(model, policy)
         if not self.layout.sharded:
-            return self._count_with(model, mode, tokens, accumulates)
+            return self._count_with(model, mode, tokens, accumulates, rows)
         with fake_process_group(self.layout.processes) as mesh:
             with mode:
                 for layer in decoder_layers(model):
                     shard_layer(layer, mesh)
                 shard_root(model, mesh)
-            return self._count_with(model, mode, tokens, accumulates)
+            return self._count_with(model, mode, tokens, accumulates, rows)
 
-    def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool) -> Step:
+    def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool, rows: int) -> Step:
         train, dtype = self.recipe.train, self.setting.dtype
         if train.optimizer == "paged_adamw_8bit":  # it moves pages to the host when it must; planned as if it never did
             train = replace(train, optimizer="adamw_8bit")
         optimizer = build_optimizer(model, train)  # not under the mode: bitsandbytes makes tables of values
         with mode, patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
-            padding_free = self.setting.attention == PACKED_ATTENTION
-            batch = full_batch(tokens, min(tokens, train.seq_len), padding_free=padding_free)
+            longest = min(tokens, train.seq_len) if self.packs else tokens // rows
+            batch = full_batch(tokens, longest, padding_free=self.packs)
 
             def loss() -> torch.Tensor:
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -150,13 +164,18 @@ def _is_autocast_enabled(device_type: str = "cpu") -> bool:
 
 
 def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
-    """A micro-batch in the form of common.data.batches.collate: int64 (1, tokens), every token trained.
+    """A micro-batch in the form of common.data.batches.collate, every token trained.
 
-    padding_free: as many short examples (SHORT_EXAMPLE_TOKENS), for the scratch memory of attention, but with the
-    attention of examples of `longest` tokens. Otherwise one row.
+    padding_free: int64 (1, tokens), as many short examples (SHORT_EXAMPLE_TOKENS), for the scratch memory of attention,
+    but with the attention of examples of `longest` tokens. Otherwise rows of `longest` tokens, int64 (tokens / longest,
+    longest), which need a mask: the positions say that examples end in them. Raises ValueError where `longest` does not
+    divide the tokens.
     """
+    if not padding_free and tokens % longest:
+        raise ValueError(f"{tokens} tokens are no rows of {longest}")
+    shape = (1, tokens) if padding_free else (tokens // longest, longest)
     names = ("input_ids", "labels", "position_ids")
-    batch: dict[str, Any] = {name: torch.zeros((1, tokens), dtype=torch.int64) for name in names}
+    batch: dict[str, Any] = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
     batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)
     if padding_free:
         starts = torch.zeros(tokens // SHORT_EXAMPLE_TOKENS + 2, dtype=torch.int32)

@@ -15,12 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from common.kernels import REFERENCES
 from common.machine.collectives import local_tensor
+from common.machine.host_memory import page_locked_bytes
 from common.plan.operators import (
+    COPY,
     DECOMPOSITIONS,
+    EMPTY_ON_HOST,
+    MORE_TRAFFIC,
     OPERATORS_WITHOUT_TRAFFIC,
     SCRATCH_BYTES,
-    TO_DEVICE,
-    TO_HOST,
     flops_of,
 )
 from common.plan.speed import Work
@@ -98,11 +100,13 @@ class Ledger(TorchDispatchMode):
         if operator.namespace == "prim":  # it asks something about a tensor
             return outputs
         produced = [outputs] if isinstance(outputs, Tensor) else _tensors_in(outputs)
-        if operator in (TO_HOST, TO_DEVICE):
-            self.work[-1].link_bytes += sum(tensor.nbytes for tensor in produced)
-        if operator is TO_HOST:
+        if operator is EMPTY_ON_HOST:
             self._keep_on_host(produced[0])
             return outputs
+        if operator is COPY and self._is_on_host(args[0]) != self._is_on_host(args[1]):
+            self.work[-1].link_bytes += args[0].nbytes
+            self.work[-1].launches += 1
+            return outputs  # it moves beside the computation
         for tensor in produced:
             self._allocate_if_new(tensor)
         if operator.namespace == "c10d":
@@ -112,6 +116,8 @@ class Ledger(TorchDispatchMode):
             self._allocate_scratch(round_up(SCRATCH_BYTES[operator](*args, **kwargs)))
         if operator not in OPERATORS_WITHOUT_TRAFFIC and not operator.is_view:
             traffic = sum(tensor.nbytes for tensor in _tensors_in((args, kwargs)) + produced)
+            if operator in MORE_TRAFFIC:
+                traffic += MORE_TRAFFIC[operator](*args, **kwargs)
             self.work[-1].operators.append((flops_of(operator, args, kwargs, outputs), traffic))
             self.work[-1].launches += 1
         return outputs
@@ -143,8 +149,11 @@ class Ledger(TorchDispatchMode):
         self.allocations.append((segment, size))
         self.events += [(segment, allocation, 1), (segment, allocation, -1)]
 
+    def _is_on_host(self, tensor: Tensor) -> bool:
+        return local_tensor(tensor).untyped_storage()._cdata in self.on_host
+
     def _keep_on_host(self, tensor: Tensor) -> None:
-        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        key, size = tensor.untyped_storage()._cdata, page_locked_bytes(tensor.untyped_storage().nbytes())
         self.on_host[key] = size
         self.host_bytes[-1] += size
         weakref.finalize(tensor.untyped_storage(), self._leave_host, key)

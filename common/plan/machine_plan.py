@@ -5,13 +5,14 @@ from dataclasses import replace
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.machine.collectives import all_gather, broadcast_from_main
-from common.machine.device import Machine, require_gpu, this_machine, unusable_gpu
+from common.machine.device import Machine, require_gpu, this_machine, warn_of_unused_gpu
 from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import attention_implementation
 from common.model.config import load_config, refuse_more_positions
 from common.model.sharding import refuse_unshardable
+from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
@@ -26,8 +27,10 @@ def plan_for_card(recipe: Recipe) -> Plan:
     For several GPUs it plans for the smallest, and for references where a machine's Triton cannot launch kernels, with
     a line that says why. It downloads nothing but the config of a model that does not ship its config here.
 
-    Raises UserError when the recipe needs a GPU that is not there, and when one row does not fit.
+    Raises UserError when the recipe needs a GPU that is not there, when one row does not fit, and as
+    find_start_adapter.
     """
+    find_start_adapter(recipe.lora, recipe.model, recipe.out)
     machine = this_machine()
     if recipe.card_gib is not None:
         require_gpu(recipe.model.name)
@@ -35,8 +38,7 @@ def plan_for_card(recipe: Recipe) -> Plan:
     if machine.is_gpu:
         plan = _plan_for_gpus(recipe, machine)
     else:
-        if reason := unusable_gpu():
-            print(f"warning: training on the CPU: {reason}")
+        warn_of_unused_gpu("training")
         plan = _plan_for_cpu(recipe, machine)
     plan = broadcast_from_main(plan)  # another process may count its own shards a few bytes smaller
     print(plan.text)

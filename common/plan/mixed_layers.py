@@ -39,11 +39,18 @@ class MixedLayers:
             return step
         per_layer, outside = dict(step.resident_per_layer), dict(step.resident_outside_layers)
         per_layer[WEIGHTS] += self.weights
-        sharded = dict(step.sharded_per_layer)
+        sharded, on_host = dict(step.sharded_per_layer), step.shard_on_host
         if any(sharded.values()):
             sharded[WEIGHTS] += self.sharded
+            on_host += self.sharded
             outside[GATHERED] += 3 * self.gathered
-        return replace(step, resident_per_layer=per_layer, resident_outside_layers=outside, sharded_per_layer=sharded)
+        return replace(
+            step,
+            resident_per_layer=per_layer,
+            resident_outside_layers=outside,
+            sharded_per_layer=sharded,
+            shard_on_host=on_host,
+        )
 
 
 def find_mixed_layers(spec: ModelSpec, dtype: torch.dtype, shards: int = 1) -> MixedLayers:

@@ -9,9 +9,12 @@ import torch.nn.attention.varlen  # registers torch.ops.torch_attn
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
-import common.model.activation_offload  # noqa: F401  (registers torch.ops.common.to_host and to_device)
+import common.machine.host_memory  # noqa: F401  (registers torch.ops.common.empty_on_host)
+from common.kernels.cross_entropy import cross_entropy_
+from common.kernels.swiglu import swiglu_backward_
 
-TO_HOST, TO_DEVICE = torch.ops.common.to_host.default, torch.ops.common.to_device.default
+SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+EMPTY_ON_HOST, COPY = torch.ops.common.empty_on_host.default, torch.ops.aten.copy_.default
 
 
 def _varlen_backward_scratch(
@@ -49,6 +52,29 @@ def _varlen_backward_flops(
     return 5 * _varlen_flops(query, key, value, starts, ends, longest) // 2
 
 
+def _sdpa_backward_scratch(grad_out: Tensor, query: Tensor, *_: Any, **__: Any) -> int:
+    """Bytes that the backward pass of SDPA's memory-efficient attention allocates inside the operator.
+
+    In fp32: dq, and one number a token and head. For head dims beyond 64 it may also hold 64 rows of dk and dv, 200
+    times at most. Source: torch, transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h.
+    Nothing where the inputs are fp32: then it is a CPU whose step is counted, and its operator needs none of that.
+    """
+    if query.element_size() > 2:
+        return 0
+    rows, heads, tokens, dim = query.shape
+    return 4 * rows * heads * -(-tokens // 64) * 64 * (dim + 1) + (2 * 4 * 200 * 64 * dim if dim > 64 else 0)
+
+
+def _sdpa_flops(query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """FLOP of attention with a mask, which computes what the mask hides too: two matmuls of length x length x dim."""
+    return 4 * query.numel() * key.shape[-2]
+
+
+def _sdpa_backward_flops(grad_out: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """FLOP of its backward pass: five matmuls."""
+    return 5 * _sdpa_flops(query, key) // 2
+
+
 def _gemm_4bit(
     inputs: Tensor,
     weight: Tensor,
@@ -73,9 +99,12 @@ def _gemm_4bit(
     return torch.nn.functional.linear(inputs, dequantized, bias)
 
 
-# Bytes that an operator allocates and frees inside itself, where the count cannot see them. From its arguments.
+# Bytes that an operator allocates and frees inside itself, where the count cannot see them. From its arguments. On fake
+# tensors the CPU's operator of SDPA stands for the GPU's memory-efficient one, which runs where there is a mask: both
+# return the output and a log-sum-exp, and both save the mask.
 SCRATCH_BYTES: dict[Any, Callable[..., int]] = {
-    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_scratch
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_scratch,
+    SDPA_BACKWARD: _sdpa_backward_scratch,
 }
 # Operators that allocate inside, each with a function that does the same in operators that the count sees.
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {torch.ops.bitsandbytes.gemm_4bit.default: _gemm_4bit}
@@ -85,6 +114,14 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_.default: lambda _, a, b: 2 * a.numel() * b.shape[-1],
     torch.ops.torch_attn._varlen_attn.default: _varlen_flops,
     torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _sdpa_flops,
+    SDPA_BACKWARD: _sdpa_backward_flops,
+}
+# Bytes that an operator reads and writes beyond its arguments and results, once each. Both of these write to an
+# argument, and the loss reads its logits twice.
+MORE_TRAFFIC: dict[Any, Callable[..., int]] = {
+    cross_entropy_: lambda logits, _, scale: 2 * logits.nbytes if scale else 0,
+    swiglu_backward_: lambda grad, *_: grad.nbytes,
 }
 # Operators that read and write no memory. Views do not either, and say so themselves (`is_view`).
 OPERATORS_WITHOUT_TRAFFIC = {

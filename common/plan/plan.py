@@ -90,7 +90,7 @@ def make_plan(planner: Planner, option: Option) -> Plan:
         f"{(option.peak + card.overhead_bytes) / GIB:.1f} GiB of {card.name} with what a count cannot see{kept}{host}"
     )
     if layout.sharded:
-        why += f"\n  {_words_of_shards(step, layout)}"
+        why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
@@ -98,7 +98,7 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     return build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
 
 
-def _words_of_shards(step: Step, layout: Layout) -> str:
+def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str:
     """What one of the cards that share a model holds."""
     shards = (step.layers - layout.on_host) * sum(step.sharded_per_layer.values())
     gathered = max(now[GATHERED] for _, now in step.timeline())
@@ -106,7 +106,7 @@ def _words_of_shards(step: Step, layout: Layout) -> str:
     return (
         f"on each card {shards / GIB:.1f} GiB of parts (weights, adapters, gradients, optimizer), "
         f"{unsharded / GIB:.1f} GiB whole (embedding, head, norm, scales), at most {gathered / GIB:.1f} GiB of layers "
-        "gathered, the next one early"
+        f"gathered, the next one early; {other_stream_bytes / GIB:.1f} GiB set aside for one in another stream's memory"
     )
 
 

@@ -15,10 +15,12 @@ from common.model.config import refuse_more_positions
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
-from common.plan.step import ADAPTERS, Step, peak_between
+from common.plan.step import GRADIENTS, Step, lagrange_weights, peak_between
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
+# Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
+COUNTED_LENGTHS = (4_096, 8_192, 16_384)
 LONG_ROW_TOKENS = 8_192  # from here on attention is a large enough part of a layer to be worth keeping
 TIME_TOLERANCE = 1.02  # options whose modelled times differ by less than this factor take the same time
 TRAFFIC_TOLERANCE = 1.1  # options whose traffic differs by about less than this factor send as much
@@ -41,23 +43,26 @@ class Planner:
     """The options of one recipe on one card.
 
     Every allocation of a step is a straight line in the tokens of the micro-batch. So the search counts each policy at
-    two numbers of tokens and interpolates. What it chooses is counted again as it is.
+    two numbers of tokens and interpolates. What it chooses is counted again as it is. An attention that is not packed
+    has a mask: a straight line in the rows of the micro-batch, a parabola in the length of a row.
     """
 
     def __init__(
         self, recipe: Recipe, card: Card, setting: Setting | None = None, layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.seq_len, self.layout = recipe, recipe.train.seq_len, layout
-        self.card = replace(card, uses_nccl=layout.processes > 1)
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
         self.layers = self.forecast.layers
+        other_stream = self.forecast.gathered_layer_bytes()
+        self.card = replace(card, uses_nccl=layout.processes > 1, other_stream_bytes=other_stream)
         # DistributedDataParallel sends gradients in buckets of its own, which take as much memory as the gradients.
         self.bucket_bytes = 0
         if layout.processes > 1 and not layout.sharded:
-            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[ADAPTERS]
-        self.counted_tokens = self.seq_len, max(MAX_MICRO_BATCH_TOKENS, 2 * self.seq_len)
+            self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[GRADIENTS]
+        # In full rows, which is all that an attention with a mask can be counted in.
+        self.counted_tokens = self.seq_len, self.seq_len * max(2, MAX_MICRO_BATCH_TOKENS // self.seq_len)
 
     def choose(self) -> Option | None:
         """The fastest option that fits, under the recipe's own policy if it names one. None when not even one row fits.
@@ -150,18 +155,23 @@ class Planner:
     def interpolate(self, rows: int, policy: Policy, on_host: int = 0) -> Option:
         """The option, its peak and time between those of two counts."""
         tokens, speed = rows * self.seq_len, self.forecast.speed
-        first, second, share = self._two_counts(tokens, policy, on_host)
-        seconds = first.seconds(speed) + share * (second.seconds(speed) - first.seconds(speed))
-        host = int(first.host_peak() + share * (second.host_peak() - first.host_peak()))
-        sent = first.link_bytes() + share * (second.link_bytes() - first.link_bytes())
-        peak = peak_between(first, second, share) + self.bucket_bytes
+        counts = [
+            self.forecast.step(counted, policy, rows=counted // self.seq_len, on_host=on_host)
+            for counted in self.counted_tokens
+        ]
+        weights = lagrange_weights(tokens, self.counted_tokens)
+        pairs = list(zip(weights, counts, strict=True))
+        seconds = sum(weight * count.seconds(speed, self.rows_here // rows) for weight, count in pairs)
+        host = round(sum(weight * count.host_peak() for weight, count in pairs))
+        sent = sum(weight * count.link_bytes() for weight, count in pairs)
+        peak = peak_between(counts, weights) + self.bucket_bytes
         return Option(rows, policy, peak, seconds / tokens, on_host, host, sent / tokens)
 
     def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
         tokens, accumulates = rows * self.seq_len, rows < self.rows_here
-        step = self.forecast.step(tokens, policy, accumulates=accumulates, on_host=on_host)
-        seconds = step.seconds(self.forecast.speed)
+        step = self.forecast.step(tokens, policy, rows=rows, accumulates=accumulates, on_host=on_host)
+        seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
         peak = step.peak() + self.bucket_bytes
         option = Option(rows, policy, peak, seconds / tokens, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step
@@ -171,21 +181,17 @@ class Planner:
 
         It does not ask how many positions the model has.
         """
+        lengths = self.counted_tokens if self.forecast.packs else COUNTED_LENGTHS
+        counts = [self.forecast.step(tokens, policy, on_host=on_host) for tokens in lengths]
         low, high = 0, 1 << 13  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
-            first, second, share = self._two_counts(256 * middle, policy, on_host)
-            if peak_between(first, second, share) + self.bucket_bytes <= self.card.budget:
+            peak = peak_between(counts, lagrange_weights(256 * middle, lengths)) + self.bucket_bytes
+            if peak <= self.card.budget:
                 low = middle
             else:
                 high = middle - 1
         return 256 * low
-
-    def _two_counts(self, tokens: int, policy: Policy, on_host: int) -> tuple[Step, Step, float]:
-        """Two counts of the step, and where between them one with so many tokens lies: 0 to 1, or beyond."""
-        short, long = self.counted_tokens
-        first, second = (self.forecast.step(count, policy, on_host=on_host) for count in (short, long))
-        return first, second, (tokens - short) / (long - short)
 
 
 def _traffic_class(option: Option) -> int:

@@ -75,9 +75,11 @@ class PlanReport:
     def _times(self) -> str:
         speed = self.speed
         assumed = "" if self.card.gpu and speed.name in self.card.gpu else " assumed"
+        matmul, memory = speed.matmul_efficiency, speed.memory_efficiency
         return (
-            f"times are modelled, not measured: {speed.name}{assumed}, {speed.flops_per_second / 1e12:,.0f} TFLOP/s, "
-            f"memory {speed.memory_bytes_per_second / GIB:,.0f} GiB/s, "
+            f"times are modelled, not measured: {speed.name}{assumed}, "
+            f"{_share(matmul)}{speed.flops_per_second / 1e12:,.0f} TFLOP/s, "
+            f"memory {_share(memory)}{speed.memory_bytes_per_second / GIB:,.0f} GiB/s, "
             f"host link {speed.link_bytes_per_second / GIB:.0f} GiB/s, {speed.launch_seconds * 1e6:.0f} µs a launch"
         )
 
@@ -143,6 +145,10 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     return PlanReport(
         planner.recipe, planner.card, planner.forecast.speed, make_plan(planner, option), rows, longest, positions
     )
+
+
+def _share(efficiency: float) -> str:
+    return "" if efficiency == 1 else f"{efficiency:.0%} of "
 
 
 def label_of(kind: str, recipe: Recipe) -> str:

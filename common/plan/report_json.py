@@ -58,6 +58,8 @@ def _values(report: PlanReport) -> dict[str, Any]:
             "name": speed.name,
             "matmul_flop_per_second": speed.flops_per_second,
             "memory_bytes_per_second": speed.memory_bytes_per_second,
+            "matmul_efficiency": speed.matmul_efficiency,
+            "memory_efficiency": speed.memory_efficiency,
             "host_link_bytes_per_second": speed.link_bytes_per_second,
             "launch_seconds": speed.launch_seconds,
         },

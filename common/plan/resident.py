@@ -10,7 +10,9 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from common.machine.collectives import local_tensor
+from common.machine.host_memory import page_locked_bytes
 from common.model.activation_checkpointing import decoder_layers
+from common.model.held_adapters import HeldAdapters
 from common.plan.ledger import round_up
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 
@@ -22,6 +24,7 @@ class ResidentMemory:
     outside_layers: dict[str, int]
     per_layer: dict[str, int]
     sharded_per_layer: dict[str, int]  # of per_layer, this card's shards
+    shard_on_host: int  # bytes that the shards of a layer take in host memory instead
     tensors: list[Tensor]  # all of them; of sharded ones the local tensor
 
 
@@ -38,7 +41,24 @@ def find_resident_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         in_first = [pair for pair in in_first if _storage_key(pair[0]) not in in_last]
     total, per_layer = _sum_by_kind(everything), _sum_by_kind(in_first)
     outside = {kind: total[kind] - len(layers) * per_layer[kind] for kind in KINDS}
-    return ResidentMemory(outside, per_layer, _sum_by_kind(sharded), [local_tensor(tensor) for tensor, _ in everything])
+    return ResidentMemory(
+        outside,
+        per_layer,
+        _sum_by_kind(sharded),
+        sum(_bytes_on_host(tensor, kind) for tensor, kind in sharded),
+        [local_tensor(tensor) for tensor, _ in everything],
+    )
+
+
+def _bytes_on_host(shard: Tensor, kind: str) -> int:
+    """Bytes that a shard takes in host memory under FSDP2's CPUOffloadPolicy: parameters and gradients are page-locked.
+
+    Gradients count with their adapters, whether they are there already or not. Optimizer states are ordinary memory.
+    """
+    size = local_tensor(shard).untyped_storage().nbytes()
+    if kind == GRADIENTS:
+        return 0
+    return size if kind == OPTIMIZER else page_locked_bytes(size) * (2 if kind == ADAPTERS else 1)
 
 
 def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str]]:
@@ -60,6 +80,9 @@ def _tensors_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator
                     yield tensor, WEIGHTS
             else:
                 yield parameter, EMBEDDINGS
+        if isinstance(held := getattr(child, "held", None), HeldAdapters):
+            for copy in held.tensors(child):
+                yield copy, ADAPTERS
 
 
 def weight_tensors(linear: nn.Linear) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """A roofline model of time: what a part of the step does, and how long a card takes for it."""
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,32 +34,71 @@ class Speed:
     """The speeds of a machine that the time of a step depends on."""
 
     name: str
-    flops_per_second: float  # dense 16-bit matmul
-    memory_bytes_per_second: float  # of the GPU's memory
+    flops_per_second: float  # dense 16-bit matmul with fp32 sums, by the data sheet
+    memory_bytes_per_second: float  # of the GPU's memory, by the data sheet
     # Each way, to the host and to other cards. PCIe 4.0 x16 moves about 25 of its 32 GB/s.
     link_bytes_per_second: float = 25e9
-    launch_seconds: float = 6e-6  # of Python and dispatch, an operator; assumed, not measured
+    # The share of each that a training step reaches.
+    matmul_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    # Of Python and torch's dispatcher, an operator: benchmarks/results/launch_cpu.json, forward and backward of a layer
+    # that keeps its activations (one that recomputes: 17e-6), on an AMD EPYC. The driver's launch is not in it.
+    launch_seconds: float = 12e-6
 
     def seconds(self, work: Work) -> float:
         """The slowest of three that run side by side: the operators, the copies over the link, and the launches.
 
         An operator takes as long as its matmul or its memory traffic, whichever is longer.
         """
-        operators = float((work.table / (self.flops_per_second, self.memory_bytes_per_second)).max(axis=1).sum())
+        matmul = self.flops_per_second * self.matmul_efficiency
+        memory = self.memory_bytes_per_second * self.memory_efficiency
+        operators = float((work.table / (matmul, memory)).max(axis=1).sum())
         return max(operators, work.link_bytes / self.link_bytes_per_second, work.launches * self.launch_seconds)
 
 
-# Dense bf16 matmul with fp32 sums, and memory bandwidth. Nothing here was measured by this repository. RTX 4090 and
-# 3090 are their data sheets. The 790e12 of H100 and H200 is a matmul speed that others measured on an H200 (the data
-# sheet says 989e12), taken for the H100 too; their bandwidths are the data sheets'.
+# Dense bf16 (T4: fp16) matmul with fp32 sums, and memory bandwidth, by NVIDIA's data sheets (GeForce: the architecture
+# white papers AD102, GA102 and Blackwell RTX, appendix A). The efficiencies are from steps that others measured. Seven
+# of QLoRA, LoRA and bf16 LoRA on an A100 (foundation-model-stack/fms-acceleration, scripts/benchmarks/refs) lie within
+# 2 % of 78.5 % of the matmuls and 68 % of the memory traffic. An RTX 4090 and a 3090 (AnswerDotAI/fsdp_qlora,
+# benchmarks_03_2024.md) take 1.03 and 1.1 times as long as the model says without any. 80 % of an H200's matmuls, 790
+# TFLOP/s, were measured by others and are taken for the H100 too, as is the A100's 68 % for both. Of the other cards no
+# efficiency is known.
 SPEEDS = (
     Speed("RTX 4090", 165e12, 1.01e12),
     Speed("RTX 3090", 71e12, 0.94e12),
-    Speed("H100", 790e12, 3.35e12),
-    Speed("H200", 790e12, 4.8e12),
+    Speed("RTX 5090", 209.5e12, 1.79e12),
+    Speed("A100", 312e12, 2.04e12, matmul_efficiency=0.785, memory_efficiency=0.68),  # 80 GB, SXM
+    Speed("H100", 989e12, 3.35e12, matmul_efficiency=0.8, memory_efficiency=0.68),  # SXM
+    Speed("H200", 989e12, 4.8e12, matmul_efficiency=0.8, memory_efficiency=0.68),
+    Speed("L40S", 362e12, 0.864e12),
+    Speed("L4", 121e12, 0.3e12),
+    Speed("T4", 65e12, 0.32e12),
 )
 
 
 def speed_of(gpu: str | None) -> Speed:
     """The speed of a GPU by its name. An unknown one counts as the first: a plan compares ratios of times only."""
-    return next((speed for speed in SPEEDS if gpu and speed.name in gpu), SPEEDS[0])
+    return next((speed for speed in SPEEDS if gpu and re.search(rf"\b{speed.name}\b", gpu)), SPEEDS[0])
+
+
+# FLOP per second of dense bf16 matmul with fp32 sums by NVIDIA's data sheets and architecture papers; fp16 for the T4,
+# which has no bf16, and half of a rate that a sheet shows "with sparsity". By the names that CUDA gives to whole cards:
+# a laptop's RTX 4090, a slice of a card (MIG) and a card that is not here have none.
+DATA_SHEET_FLOPS = {
+    r"H100 80GB HBM3|H200": 989.4e12,
+    r"H100 NVL|H200 NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"A100-(SXM4|PCIE)-[48]0GB|A100 80GB PCIe": 312e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"T4": 65e12,
+    r"RTX 5090": 209.5e12,
+    r"RTX 4090": 165.2e12,
+    r"RTX 3090": 71e12,
+}
+
+
+def data_sheet_flops(gpu: str) -> float | None:
+    """FLOP per second of 16-bit matmul that the GPU's data sheet promises, by its name in CUDA; None if not known."""
+    name = re.sub(r"^((NVIDIA|Tesla|GeForce) )*", "", gpu)
+    return next((flops for pattern, flops in DATA_SHEET_FLOPS.items() if re.fullmatch(pattern, name)), None)

@@ -43,7 +43,14 @@ def splice_layers(parts: Sequence[Part]) -> Step:
         *reversed(backward),
         _segment_outside("optimizer", parts, layers),
     )
-    return Step(last.resident_outside_layers, last.resident_per_layer, layers, segments, last.sharded_per_layer)
+    return Step(
+        last.resident_outside_layers,
+        last.resident_per_layer,
+        layers,
+        segments,
+        last.sharded_per_layer,
+        last.shard_on_host,
+    )
 
 
 def _segment_outside(name: str, parts: Sequence[Part], layers: int) -> Segment:

@@ -1,6 +1,7 @@
 """One optimizer step as data: what it allocates and releases, moment by moment, and what it does meanwhile."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class Segment:
     name: str
     events: tuple[Event, ...]  # in order
     work: Work
-    host_bytes: int  # that move to host memory and stay there after it, less those that return
+    host_bytes: int  # of host memory that it takes, as torch rounds it, less what it gives back
 
     @cached_property
     def net(self) -> int:
@@ -65,6 +66,7 @@ class Step:
     layers: int
     segments: tuple[Segment, ...]
     sharded_per_layer: dict[str, int] = field(default_factory=dict)  # of resident_per_layer, this card's shards
+    shard_on_host: int = 0  # bytes that this card's shards of a layer take where they wait in host memory
 
     @property
     def resident(self) -> dict[str, int]:
@@ -94,7 +96,7 @@ class Step:
             work = replace(segment.work, link_bytes=segment.work.link_bytes + is_layer * shard * layers / self.layers)
             changed[id(segment)] = replace(segment, work=work)
         segments = [changed[id(segment)] for segment in self.segments]
-        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * shard)
+        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * self.shard_on_host)
         return replace(self, resident_outside_layers=outside, segments=tuple(segments))
 
     def segment(self, name: str) -> Segment:
@@ -132,25 +134,34 @@ class Step:
         """Bytes that cross the link to the host and to other cards."""
         return sum(segment.work.link_bytes for segment in self.segments)
 
-    def seconds(self, speed: Speed) -> float:
-        return sum(speed.seconds(segment.work) for segment in self.segments)
+    def seconds(self, speed: Speed, micro_batches: int = 1) -> float:
+        """Of one of the step's micro-batches, with its share of the optimizer's update, which comes once a step."""
+        return sum(
+            speed.seconds(segment.work) / (micro_batches if segment.name == "optimizer" else 1)
+            for segment in self.segments
+        )
 
 
-def peak_between(first: Step, second: Step, share: float) -> int:
-    """Bytes at the worst moment of a step between two counts of the same step (share 0 to 1), or beyond them.
+def peak_between(counts: Sequence[Step], weights: Sequence[float]) -> int:
+    """Bytes at the worst moment of a step between or beyond counts of the same step with other numbers of tokens.
 
-    The bytes of each event are a straight line in the tokens of the micro-batch. Where the counts have different
-    numbers of events in a segment (the loss goes tile by tile), the segment's rise is taken for a straight line.
+    weights: of each count (lagrange_weights), together 1. The bytes of each event are a polynomial in the tokens, which
+    two counts determine where it is a straight line, and three where it is a parabola. Where the counts have different
+    numbers of events in a segment (the loss goes tile by tile), the segment's rise is taken for such a polynomial.
     """
-    now = highest = float(sum(first.resident.values()))
-    rises: dict[tuple[int, int], float] = {}
-    for a, b in zip(first.segments, second.segments, strict=True):
-        key = id(a), id(b)
+    now = highest = float(sum(counts[0].resident.values()))
+    rises: dict[tuple[int, ...], float] = {}
+    for alike in zip(*(count.segments for count in counts), strict=True):
+        key = tuple(map(id, alike))
         if key not in rises:
-            same_events = len(a.levels) == len(b.levels)
-            rises[key] = (
-                (a.levels + share * (b.levels - a.levels)).max() if same_events else a.rise + share * (b.rise - a.rise)
-            )
+            same_events = len({len(segment.levels) for segment in alike}) == 1
+            levels = np.array([segment.levels if same_events else [segment.rise] for segment in alike])
+            rises[key] = float((np.array(weights) @ levels).max())
         highest = max(highest, now + rises[key])
-        now += a.net + share * (b.net - a.net)
-    return int(highest)
+        now += sum(weight * segment.net for weight, segment in zip(weights, alike, strict=True))
+    return round(highest)
+
+
+def lagrange_weights(at: float, counted: Sequence[float]) -> list[float]:
+    """The weight of each counted point in the polynomial's value at `at`: Lagrange's form, as many points as terms."""
+    return [math.prod((at - other) / (point - other) for other in counted if other != point) for point in counted]

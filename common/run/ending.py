@@ -12,6 +12,7 @@ from common.machine.out_of_memory import out_of_memory
 from common.machine.paths import output_path
 from common.model.lora import unmoved_adapters
 from common.model.sharding import is_sharded
+from common.model.start_adapter import StartedFrom
 from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.artefacts import save_adapter, save_generation_config, save_tokenizer
@@ -22,18 +23,19 @@ from common.run.final_save import save_without_loss, write_optional
 from common.run.folder import REPORT
 from common.run.loss_picture import draw_loss
 from common.run.metrics_file import MetricsFile
+from common.run.model_card import write_model_card
 from common.run.preflight import SMALL_FILES_BYTES, adapter_bytes
 from common.run.prompts import sample_prompts
 from common.run.report import write_report
 from common.run.run_json import write_run_json
 
 
-def refuse_unmoved(adapter: dict[str, Tensor], steps: int) -> None:
+def refuse_unmoved(adapter: dict[str, Tensor], steps: int, start: StartedFrom | None = None) -> None:
     """Raises UserError when no step has moved the adapter, and warns of parts of it that none has moved.
 
-    adapter: its tensors by name.
+    adapter: its tensors by name. start: where it started, if not anew.
     """
-    unmoved, count = unmoved_adapters(adapter), sum("lora_B" in name for name in adapter)
+    unmoved, count = unmoved_adapters(adapter, start), sum("lora_B" in name for name in adapter)
     if len(unmoved) == count:
         raise UserError(
             f"{steps} {'step' if steps == 1 else 'steps'} taught nothing: the adapter is what it was before the first. "
@@ -76,6 +78,7 @@ def leave_files(
     saved += write_optional("metrics.jsonl", lambda: metrics_file.write_whole(folder))
     saved += write_optional("loss.png", lambda: draw_loss(folder, metrics["kept_step"]))
     write_optional("sample answers", add_samples)
+    saved += write_optional("README.md", lambda: write_model_card(folder))
     is_on_a_page = write_optional("report.html", lambda: write_report(folder))
     print(f"{', '.join(saved[:-1])} and {saved[-1]} are in {folder}")
     if is_on_a_page:

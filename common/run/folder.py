@@ -11,21 +11,22 @@ from pathlib import Path
 
 from common.machine.disk import WRITING_SUFFIX, remove
 from common.machine.lock import LockHeld, hold_lock, refuse_held
+from common.model.adapter_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from common.model.adapter_files import ADAPTER_WEIGHTS as ADAPTER_WEIGHTS
+from common.model.adapter_files import RUN_JSON as RUN_JSON
 from common.recipe import ExistingRun, UserError
 from common.run.replaced_run import DONE, MOVING, REPLACED, remove_replaced, set_aside, settle
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-RUN_JSON = "run.json"
 EVAL_JSON = "eval.json"
 HELD_OUT_ROWS = "held_out.parquet"
 METRICS = "metrics.jsonl"
 LOSS_PICTURE = "loss.png"
+MODEL_CARD = "README.md"
 REPORT = "report.html"
 CHECKPOINTS, CHECKPOINT_PREFIX = "checkpoints", "checkpoint-"  # checkpoints/checkpoint-100: of step 100
 LOCK_FILE = ".lock"  # says which process runs here; a killed run leaves it, and it locks nothing then
-TENSORBOARD, TRACKIO, WANDB = "tensorboard", "trackio", "wandb"  # folders of trackers
-RUN_FOLDERS = (CHECKPOINTS, TENSORBOARD, TRACKIO, WANDB)
+MLFLOW, SWANLAB, TENSORBOARD, TRACKIO, WANDB = "mlflow", "swanlog", "tensorboard", "trackio", "wandb"  # of trackers
+RUN_FOLDERS = (CHECKPOINTS, MLFLOW, SWANLAB, TENSORBOARD, TRACKIO, WANDB)
 SAVING = ".saving"  # a folder for files that are being written; a killed run leaves it
 RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
     ADAPTER_CONFIG,
@@ -36,6 +37,7 @@ RUN_FILES = (  # --overwrite replaces these and RUN_FOLDERS, and nothing else
     HELD_OUT_ROWS,
     LOSS_PICTURE,
     METRICS,
+    MODEL_CARD,
     REPORT,
     RUN_JSON,
     "special_tokens_map.json",
@@ -124,8 +126,8 @@ def _run_lock_in_words(folder: Path) -> Iterator[None]:
     except LockHeld as error:
         if not str(error):
             raise UserError(
-                f"a command (make eval, merge, export or report) reads {folder}: wait until it has ended, or choose "
-                "another folder: OUT=..."
+                f"a command (make eval, merge, export, report or push) reads {folder}: wait until it has ended, or "
+                "choose another folder: OUT=..."
             ) from error
         raise RunUnderWay(
             f"a run is under way in {folder} ({error}): wait until it has ended, or name another folder: OUT=..."
@@ -171,7 +173,8 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     names -= {name for name in names if name.startswith(f"{REPORT}.") and name.endswith(WRITING_SUFFIX)}  # make report
     if (folder / LOCK_FILE).is_file() and not (folder / LOCK_FILE).is_symlink():
         names -= {LOCK_FILE}
-    foreign = sorted(names - {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING})
+    known = {*RUN_FILES, *RUN_FOLDERS, REPLACED, MOVING} if names != {MODEL_CARD} else set()
+    foreign = sorted(names - known)  # a README.md alone is no run's: its adapter would be beside it
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":

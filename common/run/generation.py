@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 
 from common.machine.processes import is_main_process
 from common.machine.slow_work import WorkDone, format_duration, report_slow_work, show_status
-from common.model.sharding import is_sharded
+from common.model.sharding import is_sharded, shard_empty_layers
 from common.run.answer_config import GREEDY, fit_to_answers
 from common.run.prompts import Prompt
 from common.tokens.stop_ids import stop_ids
@@ -54,6 +54,7 @@ def generate(
     assert max_seconds is None or not is_sharded(model)
     if not prompts:
         return []
+    shard_empty_layers(model)
     ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
     arguments = fit_to_answers(model.generation_config, model.config, tokenizer) | GREEDY
     was_training, attention = model.training, model.config._attn_implementation

@@ -1,9 +1,10 @@
-"""What TRL's trainer and accelerate would do to a model that the recipe has prepared, and must not."""
+"""What the libraries' trainers and accelerate would do to a model that the recipe has prepared, and must not."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from accelerate import Accelerator
 from peft import PeftModel
@@ -62,3 +63,18 @@ def keep_adapters_fp32(model: PeftModel) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in adapters:
             parameter.data = adapters[name]
+
+
+@contextmanager
+def leave_training_mode(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """In the block model.train() returns at once where all modules train already; else it is torch's own.
+
+    transformers' training_step calls it for every micro-batch, and it sets the mode of each of them anew: 12 ms for the
+    2,665 modules of Llama 3 8B with adapters, in which a GPU that has computed all it was given is idle. To look at
+    their modes takes a hundredth of that. modules: all those of the model.
+    """
+    if all(module.training for module in modules):
+        with patch.object(model, "train", lambda: model):
+            yield
+    else:
+        yield

@@ -10,7 +10,8 @@ from pathlib import Path
 from common import REPOSITORY
 
 MAKE_TARGETS = ("finetune", "dryrun")  # those that run a recipe
-MAKE_VARIABLES = {"--data": "DATA", "--out": "OUT", "--set": "SET"}  # the Makefile's variables for these flags
+# The Makefile's variables for these flags.
+MAKE_VARIABLES = {"--data": "DATA", "--gpu": "GPU", "--out": "OUT", "--set": "SET"}
 
 
 def command_line(arguments: list[str] | None = None) -> str:

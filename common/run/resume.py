@@ -17,6 +17,7 @@ from common.machine.device import this_machine
 from common.machine.disk import remove_leftovers
 from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
+from common.model.start_adapter import StartRecord
 from common.plan.plan import Plan
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.best import best_step, held_out_losses, is_out_of_patience
@@ -30,6 +31,7 @@ CONTENT_OF = {
     "DataSpec.eval_source": "held_out",
     "ModelSpec.chat_template": "rows",
     "ModelSpec.name": "base",
+    "LoraSpec.start_from": "start",
 }
 # Fields of a recipe that may change between two parts of a run. Any other change is refused.
 RESUME_IGNORES = {  # the result does not depend on them
@@ -64,10 +66,13 @@ DEFAULTS = {
 }
 
 
-def run_identity(recipe: Recipe, rows: Rows, plan: Plan, base: dict[str, str] | None = None) -> dict[str, Any]:
+def run_identity(
+    recipe: Recipe, rows: Rows, plan: Plan, base: dict[str, str] | None = None, start: StartRecord | None = None
+) -> dict[str, Any]:
     """What a checkpoint of this run belongs to, as JSON can hold it: recipe, rows by their hash, versions, sizes.
 
-    base: the sha256 of each of the base model's files (base_hash); None for random weights.
+    base: the sha256 of each of the base model's files (base_hash); None for random weights. start: the adapter that
+    the run started from; None for a new one.
     """
     specs = (recipe, recipe.model, recipe.data, recipe.lora, recipe.train)
     fields = {
@@ -82,6 +87,7 @@ def run_identity(recipe: Recipe, rows: Rows, plan: Plan, base: dict[str, str] | 
         "rows": hash_rows(rows.train),
         "held_out": None if rows.evaluation is None else hash_rows(rows.evaluation),
         "base": base,
+        "start": None if start is None else start.sha256,
         "versions": {name: version(name) for name in LIBRARIES},
         "plan": f"{plan.micro_batch_rows} x {plan.accumulation} rows on {plan.layout.processes} processes",
         "machine": str(this_machine()),
@@ -121,6 +127,8 @@ def refuse_another_run(old: dict[str, Any], new: dict[str, Any], where: str) -> 
     changed = _changed_files(old.get("base"), new["base"])
     if changed and not any(line.startswith("ModelSpec.") for line in refused):
         refused.append(f"the base model is not what it was: {', '.join(changed)} changed")
+    if old.get("start") != new["start"] and not any(line.startswith("LoraSpec.start_from") for line in refused):
+        refused.append("the adapter that the run started from is not what it was (LoraSpec.start_from)")
     if old.get("held_out", new["held_out"]) != new["held_out"] and not refused:
         print("warning: the held-out rows are not what they were: their losses before and after this do not compare")
     for name in old["versions"] | new["versions"]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from common.machine.disk import sha256_of, write_text_atomically
 from common.machine.paths import hide_home
 from common.model.base_hash import base_record
 from common.model.lora import trainable_params
+from common.model.start_adapter import start_record
 from common.plan.plan import Plan
 from common.recipe import Recipe
 from common.run.drift import Drift
@@ -31,6 +33,7 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
     Seconds, tokens and tokens per second are those of the last step; losses are nats per trained token.
     """
     steps = [entry for entry in history if "loss" in entry]
+    retries, ooms = this_machine().full_times()
     held_out = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return {
         "steps": steps_done,
@@ -41,6 +44,8 @@ def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step
         "peak_gib": round(this_machine().peak_bytes() / GIB, 2),
         "predicted_bytes": plan.peak_bytes,
         "allocated_bytes": this_machine().allocated_bytes(),
+        "alloc_retries": retries,  # torch.cuda.memory_stats
+        "alloc_ooms": ooms,
         "step_downs": step_downs,
         "first_loss": steps[0]["loss"],
         "last_loss": steps[-1]["loss"],
@@ -62,6 +67,24 @@ def memory_line(metrics: dict[str, Any]) -> str:
     return line + "".join(f"\n  out of memory in {step}" for step in metrics["step_downs"])
 
 
+def full_line(full_times: Sequence[tuple[int, int]]) -> str | None:
+    """That a GPU was full, and what it means; None where none was. full_times: Machine.full_times of each process."""
+    retries, ooms = max(full_times)
+    if not retries and not ooms:
+        return None
+    which = f"the fullest of {len(full_times)} GPUs" if len(full_times) > 1 else "the GPU"
+    failed = f", and {_times(ooms)} that was not enough (out of memory)" if ooms else ""
+    return (
+        f"{which} was full {_times(retries)}: torch waited for it, gave back the memory it had cached and asked again"
+        f"{failed}. That takes time: end other programs on the card (nvidia-smi), or take a leaner "
+        "TrainSpec.checkpointing"
+    )
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
 def write_run_json(
     folder: Path,
     recipe: Recipe,
@@ -74,11 +97,15 @@ def write_run_json(
 ) -> None:
     """metrics: of run_metrics. samples: completions of held-out prompts (compare_completions)."""
     base = base_record(model)
+    start, lora = start_record(model), recipe.lora
+    if lora.start_from is not None:
+        lora = dataclasses.replace(lora, start_from=hide_home(lora.start_from))
     run = {
-        "recipe": dataclasses.asdict(dataclasses.replace(recipe, out=hide_home(recipe.out))),
+        "recipe": dataclasses.asdict(dataclasses.replace(recipe, lora=lora, out=hide_home(recipe.out))),
         "plan": dataclasses.asdict(plan),
         "data": [_source_record(report) for report in rows.reports],
         "base": None if base is None else dataclasses.asdict(base),
+        "start": None if start is None else dataclasses.asdict(start),
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
         "machine": str(this_machine()),

@@ -7,21 +7,24 @@ held-out loss by tokens. checkpoints: it writes them whole or not at all. librar
 from changing what the recipe prepared.
 """
 
-from functools import partial
+from collections.abc import Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainerCallback
 from trl import SFTTrainer
 
-from common.data.batches import Batch
+from common.data.batches import TOKENS, Batch, collate_counted
+from common.machine.collectives import all_reduce_sum
 from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import Policy
+from common.model.held_adapters import held_adapters
 from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards
 from common.recipe import Keep
 from common.run.artefacts import save_adapter
@@ -29,7 +32,12 @@ from common.run.best import HeldOutDecisions, best_step, held_out_losses
 from common.run.checkpoints import staging_folder, write_checkpoint
 from common.run.folder import ADAPTER_WEIGHTS
 from common.run.held_out_loss import batch_nll, fill_up, mean_nll
-from common.run.library_defaults import keep_adapters_fp32, leave_sharding_alone, refuse_second_sharding
+from common.run.library_defaults import (
+    keep_adapters_fp32,
+    leave_sharding_alone,
+    leave_training_mode,
+    refuse_second_sharding,
+)
 from common.run.lr_schedule import build_lr_schedule, set_lr_of_next_step
 from common.run.recompute_check import RecomputeCheck
 from common.run.rehearsal import rehearse
@@ -60,12 +68,14 @@ class Trainer(SFTTrainer):
     ) -> None:
         self.is_sharded = is_sharded(model)
         refuse_second_sharding(self.is_sharded, arguments["args"])
+        self.collate = arguments.pop("data_collator")
         with keep_adapters_fp32(model):
-            super().__init__(model, **arguments)
+            super().__init__(model, data_collator=partial(collate_counted, collate_rows=self.collate), **arguments)
         self.worst, self.optimizer_bytes, self.run = worst, optimizer_bytes, run or {}
         self.filler = worst if self.is_sharded else None  # for processes with fewer batches than others
         self.keep, self.patience = keep, patience
         self.step_under_way = OptimizerStep(0)
+        self.held = held_adapters(model)
         self.recompute_check = RecomputeCheck(model, lambda: self.step_down.policy)
         self.step_down = StepDown(model, policy, before_retry=self.recompute_check.count_again)
         self.skipped_steps = SkippedSteps(model, self.nll_of_each, find_places)
@@ -89,19 +99,47 @@ class Trainer(SFTTrainer):
         self.lr_scheduler = build_lr_schedule(self.optimizer, schedule, ratio, num_training_steps)
         return self.lr_scheduler
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor]:
+        """The micro-batches of an optimizer step, and their trained tokens. Counts the tokens of all processes."""
+        batches, trained_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        (tokens,) = all_reduce_sum([sum(batch.pop(TOKENS, 0) for batch in batches)])
+        self.state.num_input_tokens_seen += int(tokens)
+        return batches, trained_tokens
+
+    def _track_num_input_tokens(self, inputs: Batch) -> None:
+        """Does nothing: get_batch_samples has counted. The stock trainer waits for the GPU after each micro-batch."""
+
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """Of the model. To walk over them takes milliseconds."""
+        return list(self.model.modules())
+
+    @cached_property
+    def parameters_outside_embeddings(self) -> int:
+        return int(self.model.num_parameters(exclude_embeddings=True))
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As the stock trainer, which counts the parameters anew for every micro-batch: two walks over the modules."""
+        return 6 * int(inputs["input_ids"].numel()) * self.parameters_outside_embeddings
+
     def training_step(self, model: PeftModel, inputs: Batch, num_items_in_batch: Tensor | None = None) -> Tensor:
         """Forward and backward of one micro-batch. Returns its loss, divided by the tokens of the whole step."""
         number = self.state.global_step + 1
         if self.step_under_way.number != number:
             self.step_under_way = OptimizerStep(number)
+            self.held.hold(copies=not self.is_sharded)  # no adapter changes until the step's gradients are complete
         self.step_under_way.micro_batches.append(inputs)
         compute = partial(super().training_step, model, num_items_in_batch=num_items_in_batch)
-        loss = self.step_down.compute(compute, self.step_under_way.micro_batches, number, backward=True)
+        with leave_training_mode(model, self.modules):
+            loss = self.step_down.compute(compute, self.step_under_way.micro_batches, number, backward=True)
         self.step_under_way.losses.append(loss)
         return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be finite again
 
     def _get_grad_norm(self, model: PeftModel, grad_norm: Tensor | None = None) -> Tensor:
         """The stock trainer calls it when the gradients of a step are complete and clipped."""
+        self.held.release()
         norm: Tensor = super()._get_grad_norm(model, grad_norm)
         self.skipped_steps.skip_unless_finite(self.step_under_way, norm, self.accelerator.scaler)
         return norm.nan_to_num(0.0, 0.0, 0.0)
@@ -127,6 +165,7 @@ class Trainer(SFTTrainer):
             accumulates=self.args.gradient_accumulation_steps > 1,
             missing_state_bytes=0 if resumed else self.optimizer_bytes,
         )
+        self.held.release()
         self.step_under_way = OptimizerStep(0)
 
     # The held-out loss
@@ -134,7 +173,7 @@ class Trainer(SFTTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per trained token of the held-out rows, in nats."""
         rows, size = self.eval_dataset, self.args.eval_batch_size
-        metrics = {"eval_loss": mean_nll(rows, self.nll, self.data_collator, size, self.filler)[0]}
+        metrics = {"eval_loss": mean_nll(rows, self.nll, self.collate, size, self.filler)[0]}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

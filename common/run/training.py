@@ -12,14 +12,18 @@ from transformers import PreTrainedTokenizerFast
 
 from common.data.rows import Rows
 from common.data.steps import settle_rows_per_step, step_lines
-from common.machine.collectives import broadcast_from_main, run_on_main
+from common.machine.collectives import all_gather, broadcast_from_main, run_on_main
+from common.machine.device import this_machine
+from common.machine.layout import Layout
 from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
+from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
-from common.model.sharding import gather_adapter
+from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
+from common.model.start_adapter import started_from
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
-from common.recipe import Recipe, Stopped, TrainSpec, UserError
+from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import warn_of_capacity
 from common.run.checkpoints import step_of_checkpoint
@@ -32,7 +36,7 @@ from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
 from common.run.resume import checkpoint_to_resume, rows_per_step_before
-from common.run.run_json import memory_line, run_metrics
+from common.run.run_json import full_line, memory_line, run_metrics
 from common.run.stopping import StopSignals
 from common.run.trackers import GuardedTracker, keep_tracker_files
 from common.run.trainer import Trainer
@@ -52,6 +56,7 @@ def train(
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
     refuse_without_held_out(recipe.train, rows)
+    make_layers_ready(model, recipe.train.kernels, plan.layout)
     mend_pad_embedding(model, tokenizer)
     ChatFormat(tokenizer).refuse_untrained_tokens(model.get_input_embeddings().weight)
     run_on_main(lambda: rehearse_save(model, tokenizer, recipe, plan))
@@ -79,6 +84,8 @@ def train(
     if written.train.rows_per_step == "auto":  # run.json has the recipe as it was settled
         metrics["recipe_as_written"] = {"rows_per_step": "auto", "learning_rate": written.train.learning_rate}
     print(memory_line(metrics))
+    if line := full_line(all_gather(this_machine().full_times())):
+        print(line)
     losses = held_out_losses([*report.history, *trainer.state.log_history])
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
@@ -87,11 +94,23 @@ def train(
     if drift is not None:
         print("\n".join(drift.lines()))
     adapter = gather_adapter(model)
-    refuse_unmoved(adapter, trainer.state.global_step)
+    refuse_unmoved(adapter, trainer.state.global_step, started_from(model))
     with StopSignals("stopping when the files of the run are written") as stop:
         run_on_main(lambda: leave_files(model, tokenizer, rows, recipe, plan, metrics, report.metrics, adapter, drift))
         stop.raise_if_received(f"stopped after the last step; the run is whole, in {folder}")
     return metrics
+
+
+def make_layers_ready(model: PeftModel, kernels: Kernels, layout: Layout) -> None:
+    """Makes the decoder layers what the plan was counted for: lean, and sharded where it says so.
+
+    What is so already stays: a recipe may have called use_lean_layers or shard_layers, or asked for answers. Lean comes
+    first where it can, because fully_shard gives a layer another class. All processes must call it.
+    """
+    if not is_lean(model):
+        with without_fsdp_classes(model):
+            use_lean_layers(model, kernels)
+    shard_layers(model, layout)
 
 
 def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None = None) -> tuple[Recipe, Plan]:

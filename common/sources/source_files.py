@@ -78,6 +78,12 @@ def find_files(source: str) -> SourceFiles:
     return SourceFiles(tuple(files))
 
 
+def names_without_folders(source: str) -> str:
+    """A source of files in words that tell nothing of where they lie."""
+    parts = [source] if os.path.exists(local_path(source)) else _parts(source)
+    return ", ".join(Path(part).name or "files" for part in parts)
+
+
 def kind_of(path: Path) -> str:
     """The suffix that says which reader reads a file, without that of its compression.
 

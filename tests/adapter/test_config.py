@@ -12,12 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from common.adapter.config import _OF_TRAINING, _SUPPORTED, _WHY_NOT, read_adapter_config
 from common.adapter.find import find_adapter
 from common.adapter.gguf import write_adapter
 from common.adapter.load import load_trained
 from common.adapter.merge import MergedWeights, write_merged
 from common.cli import run_command
+from common.model.adapter_config import _OF_TRAINING, _SUPPORTED, _WHY_NOT, read_adapter_config
 from common.model.config import load_config
 from common.recipe import ModelSpec, Recipe, UserError
 from recipes.tiny import RECIPE

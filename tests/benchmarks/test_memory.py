@@ -21,4 +21,4 @@ def test_every_policy_is_measured(small_model):
     assert len({result["policy"] for result in results}) == 5
     assert all(result["predicted_bytes"] > 0 and result["tokens_per_s"] > 0 for result in results)
     assert results[0]["predicted_bytes"] > results[1]["predicted_bytes"] > results[2]["predicted_bytes"]
-    assert "predicted 0.1" in in_words(results[0])
+    assert "predicted 0.06 GiB" in in_words(results[0])  # two workspaces of 32 MiB, and little beside them

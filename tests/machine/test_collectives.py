@@ -1,15 +1,19 @@
 """Two processes of one machine tell each other what they have."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import distributed
 
+from common.cli import run
 from common.machine.collectives import all_gather, all_reduce_max, all_reduce_sum, broadcast_from_main, run_on_main
 from common.machine.shared_memory import MIN_SHARED_BYTES, read_once_per_machine
+from common.recipe import Stopped
 from tests.conftest import ROOT
 from tests.machine.test_processes import CPU, launcher
 
@@ -85,3 +89,26 @@ def test_a_single_process_gets_its_own_values():
     assert run_on_main(lambda: "done") == "done"
     (tensor,) = read_once_per_machine(torch.device("cpu"), lambda n: [torch.arange(n)], 3)
     assert tensor.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("stop", "status"), [(None, 0), (Stopped("stopped after step 3", 15), 143)])
+def test_a_process_of_torchrun_is_connected_for_cpu_and_gpu_and_disconnected_at_the_end(
+    recipe, monkeypatch, stop, status
+):
+    """Also the only one: accelerate would connect it with NCCL alone. NCCL warns of processes that stay connected."""
+    with socket.create_server(("", 0)) as place:
+        port = str(place.getsockname()[1])
+    launched = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    sums = []
+
+    def story(_):
+        assert distributed.is_initialized()
+        sums.extend(all_reduce_sum([1.5, 2]))
+        if stop:
+            raise stop
+
+    assert run(story, recipe, []) == status
+    assert sums == [1.5, 2]
+    assert not distributed.is_initialized()

@@ -45,6 +45,7 @@ def test_what_cannot_start_is_said_before_it_does(arguments, message):
 
 def test_more_gpus_than_there_are_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(UserError, match="GPUS is 4, and this machine has 2"):
         launch(TRAIN, 4)
 

@@ -205,3 +205,40 @@ def test_two_processes_share_the_rows_that_auto_takes_for_them(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         assert done.stdout.count("optimizer steps: 97 an epoch (385 packed rows, 4 a step); the run takes 3") == 1
     assert_same(tmp_path / "2", tmp_path / "1")
+
+
+LATE_SCRIPT = """
+import os, pathlib, sys, time
+from dataclasses import replace
+from common.cli import run
+from recipes.llama3_8b import RECIPE, main
+
+is_dir = pathlib.Path.is_dir
+if os.environ["RANK"] == "1":  # its disk answers when the first process has failed already
+    pathlib.Path.is_dir = lambda self, **how: time.sleep(5 * self.match("late_run")) or is_dir(self, **how)
+# With a date of its own the first process does not wait for the second one before it fails.
+sys.exit(run(main, replace(RECIPE, model=replace(RECIPE.model, template_date="2026-11-27"))))
+"""
+
+
+@pytest.mark.slow  # 20 s: a process that is not the first waits 10 s with what it says
+def test_processes_that_fail_for_one_reason_name_that_one_and_no_disk(tmp_path):
+    """As on two machines, where no launcher ends the second process before it speaks."""
+    (tmp_path / "late.py").write_text(LATE_SCRIPT)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "late.py"), "--out", str(tmp_path / "late_run")],
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT},
+            env=CPU | group | {"MASTER_PORT": port, "RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    for text in errors:
+        assert "needs an NVIDIA GPU" in text and "card_gib=None" in text
+        assert "a disk that they share" not in text

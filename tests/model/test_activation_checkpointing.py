@@ -83,6 +83,24 @@ def test_each_layer_and_attention_run_as_often_as_the_policy_says(folders, polic
     watch.verify(policy)
 
 
+def test_pitfall_16_dropout_that_only_the_config_names_is_drawn_alike_too(small_model, folders):
+    folder = small_model("llama", num_hidden_layers=3, attention_dropout=0.2)
+    expected = gradients(adapted(folder, NONE))
+    got = gradients(adapted(folder))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    undropped = gradients(adapted(folders["llama"]))
+    assert not any(torch.equal(got[name], undropped[name]) for name in got)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_state_of_random_numbers_is_saved_where_something_is_random(folders, dropout, monkeypatch):
+    saved, stock = [], torch.get_rng_state
+    model = adapted(folders["llama"], dropout=dropout)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: saved.append(1) or stock())
+    gradients(model)
+    assert len(saved) == (2 * 3 if dropout else 0)  # of each layer, in forward and beside its recompute
+
+
 def saved_bytes(policy, folder) -> int:
     """Bytes that the forward pass keeps for backward, of storages that are not the model's."""
     model = adapted(folder, policy)

@@ -63,9 +63,7 @@ def test_a_filled_layer_is_what_load_4bit_loads(spec):
 
 
 def test_a_model_that_is_not_hollow_has_no_weights_to_take(small_llama):
-    with pytest.raises(
-        RuntimeError, match="the layers have their weights already; a recipe calls load_4bit with layout"
-    ):
+    with pytest.raises(UserError, match="the recipe has loaded them whole: write load_4bit"):
         take_layer_weights(load_4bit(ModelSpec(str(small_llama))))
 
 

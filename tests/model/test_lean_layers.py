@@ -22,7 +22,7 @@ from common.model.lean_layers import is_lean, unsupported_reason, use_lean_layer
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.recipe import LoraSpec, ModelSpec
+from common.recipe import LoraSpec, ModelSpec, UserError
 from common.run.artefacts import save_adapter
 from common.run.trainer_config import build_trainer
 from common.tokens.labels import IGNORED
@@ -259,5 +259,5 @@ def test_a_run_whose_layers_are_not_what_was_planned_does_not_start(recipe, kern
     recipe = replace(recipe, train=replace(recipe.train, kernels=kernels))
     model, tokenizer, rows, _, plan = prepare(recipe, split(recipe, 2))
     wanted = replace(recipe, train=replace(recipe.train, kernels=other))
-    with pytest.raises(RuntimeError, match=f"the layers are not {other}, as planned; a recipe calls use_lean_layers"):
+    with pytest.raises(UserError, match=f"the layers are not {other}, as TrainSpec.kernels says: remove the call"):
         build_trainer(model, tokenizer, rows, wanted, plan, Path(recipe.out))

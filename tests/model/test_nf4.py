@@ -5,12 +5,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from common.kernels.nf4_dequantize import SCALES_PER_OUTER_SCALE, VALUES_PER_SCALE
 from common.machine.device import Machine
 from common.model.config import load_config
 from common.model.loading import load_4bit
 from common.model.nf4 import (
-    SCALES_PER_OUTER_SCALE,
-    VALUES_PER_SCALE,
     dequantize,
     make_linears_4bit,
     names_of_4bit_linears,

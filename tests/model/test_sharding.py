@@ -62,16 +62,19 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
 
 
 def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # as in tests/plan/test_count.py
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # as in tests/plan/test_count.py
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
     forecast = Forecast(recipe, Setting(torch.float32, "sdpa", triton=False), layout=TWO)
     lines = steps(2, kernels, policies)
     assert [line["policy"] for line in lines] == list(fully_sharded.POLICIES)[:policies]
     for line in lines:
-        step = forecast.step(fully_sharded.TOKENS, fully_sharded.POLICIES[line["policy"]])
+        policy = fully_sharded.POLICIES[line["policy"]]
+        step = forecast.step(fully_sharded.TOKENS, policy)
         counted = step.peak() - sum(step.resident.values())
         print(f"{kernels}, {line['policy']}: {counted / line['peak']:.4f} of the real")
-        assert counted == pytest.approx(line["peak"], rel=0.02)
+        # With inputs on the host the worst moment is in backward, where gloo's threads hold a layer's gradients longer
+        # in some runs than in others: 0.5 to 2.8 % in five runs.
+        assert counted == pytest.approx(line["peak"], rel=0.04 if policy.offload else 0.02)
 
 
 @pytest.mark.slow
@@ -194,8 +197,10 @@ def test_models_of_one_and_two_layers_count_when_sharded(layers):
 
 def test_a_card_holds_its_part_of_the_layers_and_all_that_is_outside(eight):
     one, part = Forecast(cut(8)).step(2048, Policy(8)).resident, eight.step(2048, Policy(8)).resident
-    for kind in (ADAPTERS, GRADIENTS, OPTIMIZER):
+    for kind in (GRADIENTS, OPTIMIZER):
         assert part[kind] / one[kind] == pytest.approx(1 / 2, rel=1e-3), kind
+    # One card alone holds copies in bf16 beside the adapters in fp32; shards are cast at each use.
+    assert part[ADAPTERS] / one[ADAPTERS] == pytest.approx(4 / 2 / (4 + 2), rel=1e-3)
     # Of a 4-bit weight the 4 bits are sharded; its scales, 8/64 + 32/(64 * 256) bits, are not.
     scales = 8 / 64 + 32 / (64 * 256)
     assert part[WEIGHTS] / one[WEIGHTS] == pytest.approx((4 / 2 + scales) / (4 + scales), rel=1e-3)

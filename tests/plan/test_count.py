@@ -10,15 +10,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
+from common.data.batches import collate
 from common.machine.device import GIB
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.plan import ledger
+from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import Forecast, Setting, full_batch
+from common.plan.forecast import Forecast, Setting
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -75,8 +78,11 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS) -> int:
-    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step."""
+def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1) -> int:
+    """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
+
+    rows: of the micro-batch, each as long as the others, in which the tokens lie.
+    """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, policy)
@@ -86,10 +92,17 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKEN
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
-    batch = full_batch(tokens, tokens, padding_free=False)
-    batch["position_ids"] = torch.arange(tokens // 4).repeat(1, 4)  # several examples: attention needs a mask
+    length = tokens // rows
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
+    batch = collate([row] * rows, pad_token_id=0)  # several examples a row: attention needs a mask
+    batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)  # every token, as a plan counts
+    held = held_adapters(model)  # as the trainer
+    with torch.no_grad():
+        held.hold()
+        model(**batch)  # of an earlier micro-batch
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         model(**batch, num_items_in_batch=tokens).loss.backward()
+        held.release()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
@@ -114,13 +127,41 @@ def cases() -> Iterator[Any]:
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     forecasts, architecture, policy, kernels, monkeypatch
 ):
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     forecast = forecasts[architecture, kernels]
     step = forecast.step(TOKENS, POLICIES[policy])
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["every layer", "none"])
+def test_a_rectangle_of_rows_is_counted_as_it_runs(forecasts, policy, monkeypatch):
+    """Its mask is rows x length x length, a third of what a single row of as many tokens has."""
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    forecast = forecasts["llama", "lean"]
+    step, one_row = (forecast.step(TOKENS, POLICIES[policy], rows=rows) for rows in (3, 1))
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], rows=3)
+    print(f"{policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.005)
+    masks = LAYERS if policy == "none" else 1  # in fp32, of each layer that keeps its activations or recomputes
+    assert one_row.peak() - step.peak() >= masks * 4 * (TOKENS**2 - 3 * (TOKENS // 3) ** 2)
+
+
+def test_attention_with_a_mask_computes_all_pairs_and_sums_its_gradients_in_fp32():
+    rows, heads, length, dim = 2, 32, 2048, 128
+    states = torch.empty((rows, heads, length, dim), dtype=torch.float16, device="meta")
+    scratch = operators.SCRATCH_BYTES[operators.SDPA_BACKWARD]
+    # dq and a number a token and head; 200 times 64 rows of dk and dv
+    assert scratch(states, states) == 4 * rows * heads * length * (dim + 1) + 200 * 64 * dim * 2 * 4
+    assert scratch(states.float(), states.float()) == 0
+    forecast = Forecast(recipe_for(LLAMA, layers=3), Setting(torch.float16, "sdpa"))
+    whole, halves = (forecast.count(rows * length, Policy(3, 3), True, n).segment("forward 1") for n in (1, rows))
+    # Two matmuls of all pairs: a row of twice the length has twice as many as two of half of it.
+    pairs = (rows * length) ** 2 - rows * length**2
+    assert whole.work.flops - halves.work.flops == 4 * heads * dim * pairs
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +191,42 @@ def test_after_a_step_there_is_what_was_there_before(two_layers):
         step = two_layers.count(256, policy, True)
         # Only the batch is left, which enters the count when the step first looks at it: ids, labels and positions.
         assert sum(segment.net for segment in step.segments) == 3 * 8 * 256
-        assert sum(segment.host_bytes for segment in step.segments) == 0
+
+
+EXACT_FROM_4_MIB = "expandable_segments:True,pinned_max_cached_size_mb:4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "block"),
+    [
+        (EXACT_FROM_4_MIB, 640, 2 * 4096 * 640),  # 5 MiB
+        (EXACT_FROM_4_MIB, 384, 4 << 20),  # 3 MiB
+        ("expandable_segments:True", 640, 8 << 20),
+    ],
+)
+def test_layer_inputs_take_host_memory_as_torch_gives_it_out(two_layers, settings, tokens, block, monkeypatch):
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", settings)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    step = two_layers.count(tokens, Policy(2, offload=True), True)
+    assert step.host_peak() == 2 * block
+    # A layer keeps its block for the next micro-batch. Its input, in 16 bits, crosses the link twice.
+    assert sum(segment.host_bytes for segment in step.segments) == 2 * block
+    assert step.link_bytes() == 2 * 2 * (2 * 4096 * tokens)
+
+
+def test_shards_take_host_memory_as_torch_gives_it_out(monkeypatch):
+    """Of a layer of Llama 3 8B on two cards, rank 16."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", EXACT_FROM_4_MIB)
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    forecast = Forecast(recipe_for(LLAMA, layers=2), layout=Layout(2, sharded=True))
+    step = forecast.step(256, Policy(2), on_host=1)
+    weights = (2 * 4 + 2 * 1 + 3 * 14) << 20  # q and o, k and v, the MLP
+    # A: six of 16 x 4096 and one of 16 x 14336. B: q, o and down, k and v, gate and up. Shards in fp32, in KiB.
+    exact = 6 * 128 + 448 + 3 * 128 + 2 * 32 + 2 * 448
+    rounded = 6 * 128 + 512 + 3 * 128 + 2 * 32 + 2 * 512
+    norms = 2 * 4
+    # Adapters and gradients are page-locked, the optimizer's two states are not.
+    assert step.host_peak() == step.shard_on_host == weights + (2 * rounded + 2 * exact + norms << 10)
 
 
 def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_layers):
@@ -166,8 +242,9 @@ def test_gradients_stand_from_the_first_micro_batch_to_the_end_of_the_step(two_l
 def test_every_allocation_is_rounded_up_to_512_bytes(small_llama):
     assert [round_up(size) for size in (1, 512, 513)] == [512, 512, 1024]
     step = Forecast(recipe_for(str(small_llama), lora=LoraSpec(1, 1))).count(64, Policy(2), True)
-    # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step
-    assert (step.resident[ADAPTERS], step.resident[GRADIENTS]) == (28 * 512, 28 * 512)
+    # 2 layers * 14 vectors of at most 128 numbers in fp32 take a block each, 3 with AdamW's moments, and one its step;
+    # of each layer there are 11 copies in bf16: every B, and the A of q, k and v, of o, of gate and up, and of down
+    assert (step.resident[ADAPTERS], step.resident[GRADIENTS]) == ((28 + 22) * 512, 28 * 512)
     assert step.resident[OPTIMIZER] == 28 * 3 * 512
 
 
@@ -179,7 +256,8 @@ def test_the_bytes_of_llama3_8b_before_a_step():
     assert base[WEIGHTS] == 6_979_321_856 * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 224 * 2048
     # embedding and head, 2 * 128256 * 4096, and 65 norms of 4096, in bf16; RoPE keeps 64 frequencies in fp32 twice
     assert base[EMBEDDINGS] == 2 * (2 * 128256 * 4096 + 65 * 4096) + 2 * 512
-    assert base[ADAPTERS] == base[GRADIENTS] == 4 * LLAMA_ADAPTER
+    assert base[GRADIENTS] == 4 * LLAMA_ADAPTER
+    assert base[ADAPTERS] == (4 + 2) * LLAMA_ADAPTER  # and the copies in bf16 that are held for a step
     # two moments in fp32, and of each of the 448 matrices its step
     assert base[OPTIMIZER] == 8 * LLAMA_ADAPTER + 448 * 512
     assert base[SAVED] == base[WORKING] == 0

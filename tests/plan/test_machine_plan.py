@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.cli import run_command
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
+from common.machine import device
 from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
-from common.plan import machine_plan
+from common.plan import card, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card
@@ -36,7 +38,7 @@ def test_on_a_cpu_the_tokens_of_a_micro_batch_are_limited(capsys):
 
 
 def test_a_small_recipe_that_falls_back_to_the_cpu_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(machine_plan, "unusable_gpu", lambda: "the driver is too old")
+    monkeypatch.setattr(device, "unusable_gpu", lambda: "the driver is too old")
     plan_for_card(TINY)
     out = capsys.readouterr().out
     assert "warning: training on the CPU: the driver is too old" in out
@@ -52,13 +54,14 @@ def test_a_recipe_for_a_gpu_needs_one():
 @pytest.fixture
 def gpu(monkeypatch):
     """What torch says of a GPU with 24 GiB, all of it free."""
-    properties = SimpleNamespace(total_memory=24 * GIB)
+    properties = SimpleNamespace(total_memory=24 * GIB, major=8, minor=9)
     answers = {
         "is_available": lambda: True,
         "get_device_properties": lambda _: properties,
         "get_device_name": lambda _: "NVIDIA GeForce RTX 4090",
         "is_bf16_supported": lambda **_: True,
         "get_device_capability": lambda _: (8, 9),
+        "get_arch_list": lambda: ["sm_86"],
         "mem_get_info": lambda _: (24 * GIB, 24 * GIB),
     }
     for name, answer in answers.items():
@@ -87,3 +90,28 @@ def test_where_triton_cannot_compile_the_plan_is_made_for_the_references_that_ru
         for triton in (True, False)
     )
     assert plan.peak_bytes == references + WORKSPACE_BYTES > kernels + WORKSPACE_BYTES
+
+
+def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_memory(monkeypatch):
+    free, properties = (8 * GIB, 6 * GIB), SimpleNamespace(total_memory=8 * GIB, major=8, minor=9)
+    planned = []
+
+    def stop_before_counting(_, card, *__):
+        planned.append(card)
+        raise UserError("a plan takes seconds")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Faked GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 8 * GIB))
+    monkeypatch.setattr(card, "available_ram", lambda: 100 * GIB)
+    monkeypatch.setattr(plan, "choose_option", stop_before_counting)
+    this_machine.cache_clear()
+    try:
+        assert run_command("plan", "tiny", TINY, ["--gpus", "2"]) == 2
+    finally:
+        this_machine.cache_clear()
+    assert planned[0].name == "6.0 GiB free on Faked GPU 1, 8.0 GiB, the smallest of 2 cards"
+    assert planned[0].host_bytes == card.HOST_SHARE * 100 * GIB / 2

@@ -68,7 +68,7 @@ def test_gathered_layers_count_as_the_largest(four_bit):
 
 def test_the_step_of_a_mixed_model_takes_no_more_than_is_counted(four_bit, monkeypatch):
     """A linear layer that is 4-bit in some decoder layer counts the room for its dequantized weight in all."""
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # as in tests/plan/test_count.py
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # as in tests/plan/test_count.py
     for form in (MIXED, FORMS["plain scales"]):
         forecast = Forecast(recipe_for(str(four_bit(**form))), Setting(torch.float32, "sdpa", triton=False))
         step = forecast.step(TOKENS, Policy(4))

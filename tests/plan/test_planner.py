@@ -3,11 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from common.machine.device import GIB
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy
+from common.plan.card import Card
+from common.plan.forecast import Setting
 from common.plan.plan import make_plan
+from common.plan.planner import Planner
 from common.recipe import ModelSpec
 from tests.plan.planners import LLAMA, MISTRAL, QWEN, RECIPE, SHARDED, edited, plan_for, planner_for
 
@@ -53,6 +57,36 @@ def test_two_counts_tell_those_between():
             assert between.seconds_per_token == pytest.approx(exact.seconds_per_token, rel=0.02)
 
 
+FP16_WITH_MASK = Setting(torch.float16, "sdpa")  # of a GPU without flash attention, such as a T4
+
+
+@pytest.fixture(scope="module")
+def without_flash():
+    return Planner(replace(RECIPE, model=ModelSpec(MISTRAL)), Card.of_size(16), FP16_WITH_MASK)
+
+
+@pytest.mark.slow  # counts of up to 16,384 tokens
+def test_with_a_mask_two_counts_tell_the_rows_between_and_three_the_longest_row(without_flash):
+    for rows in (1, 4):
+        between, (exact, _) = without_flash.interpolate(rows, Policy(32)), without_flash.exact(rows, Policy(32))
+        assert 0 <= between.peak - exact.peak <= 8 << 20  # the loss's tiles
+        assert between.seconds_per_token == pytest.approx(exact.seconds_per_token, rel=0.02)
+    longest = without_flash.longest_row(Policy(32))
+    fitting, longer = (without_flash.forecast.step(n, Policy(32)).peak() for n in (longest, longest + 256))
+    assert fitting <= without_flash.card.budget < longer
+
+
+def test_a_mask_grows_with_the_rows_and_with_the_square_of_their_length(without_flash):
+    """What a layer saves: beside what grows with the tokens a mask in fp16, 2 bytes x rows x length x length."""
+
+    def saved(rows: int, length: int) -> int:
+        step = without_flash.forecast.count(rows * length, Policy(3, 3), True, rows)
+        return step.segment("forward 1").net
+
+    assert saved(8, 1024) - 8 * saved(1, 1024) == 0
+    assert saved(1, 8192) - saved(8, 1024) == 2 * (8192**2 - 8 * 1024**2)
+
+
 def test_the_longest_row_fits_and_a_longer_one_does_not():
     shared = planner_for(replace(RECIPE, model=ModelSpec(MISTRAL)), 24)
     for policy in (Policy(32), Policy(32, offload=True)):
@@ -81,6 +115,17 @@ def test_smaller_cards_hold_fewer_parts_and_keep_the_contract():
         assert ("in host memory for each card" in chosen.text) == bool(option.host_bytes)
         found.append(option.on_host)
     assert found[0] == 0 < found[-1]  # in between a larger micro-batch may be worth more than parts on the card
+
+
+def test_a_gathered_layer_is_set_aside_for_another_streams_memory():
+    # Of one layer of Llama 3 8B: 218,103,808 weights in NF4, half a byte each; two norms of 4,096 in bf16; LoRA of rank
+    # 16 in fp32, 4 * 16 * 81,920 bytes. The scales are no parameters, and are not gathered.
+    layer = 218_103_808 // 2 + 2 * 2 * 4096 + 4 * 16 * 81_920
+    card = planner_for(RECIPE, 24, SHARDED).card
+    assert card.overhead()["another stream's layer"] == pytest.approx(
+        layer, rel=1e-3
+    )  # shards are rounded to 512 bytes
+    assert planner_for(RECIPE, 24, Layout(2)).card.overhead()["another stream's layer"] == 0
 
 
 @pytest.mark.slow

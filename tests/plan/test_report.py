@@ -118,8 +118,9 @@ def test_the_json_holds_the_choice(mixture, values):
     assert (choice["micro_batch_rows"], choice["accumulation"], choice["processes"]) == (1, 16, 1)
     assert (choice["kept_layers"], choice["recomputed_layers"], choice["offload"]) == (7, 33, True)
     assert choice["predicted_peak_on_card_bytes"] == mixture.row(CHOICE).peak
-    # Both count the workspaces; the allocator does not see the context and the reserve.
-    outside = values["card"]["unseen_bytes"]["cuda_context"] + values["card"]["reserve_bytes"]
+    # Both count the workspaces; the allocator does not see the context, the kernels and the reserve.
+    unseen = values["card"]["unseen_bytes"]
+    outside = unseen["cuda_context"] + unseen["cuda_kernels"] + unseen["reserve"]
     assert choice["predicted_peak_on_card_bytes"] - choice["predicted_peak_allocated_bytes"] == outside
 
 

@@ -30,7 +30,7 @@ def forecasts(real_model):
     ids=str,
 )
 def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(forecasts, bits, policy, monkeypatch):
-    monkeypatch.setattr(ledger, "TO_HOST", None)  # on a CPU a copy in host memory is an allocation like any other
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     step = forecasts[bits].step(TOKENS, policy)
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecasts[bits].recipe, policy, TOKENS)

@@ -176,7 +176,7 @@ def test_a_folder_that_a_command_reads_takes_no_run_and_further_readers(old_run)
     with held_by_another(old_run / ".lock", "shared"):
         with hold_for_reading(str(old_run)):
             pass
-        words = f"a command .make eval, merge, export or report. reads {old_run}: wait"
+        words = f"a command .make eval, merge, export, report or push. reads {old_run}: wait"
         with pytest.raises(UserError, match=words), hold_run_folder(str(old_run), "overwrite"):
             pass
         assert (old_run / "run.json").exists()

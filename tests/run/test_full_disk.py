@@ -141,7 +141,7 @@ def test_what_was_trained_goes_to_the_other_folder_that_the_recipe_names(start_r
     assert end_of(child) == 0, log.read_text()
     out = log.read_text()
     assert f"What was trained is in {other} instead" in out
-    assert f"adapter, tokenizer, run.json, metrics.jsonl and loss.png are in {other}" in out
+    assert f"adapter, tokenizer, run.json, metrics.jsonl, loss.png and README.md are in {other}" in out
     names = {path.name for path in other.iterdir()}
     assert {"adapter_model.safetensors", "run.json", "report.html", "tokenizer.json", "metrics.jsonl"} <= names
     assert [e["step"] for e in read_metrics(other) if "loss" in e] == [1, 2, 3]

@@ -1,9 +1,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
+from common.machine.device import Machine
 from common.plan.plan import Plan
-from common.run.run_json import memory_line, run_metrics
+from common.run.run_json import full_line, memory_line, run_metrics
 from tests.run.test_training import split
 
 GIB = 1 << 30
@@ -41,3 +43,17 @@ def test_the_memory_line_compares_what_was_planned_with_what_was_measured(plan):
     line = memory_line(metrics | {"allocated_bytes": 3 * GIB})
     assert line.startswith("peak memory: predicted 4.00 GiB, measured 3.00 GiB allocated (-25.0%), ")
     assert line.endswith("GiB reserved\n  out of memory in step 2: every layer recomputes")
+
+
+def test_a_gpu_that_was_full_is_said_once_with_what_it_means(monkeypatch):
+    gpu = Machine(torch.device("cuda", 0), torch.bfloat16, "a test", "a GPU")
+    for counts, words in (
+        ({}, None),  # before the first allocation torch counts nothing
+        ({"num_alloc_retries": 0, "num_ooms": 0}, None),
+        ({"num_alloc_retries": 3, "num_ooms": 0}, "the GPU was full 3 times: torch waited for it, gave back"),
+        ({"num_alloc_retries": 3, "num_ooms": 1}, "asked again, and once that was not enough (out of memory). That"),
+    ):
+        monkeypatch.setattr(torch.cuda, "memory_stats", lambda device, counts=counts: counts)
+        line = full_line([gpu.full_times()])
+        assert line is None if words is None else words in line and "\n" not in line
+    assert full_line([(0, 0), (1, 0)]).startswith("the fullest of 2 GPUs was full once: ")

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from common.cli import run
-from common.recipe import UserError
+from common.recipe import ReportTo, TrainSpec, UserError
 from common.run.folder import prepare_run_folder
 from common.run.metrics_file import read_metrics
 from common.run.tracker_check import refuse_unready_tracker
@@ -26,7 +28,7 @@ class UsageError(Exception):
     pass
 
 UsageError.__module__ = "wandb.errors.errors"
-run, calls = None, []
+run, calls, names = None, [], []
 
 def _call(name):
     calls.append(name)
@@ -37,8 +39,9 @@ def login(verify=True):
     if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") == "offline"):
         raise UsageError("No API key configured. Use `wandb login` to log in.")
 
-def init(**_):
+def init(**named):
     global run
+    names.append(named.get("name"))
     _call("init")
     folder = pathlib.Path(os.environ.get("WANDB_DIR", ".")) / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,14 +130,116 @@ def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(recipe, wandb, mo
     assert (folder / "wandb" / "debug.log").exists() == (where != "init")
 
 
+def test_a_run_has_the_name_of_its_folder_at_the_tracker(recipe, wandb):
+    train(*prepare(reporting(recipe)))
+    assert sys.modules["wandb"].names == [Path(recipe.out).name]
+
+
+def test_all_trackers_of_the_trainer_can_be_named_and_no_other():
+    assert set(get_args(ReportTo)) == {"none", *INTEGRATION_TO_CALLBACK}
+    with pytest.raises(UserError, match="TrainSpec.report_to is 'wanbd'; choose one of 'none', 'azure_ml', "):
+        TrainSpec(seq_len=128, rows_per_step=4, learning_rate=1e-3, report_to="wanbd")
+
+
+@pytest.mark.parametrize("tracker", sorted(set(get_args(ReportTo)) - {"none"}))
+def test_a_tracker_that_is_not_installed_is_one_line(recipe, capsys, monkeypatch, tracker):
+    """Of kubeflow, which transformers brings, it is the server that is missing."""
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "meta_path", [finder for finder in sys.meta_path if not hasattr(finder, "find_editable")])
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(UserError) as error:
+        refuse_unready_tracker(tracker)
+    said = (
+        "needs to know its server: KUBEFLOW_" if tracker == "kubeflow" else "is not installed: .venv/bin/pip install "
+    )
+    assert f"TrainSpec.report_to is {tracker!r}, which {said}" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tracker_that_lacks_a_part_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "trackio").mkdir()
+    (tmp_path / "trackio" / "__init__.py").write_text("import a_part_that_is_missing\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(
+        UserError, match="cannot be imported: No module named 'a_part_that_is_missing'. Install it anew"
+    ):
+        refuse_unready_tracker("trackio")
+
+
+MLFLOW = """
+import os
+from types import SimpleNamespace
+
+__version__, calls, run = "3.0.0", [], None
+validation = SimpleNamespace(MAX_PARAM_VAL_LENGTH=250, MAX_PARAMS_TAGS_PER_BATCH=100)
+utils = SimpleNamespace(validation=validation)
+
+def is_tracking_uri_set():
+    return False
+
+def set_tracking_uri(uri):
+    calls.append(("uri", uri))
+
+def active_run():
+    return run
+
+def start_run(run_name=None, nested=False):
+    global run
+    calls.append(("run", run_name))
+    run = SimpleNamespace(info=SimpleNamespace(run_id="1"))
+
+def end_run():
+    global run
+    run = None
+
+def log_params(values, synchronous=True):
+    pass
+
+def log_metrics(metrics, step, synchronous=True):
+    calls.append(("step", step, sorted(metrics)))
+"""
+
+
+def test_mlflow_works_by_the_same_field(recipe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "site" / "mlflow").mkdir(parents=True)
+    (tmp_path / "site" / "mlflow" / "__init__.py").write_text(MLFLOW)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that what the run sets is taken back
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    refuse_unready_tracker("mlflow")
+    train(*prepare(reporting(recipe, "mlflow")))
+    calls, folder = sys.modules.pop("mlflow").calls, Path(recipe.out)
+    assert calls[:2] == [("uri", f"sqlite:///{folder}/mlflow/mlflow.db"), ("run", folder.name)]
+    assert sum("loss" in call[-1] for call in calls if call[0] == "step") == 3
+    assert "warning: mlflow" not in capsys.readouterr().out
+
+
+def test_a_tracker_hears_of_the_trainers_start_although_it_is_made_later(recipe, tmp_path, monkeypatch):
+    """codecarbon's and azure_ml's callbacks begin there."""
+    (tmp_path / "site" / "codecarbon").mkdir(parents=True)
+    (tmp_path / "site" / "codecarbon" / "__init__.py").write_text(
+        "calls = []\n"
+        "class EmissionsTracker:\n"
+        "    def __init__(self, output_dir): calls.append('made')\n"
+        "    def start(self): calls.append('start')\n"
+        "    def stop(self): calls.append('stop')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    train(*prepare(reporting(recipe, "codecarbon")))
+    assert sys.modules.pop("codecarbon").calls == ["made", "start", "stop"]
+
+
 def test_a_folder_with_the_files_of_trackers_is_a_run_that_overwrite_empties(tmp_path):
-    for name in ("wandb", "trackio", "tensorboard"):
+    for name in ("wandb", "trackio", "tensorboard", "mlflow", "swanlog"):
         (tmp_path / name).mkdir()
     with pytest.raises(UserError, match="already holds a run"):
         prepare_run_folder(str(tmp_path), "refuse")
     prepare_run_folder(str(tmp_path), "resume")
     prepare_run_folder(str(tmp_path), "overwrite")
-    assert not {"wandb", "trackio", "tensorboard"} & {path.name for path in tmp_path.iterdir()}
+    assert not {"wandb", "trackio", "tensorboard", "mlflow", "swanlog"} & {path.name for path in tmp_path.iterdir()}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

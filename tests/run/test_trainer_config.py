@@ -2,10 +2,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 
 from common.cli import run
+from common.machine.device import Machine
+from common.machine.layout import Layout
 from common.model.activation_checkpointing import TRAINER_FLAG, Policy, decoder_layers
-from common.run.trainer_config import build_trainer
+from common.plan.plan import Plan
+from common.run import trainer_config as module
+from common.run.trainer_config import build_trainer, trainer_config
 from tests.run.test_training import prepare, split
 
 
@@ -72,3 +78,19 @@ def test_settings_of_the_trainer_change_no_layers_recompute_or_the_run_stops(rec
         assert settings and "activation checkpointing" in str(error)
     else:
         assert runs == [1 if index >= 2 - kept else 2 for index in range(2)]
+
+
+def test_one_process_that_sees_two_gpus_trains_on_the_first(recipe, monkeypatch):
+    """A script or a test of one's own: commands hide the others. TRL refuses what the stock trainer would do."""
+    gpu = Machine(torch.device("cuda", 0), torch.bfloat16, "it is faked", "Faked GPU")
+    monkeypatch.setattr(module, "this_machine", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    try:
+        plan = Plan(1, 4, Layout(), Policy(2), "a test")
+        config = trainer_config(recipe.train, plan, Path(recipe.out), evaluates=False)
+        assert (config.device.type, config.n_gpu, config.train_batch_size) == ("cuda", 1, 1)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
