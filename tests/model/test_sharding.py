@@ -226,7 +226,9 @@ def test_parts_in_host_memory_leave_the_card_and_cross_the_link(eight):
         left = 3 * step.sharded_per_layer[kind]
         assert step.resident[kind] - moved.resident[kind] == (left if kind != GATHERED else -part)
     assert step.peak() - moved.peak() == 2 * part  # one of the three counts as on its way
-    assert moved.host_peak() - step.host_peak() == 3 * part
+    # torch's page-locked blocks of up to 4 MiB are powers of two. Half of an adapter of 16 x 14336 in fp32 takes 512
+    # KiB instead of 448: of gate, up and down, and their gradients.
+    assert moved.host_peak() - step.host_peak() == 3 * (part + 2 * 3 * (64 << 10))
     link, more = (sum(segment.work.link_bytes for segment in s.segments) for s in (step, moved))
     assert more - link == pytest.approx(2 * 3 * part)  # forward and backward
     assert moved.seconds(eight.speed) >= step.seconds(eight.speed)

@@ -34,7 +34,7 @@ def test_an_optional_file_that_fails_takes_no_other_with_it(recipe, monkeypatch,
     out, folder = capsys.readouterr().out, Path(recipe.out)
     assert "warning: loss.png could not be made (RuntimeError: no font at all); the rest is saved" in out
     assert "warning: sample answers could not be made" in out
-    assert f"adapter, tokenizer, run.json and metrics.jsonl are in {folder}" in out
+    assert f"adapter, tokenizer, run.json, metrics.jsonl and README.md are in {folder}" in out
     assert json.loads((folder / "run.json").read_text())["samples"] == []
     assert (folder / "report.html").exists() and not (folder / "loss.png").exists()
     assert not list(folder.glob("*.writing")) and not (folder / ".saving").exists()

@@ -110,6 +110,7 @@ def test_a_run_leaves_its_files_and_nothing_else(recipe):
     train(*prepare(recipe))
     folder = Path(recipe.out)
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "chat_template.jinja",
