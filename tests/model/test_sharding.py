@@ -19,7 +19,6 @@ from common.model.activation_checkpointing import TRAINER_FLAG, Policy
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.sharding import refuse_unshardable, shard_layers
-from common.plan import ledger
 from common.plan.forecast import Forecast, Setting
 from common.plan.step import ADAPTERS, EMBEDDINGS, GATHERED, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 from common.recipe import Kernels, LoraSpec, ModelSpec, UserError
@@ -61,8 +60,7 @@ def steps(small_model) -> Callable[..., list[dict[str, Any]]]:
     return run
 
 
-def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
-    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # as in tests/plan/test_count.py
+def check_bytes(steps, kernels: Kernels, policies: int) -> None:
     recipe = recipe_for(steps.folder, lora=fully_sharded.LORA, kernels=kernels)
     forecast = Forecast(recipe, Setting(torch.float32, "sdpa", triton=False), layout=TWO)
     lines = steps(2, kernels, policies)
@@ -78,15 +76,15 @@ def check_bytes(steps, kernels: Kernels, policies: int, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_count_of_one_card_is_what_a_real_process_allocates(steps, monkeypatch):
+def test_the_count_of_one_card_is_what_a_real_process_allocates(steps):
     """Two gloo processes: within 2 % of what the profiler says torch's allocator gave out."""
-    check_bytes(steps, "lean", 2, monkeypatch)
+    check_bytes(steps, "lean", 2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["lean", "stock"])
-def test_the_count_of_one_card_holds_for_every_policy(steps, kernels, monkeypatch):
-    check_bytes(steps, kernels, 6, monkeypatch)
+def test_the_count_of_one_card_holds_for_every_policy(steps, kernels):
+    check_bytes(steps, kernels, 6)
 
 
 @pytest.mark.slow
