@@ -60,7 +60,7 @@ class Speed:
 # white papers AD102, GA102 and Blackwell RTX, appendix A). The efficiencies are from steps that others measured. Seven
 # of QLoRA, LoRA and bf16 LoRA on an A100 (foundation-model-stack/fms-acceleration, scripts/benchmarks/refs) lie within
 # 2 % of 78.5 % of the matmuls and 68 % of the memory traffic. An RTX 4090 and a 3090 (AnswerDotAI/fsdp_qlora,
-# benchmarks_03_2024.md) take 1.03 and 1.1 times as long as the model says without any. 80 % of an H200's matmuls, 790
+# benchmarks_03_2024.md) take 1.02 and 1.1 times as long as the model says without any. 80 % of an H200's matmuls, 790
 # TFLOP/s, were measured by others and are taken for the H100 too, as is the A100's 68 % for both. Of the other cards no
 # efficiency is known.
 SPEEDS = (
