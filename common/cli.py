@@ -10,12 +10,12 @@ from pathlib import Path
 from common.commands import COMMANDS
 from common.commands.flags import choose_gpu
 from common.commands.make_variables import MAKE_NEW
-from common.commands.set_fields import PARTS, refuse_typed_twice, set_fields
+from common.commands.set_fields import refuse_typed_twice, set_fields
 from common.exit_status import exit_status
 from common.machine.paths import output_path
 from common.machine.processes import is_main_process
 from common.process_state import ignored_variables, quiet_libraries
-from common.recipe import Recipe
+from common.recipe import SPECS, Recipe
 from common.run.folder import hold_for_reading, put_old_run_back
 
 Story = Callable[[Recipe], object]
@@ -65,7 +65,7 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
             choose_gpu(flags)
         with hold_for_reading(recipe.out) if COMMANDS[command].reads_run else nullcontext():
             refuse_typed_twice(flags)
-            parts = ("", *PARTS) if command in MAKE_NEW else ("model",)
+            parts = tuple(SPECS) if command in MAKE_NEW else ("model",)
             return COMMANDS[command].run(set_fields(recipe, flags.set, parts), flags)
 
     return exit_status(act, recipe.out)

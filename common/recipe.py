@@ -81,7 +81,7 @@ class _Spec:
         known = [entry for entry in fields(cls) if entry.init]  # type: ignore[arg-type]
         for name in values:
             if name not in {entry.name for entry in known}:
-                raise FieldNameError(unknown_field(cls.__name__, name, _fields_of_specs()))
+                raise FieldNameError(unknown_field(cls.__name__, name, fields_of_specs()))
         by_place = [entry for entry in known if not entry.kw_only]
         if args or values:  # copy and pickle give none
             given = {*(entry.name for entry in by_place[: len(args)]), *values}
@@ -105,11 +105,6 @@ class _Spec:
                 object.__setattr__(self, entry.name, tuple(value))
             message = wrong_type(getattr(self, entry.name), entry.type, f"{type(self).__name__}.{entry.name}")
             require(message is None, message or "")
-
-
-def _fields_of_specs() -> dict[str, list[str]]:
-    specs = (ModelSpec, DataSpec, LoraSpec, TrainSpec, Recipe)
-    return {spec.__name__: [entry.name for entry in fields(spec)] for spec in specs}
 
 
 def _is_date(text: str) -> bool:
@@ -387,3 +382,12 @@ class Recipe(_Spec):
         self.check_types()
         require(self.card_gib is None or self.card_gib > 0, f"Recipe.card_gib is {self.card_gib}; it must be above 0")
         require_one_of(self.existing_run, ExistingRun, "Recipe.existing_run")
+
+
+# The parts of a recipe by the names that they have in it; "" is the recipe itself.
+SPECS = {"": Recipe, "model": ModelSpec, "data": DataSpec, "lora": LoraSpec, "train": TrainSpec}
+
+
+def fields_of_specs() -> dict[str, list[str]]:
+    """The names of the fields, by the name of the spec."""
+    return {spec.__name__: [entry.name for entry in fields(spec)] for spec in SPECS.values()}

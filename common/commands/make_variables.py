@@ -4,9 +4,8 @@ make itself takes any NAME=value and ignores the names that it does not know.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from common.recipe import SPECS, fields_of_specs
 from common.recipe_fields import BROUGHT
 
 ANYWHERE = ("PYTHON", "VENV", "ARGS")
@@ -27,7 +26,6 @@ TAKES = {
     "lm-eval": ("MODEL", "OUT", "TO", "TASKS"),
 }
 MAKE_NEW = ("finetune", "data", "plan", "dryrun")  # look at the recipe; other commands take what a run recorded
-SPECS = {"": Recipe, "model": ModelSpec, "data": DataSpec, "lora": LoraSpec, "train": TrainSpec}
 
 
 def explain_variables(targets: Sequence[str], names: Sequence[str]) -> Iterator[str]:
@@ -53,7 +51,7 @@ def _instead(name: str, targets: Sequence[str], taken: Sequence[str]) -> str:
 def _field(name: str) -> str | None:
     """The field that is meant by a name of ours or of another library, as SET has it."""
     for part, spec in SPECS.items():
-        ours = [entry.name for entry in fields(spec)]
+        ours = fields_of_specs()[spec.__name__]
         for field, names in {field: (field,) for field in ours}.items() | BROUGHT.get(spec.__name__, {}).items():
             written = field.split(",")[0]
             if name in names and written in ours and (part or written == "card_gib"):

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
-from common.recipe import Recipe, UserError
+from common.recipe import SPECS, Recipe, UserError, fields_of_specs
 from common.recipe_fields import unknown_field
 
-PARTS = ("model", "data", "lora", "train")
+PARTS = tuple(part for part in SPECS if part)
 # Fields of a recipe itself that have a variable or a flag of their own.
 ELSEWHERE = {"out": "OUT=...", "existing_run": "ARGS=--resume or ARGS=--overwrite"}
 # Flags of commands that set fields too, with what is typed at make.
@@ -25,7 +25,7 @@ _HOW = 'write a field and its value: SET="train.seed=2 lora.rank=64"'
 _TRUTH = {"True": True, "true": True, "False": False, "false": False}
 
 
-def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = ("", *PARTS)) -> Recipe:
+def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = tuple(SPECS)) -> Recipe:
     """The recipe with the values of `text`, words as of a shell: part.field=value, or field=value of the recipe itself.
 
     A value is read as the field's type says. None, where the field may be None, is the word None. Names of modules are
@@ -44,14 +44,12 @@ def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = ("", *PARTS)) -
             raise UserError(f"SET has {word!r}; {_HOW}, with {', '.join(PARTS)} before the dot")
         if part not in parts:
             raise UserError(f"SET has {name}, and this command takes what the run recorded: only model.… can be set")
-        spec = getattr(recipe, part) if part else recipe
-        kinds = {entry.name: entry.type for entry in fields(spec)}
+        kinds = {entry.name: entry.type for entry in fields(SPECS[part])}
         if not part and (field in PARTS or field in ELSEWHERE):
             instead = ELSEWHERE.get(field, f'a field of it: SET="{field}.name=value"')
             raise UserError(f"SET has {field}, which is given as {instead}")
         if field not in kinds:
-            specs = {type(getattr(recipe, name)).__name__: _names(getattr(recipe, name)) for name in PARTS}
-            raise UserError(f"SET: {unknown_field(type(spec).__name__, field, specs | {'Recipe': _names(recipe)})}")
+            raise UserError(f"SET: {unknown_field(SPECS[part].__name__, field, fields_of_specs())}")
         if field in given.setdefault(part, {}):
             raise UserError(f"SET has {name} twice")
         given[part][field] = read_value(value, kinds[field])
@@ -66,10 +64,6 @@ def refuse_typed_twice(flags: argparse.Namespace) -> None:
         twice = [name for name in names if name in fields_of_flag]
         if getattr(flags, flag, None) is not None and twice:
             raise UserError(f"SET has {twice[0]}, and so has {variable}; give one of the two")
-
-
-def _names(spec: Any) -> list[str]:
-    return [entry.name for entry in fields(spec)]
 
 
 def _pairs(text: str) -> list[tuple[str, str, str]]:

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.machine.disk import write_text_atomically
 from common.machine.paths import local_path
 from common.model.base_licence import base_licence
 from common.recipe import UserError
 from common.run.folder import MODEL_CARD, RUN_JSON
-from common.run.pages import read_object
+from common.run.pages import read_object, render
 from common.sources.source_files import is_file, names_without_folders
 
-CARD_TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
+CARD_TEMPLATE = "model_card.md.jinja"
 LOCAL_ADAPTER = 'ADAPTER = "."  # the folder with these files, or the name of their repository on the hub'
 TAGS = ["lora", "sft", "text-generation"]
 
@@ -33,11 +32,8 @@ def write_model_card(folder: Path) -> Path:
             f"{folder} has no {RUN_JSON} to make a model card of: write {folder / MODEL_CARD}, which says what it is"
         )
     run = read_object(folder / RUN_JSON)
-    environment = Environment(
-        loader=FileSystemLoader(CARD_TEMPLATE.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     try:
-        text = environment.get_template(CARD_TEMPLATE.name).render(card_values(run, folder))
+        text = render(CARD_TEMPLATE, card_values(run, folder))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / RUN_JSON} is of another version, or damaged: {error!r}") from error
     write_text_atomically(folder / MODEL_CARD, text.rstrip() + "\n")

@@ -1,4 +1,4 @@
-"""What the pages about runs share: how a template becomes a page, and how a run's JSON is read."""
+"""What the pages and cards about runs share: how a template becomes text, and how a run's JSON is read."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,13 @@ from common.recipe import UserError
 
 
 def render(template: str, values: dict[str, Any]) -> str:
-    """A page. template: the name of a file beside this one. Raises what jinja raises where a value is missing."""
-    environment = Environment(  # autoescape: an answer may hold HTML
+    """The text that a template becomes. template: the name of a file beside this one.
+
+    Raises what jinja raises where a value is missing.
+    """
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=not template.endswith(".md.jinja"),  # an answer may hold HTML
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -8,10 +8,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
 from benchmarks.k_quants import llama_cpp_quantize, relative_error
-from common.adapter.find import find_adapter
 from common.adapter.gguf_kinds import gguf_kind
 from common.adapter.k_quants import K_QUANTS, quantize_k
-from common.adapter.merge import MergedWeights
+from tests.adapter.gguf_weights import read_gguf
 from tests.adapter.test_gguf import LlamaCpp, export, furthest, merged_model, noise
 
 
@@ -103,23 +102,9 @@ def test_llama_cpp_computes_what_the_bytes_say(adapted, tmp_path, quant):
     assert kinds == {Kind.F32, Kind.Q6_K, {"q4_k_m": Kind.Q4_K, "q5_k_m": Kind.Q5_K, "q6_k": Kind.Q6_K}[quant]}
     model = merged_model(recipe, tmp_path / "merged")
     unquantized = furthest(LlamaCpp(path), model, noise(10, 24))
-    give_weights(model, path, MergedWeights(find_adapter(recipe)))
+    read_gguf(path, model)
     exact = furthest(LlamaCpp(path), model, noise(10, 24))
     # An int8 beside the largest of 256 values is off by up to 1 / 254 of about three times their size. As a random walk
     # through 6 blocks (attention and MLP of 3 layers), on logits of at most 4: 3 / 254 * 6 ** 0.5 * 4 = 0.12
     assert exact < 0.12
     assert exact < unquantized / 2  # it is the rounding that makes the difference
-
-
-def give_weights(model, path, weights: MergedWeights) -> None:
-    """Gives the model's parameters the values of a GGUF file."""
-    from common.adapter.gguf import gguf_names
-
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    names = gguf_names(weights.config)
-    for name, parameter in model.named_parameters():
-        place = stored[names.get_name(name, try_suffixes=(".weight", ".bias"))]
-        values = torch.from_numpy(dequantize(place.data, place.tensor_type).copy())
-        if "q_proj" in name or "k_proj" in name:  # pairs that are rotated stand side by side
-            values = values.view(-1, weights.config.head_dim // 2, 2, values.shape[-1]).transpose(1, 2)
-        parameter.data.copy_(values.reshape(parameter.shape))

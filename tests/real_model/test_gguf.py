@@ -2,18 +2,16 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
-from gguf.quants import dequantize
 from transformers import AutoModelForCausalLM
 
 from common.adapter.find import find_adapter
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights
+from tests.adapter.gguf_weights import read_gguf
 from tests.adapter.test_gguf import LlamaCpp, export
 from tests.conftest import ROOT
 
@@ -59,22 +57,6 @@ def questions(tasks: list[str]) -> list[list[dict[str, str]]]:
     chats += [[{"role": "system", "content": "Answer in JSON."}, {"role": "user", "content": text}] for text in tasks]
     assert len(chats) == 50
     return chats
-
-
-def read_gguf(path: Path, model: Any) -> None:
-    """Gives the model's parameters the values of a GGUF file."""
-    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
-    read = set()
-    for name, parameter in model.named_parameters():  # the head is the embedding: named once
-        place = names.get_name(name, try_suffixes=(".weight",))
-        values = torch.from_numpy(dequantize(stored[place].data, stored[place].tensor_type).copy())
-        if "q_proj" in name or "k_proj" in name:  # pairs that are rotated stand side by side
-            values = values.view(-1, model.config.head_dim // 2, 2, values.shape[-1]).transpose(1, 2)
-        parameter.data.copy_(values.reshape(parameter.shape))
-        read.add(place)
-    assert read == stored.keys()
-    assert "output.weight" not in read
 
 
 @dataclass
@@ -126,7 +108,7 @@ def test_fifty_answers_are_token_for_token_those_of_transformers(trained, model,
     """
     weights = MergedWeights(find_adapter(trained))
     runtime, tokenizer = LlamaCpp(export(trained, tmp_path / "x.gguf", quant)), trained_tokenizer(weights.adapter)
-    read_gguf(tmp_path / "x.gguf", model)
+    assert "output.weight" not in read_gguf(tmp_path / "x.gguf", model)
     if quant == "bf16":
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter, weights.merged(name).bfloat16().float()), name
