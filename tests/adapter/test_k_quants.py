@@ -7,10 +7,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize
 
-from benchmarks.k_quants import llama_cpp_quantize, relative_error
+from benchmarks.k_quants import llama_cpp_quantize, read_gguf, relative_error
 from common.adapter.gguf_kinds import gguf_kind
 from common.adapter.k_quants import K_QUANTS, quantize_k
-from tests.adapter.gguf_weights import read_gguf
 from tests.adapter.test_gguf import LlamaCpp, export, furthest, merged_model, noise
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.k_quants import read_gguf
 from common.adapter.find import find_adapter
 from common.adapter.load import trained_tokenizer
 from common.adapter.merge import MergedWeights
-from tests.adapter.gguf_weights import read_gguf
 from tests.adapter.test_gguf import LlamaCpp, export
 from tests.conftest import ROOT
 
