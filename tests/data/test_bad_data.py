@@ -17,6 +17,7 @@ import pytest
 from common.cli import run
 from common.data.rows import load_rows
 from common.machine.launch import ERROR_STATUS
+from common.model.adapter_files import ADAPTER_WEIGHTS
 from common.model.loading import load_tokenizer
 from common.recipe import DataSpec, Recipe
 from tests.child_processes import ended
@@ -256,10 +257,11 @@ CORPUS: dict[str, tuple[str, bytes | str, str]] = {
 
 @pytest.fixture
 def story(recipe):
-    """The steps of a recipe that come before the weights are loaded, and the recipe."""
+    """The steps of a recipe that come before the weights are loaded, and the recipe. A file stands for the adapter."""
 
     def main(recipe: Recipe) -> None:
         load_rows(recipe.data, load_tokenizer(recipe.model), recipe.train.seq_len)
+        Path(recipe.out, ADAPTER_WEIGHTS).touch()
 
     return main, recipe
 

@@ -13,6 +13,7 @@ from torch import distributed
 from common.cli import run
 from common.machine.collectives import all_gather, all_reduce_max, all_reduce_sum, broadcast_from_main, run_on_main
 from common.machine.shared_memory import MIN_SHARED_BYTES, read_once_per_machine
+from common.model.adapter_files import ADAPTER_WEIGHTS
 from common.recipe import Stopped
 from tests.conftest import ROOT
 from tests.machine.test_processes import CPU, launcher
@@ -108,6 +109,7 @@ def test_a_process_of_torchrun_is_connected_for_cpu_and_gpu_and_disconnected_at_
         sums.extend(all_reduce_sum([1.5, 2]))
         if stop:
             raise stop
+        Path(recipe.out, ADAPTER_WEIGHTS).touch()
 
     assert run(story, recipe, []) == status
     assert sums == [1.5, 2]
