@@ -5,6 +5,7 @@ message begins with the spec's name and the field.
 """
 
 import os
+from copy import copy
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from datetime import date
 from typing import Any, Literal, Self, get_args
@@ -39,6 +40,8 @@ ReportTo = Literal[  # what transformers' trainer knows
     "trackio",
     "wandb",
 ]
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+Kind = Literal["conversations", "pairs", "rated"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
 Keep = Literal["last", "best"]
 AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
@@ -177,6 +180,9 @@ class DataSpec(_Spec):
     drift_source: str | None = "data/general.jsonl"
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
+    # What a row is: a conversation, or with a PreferenceSpec a pair of a better and a worse answer, or for KTO an
+    # answer that is rated good or bad. The recipe sets it.
+    kind: Kind = field(default="conversations", init=False)
 
     @property
     def mixture(self) -> tuple[tuple[str, float], ...]:
@@ -349,6 +355,77 @@ class TrainSpec(_Spec):
         require_one_of(self.sharding, Sharding, "TrainSpec.sharding")
 
 
+# What each loss takes where the spec says None.
+_PAIR_VALUES = {"sft_weight": 0.0, "label_smoothing": 0.0}
+PREFERENCE_DEFAULTS: dict[str, dict[str, float]] = {
+    "dpo": {"beta": 0.1, "length_normalized": False, **_PAIR_VALUES},
+    "ipo": {"beta": 0.1, "length_normalized": True, "sft_weight": 0.0},
+    "simpo": {"beta": 2.0, "length_normalized": True, "gamma": 1.0, **_PAIR_VALUES},
+    "orpo": {"beta": 0.1, "sft_weight": 1.0},
+    "kto": {"beta": 0.1, "length_normalized": False, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class PreferenceSpec(_Spec):
+    """How to learn from answers that are better or worse, instead of learning every answer.
+
+    With log-likelihoods p of an answer under the model that trains and r under the reference, which is the model as the
+    run began, of the chosen answer (c) and the rejected one (j), and s the logistic function:
+
+    - "dpo": -log s(beta * ((p_c - r_c) - (p_j - r_j))), arXiv:2305.18290, equation 7. beta 0.1.
+    - "ipo": ((p_c - r_c) - (p_j - r_j) - 1 / (2 beta))^2, each per token, arXiv:2310.12036, equation 17. beta 0.1.
+    - "simpo": -log s(beta * (p_c - p_j) - gamma), each per token, arXiv:2405.14734, equation 6. beta 2, gamma 1.
+    - "orpo": -p_c - beta * log s(odds_c - odds_j), each per token, odds = p - log(1 - exp(p)), arXiv:2403.07691,
+      equations 6 and 7. beta 0.1 (lambda there). It needs no instruction tuning before.
+    - "kto": w * (1 - s(beta * (p - r - z))) for a good answer, w * (1 - s(beta * (z - p + r))) for a bad one, with z
+      the mean of p - r over answers to other prompts, at least 0, arXiv:2402.01306, equation 7. beta 0.1. It takes
+      single answers, rated good or bad, instead of pairs.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    _: KW_ONLY
+    # None is the loss's own value, of PREFERENCE_DEFAULTS. What a loss does not have there cannot be given.
+    beta: float | None = None  # how strongly it holds to the reference, or for "orpo" the weight of the comparison
+    gamma: float | None = None  # "simpo": by how much a chosen answer's reward is to exceed the rejected one's
+    label_smoothing: float | None = None  # the share of pairs that are taken to be the wrong way round
+    # Added to a pair's loss, so many times: the chosen answer's negative log-likelihood per token (arXiv:2404.19733).
+    sft_weight: float | None = None
+    length_normalized: bool | None = None  # log-likelihoods per token instead of per answer
+    desirable_weight: float | None = None  # "kto": w of a good answer
+    undesirable_weight: float | None = None  # "kto": w of a bad answer
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        require_one_of(self.loss, PreferenceLoss, "PreferenceSpec.loss")
+        own = PREFERENCE_DEFAULTS[self.loss]
+        for name in (entry.name for entry in fields(self) if entry.name != "loss"):
+            value, losses = getattr(self, name), [loss for loss, known in PREFERENCE_DEFAULTS.items() if name in known]
+            if value is None:
+                continue
+            require(name in own, f"PreferenceSpec.{name} is for {', '.join(losses)}, and the loss is {self.loss}")
+            require(value >= 0, f"PreferenceSpec.{name} is {value}; 0 or more")
+        require(self.beta != 0, "PreferenceSpec.beta is 0.0; it must be above 0")
+        require(
+            (self.label_smoothing or 0) < 0.5, f"PreferenceSpec.label_smoothing is {self.label_smoothing}; below 0.5"
+        )
+
+    def value(self, name: str) -> float:
+        """Of a field, or where it is None the loss's own; 0 where the loss does not have it."""
+        given = getattr(self, name)
+        return PREFERENCE_DEFAULTS[self.loss].get(name, 0.0) if given is None else given
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-likelihoods of the model as the run began."""
+        return self.loss in ("dpo", "ipo", "kto")
+
+    @property
+    def kind(self) -> Kind:
+        """What its rows of data are."""
+        return "rated" if self.loss == "kto" else "pairs"
+
+
 def rows_per_process(train: TrainSpec, processes: int) -> int:
     """Returns how many rows of an optimizer step each process trains. Raises UserError when it is no whole number."""
     rows = train.most_rows_per_step
@@ -373,6 +450,8 @@ class Recipe(_Spec):
     lora: LoraSpec
     train: TrainSpec
     card_gib: float | None = 24.0  # memory of the GPU that it is meant for; None runs anywhere, also on a CPU
+    # Learns from better and worse answers: `data` is then pairs, or for KTO rated answers. None learns every answer.
+    preference: PreferenceSpec | None = field(default=None, kw_only=True)
     out: str = field(default="", kw_only=True)  # output folder; "" becomes outputs/<recipe>
     # Another folder, on another disk, for what was trained when `out` cannot be written at the end; None has none.
     fallback_out: str | None = field(default=None, kw_only=True)
@@ -382,12 +461,22 @@ class Recipe(_Spec):
         self.check_types()
         require(self.card_gib is None or self.card_gib > 0, f"Recipe.card_gib is {self.card_gib}; it must be above 0")
         require_one_of(self.existing_run, ExistingRun, "Recipe.existing_run")
+        data = copy(self.data)  # the same one may be another recipe's too
+        object.__setattr__(data, "kind", "conversations" if self.preference is None else self.preference.kind)
+        object.__setattr__(self, "data", data)
 
 
 # The parts of a recipe by the names that they have in it; "" is the recipe itself.
-SPECS = {"": Recipe, "model": ModelSpec, "data": DataSpec, "lora": LoraSpec, "train": TrainSpec}
+SPECS = {
+    "": Recipe,
+    "model": ModelSpec,
+    "data": DataSpec,
+    "lora": LoraSpec,
+    "train": TrainSpec,
+    "preference": PreferenceSpec,
+}
 
 
 def fields_of_specs() -> dict[str, list[str]]:
-    """The names of the fields, by the name of the spec."""
-    return {spec.__name__: [entry.name for entry in fields(spec)] for spec in SPECS.values()}
+    """The names of the fields that can be given, by the name of the spec."""
+    return {spec.__name__: [entry.name for entry in fields(spec) if entry.init] for spec in SPECS.values()}

@@ -56,20 +56,21 @@ class _HeadLoss(torch.autograd.Function):
                     gradient[here] = torch.mm(logits, weight).to(gradient.dtype)
                 del logits  # before those of the next tile are there
         if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return nll.sum()
+            ctx.save_for_backward(gradient, positions)
+        return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # A vector of one number in fp32: it is not rounded to the gradient's dtype before the product.
-        factor = (grad / ctx.scale).reshape(1)
-        return torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None, None
+        gradient, positions = ctx.saved_tensors
+        # A number a token, in fp32: it is not rounded to the gradient's dtype before the product.
+        factors = torch.zeros(len(gradient), 1, dtype=torch.float32, device=gradient.device)
+        factors[positions, 0] = grad / ctx.scale
+        return torch.mul(gradient, factors, out=torch.empty_like(gradient)), None, None, None
 
 
 def head_loss(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over the trained positions; fp32 scalar.
+    """Negative log-likelihood of each trained position in nats: fp32 (trained,).
 
     hidden: (tokens, hidden size), any float dtype. weight: the frozen head, (vocabulary, hidden size); logits are
     computed in its dtype, their softmax in fp32. positions: int64 (trained,), rows of `hidden` whose next token is
@@ -85,6 +86,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
     labels: int64 (rows, tokens), not shifted, IGNORED where nothing is trained. trained_positions: optional, from
     common.tokens.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
     num_items_in_batch: what the summed loss is divided by; None divides by the trained tokens of this batch.
+    per_token: instead of one number the loss is the NLL of each trained token, fp32 (trained,), in their order.
     """
     stock = model.forward
 
@@ -95,6 +97,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         labels: Tensor | None = None,
         trained_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        per_token: bool = False,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
@@ -102,8 +105,10 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         positions = find_trained_positions(labels) if trained_positions is None else trained_positions
         hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         targets = labels.flatten()[positions + 1]
-        total = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets)
+        nll = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets)
+        if per_token:
+            return CausalLMOutput(loss=nll)
         count = max(1, len(positions)) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=total / count)
+        return CausalLMOutput(loss=nll.sum() / count)
 
     model.forward = MethodType(forward, model)

@@ -1,0 +1,87 @@
+"""Losses that learn from better and worse answers: DPO, IPO, SimPO, ORPO and KTO (PreferenceSpec has the formulas).
+
+They need neither logits nor a second model: the fused loss gives the log-likelihood of each token with its gradient,
+and the reference's log-likelihoods are computed once, before the run, and come with the batch.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from common.data.batches import Batch
+from common.recipe import PreferenceSpec
+
+# Entries of a micro-batch beside those of collate. example_ids: int64, of labels' shape, the number of the example that
+# a token belongs to. signs: float32 (examples,), 1 for a chosen or good answer and -1 for a rejected or bad one; of
+# pairs the two answers follow each other, the chosen one first. reference: float64 (examples,), log-likelihoods under
+# the reference. kl: float64 (), what KTO compares with, of the whole optimizer step.
+EXAMPLE_IDS, SIGNS, REFERENCE, KL = ENTRIES = ("example_ids", "signs", "reference", "kl")
+
+
+class Likelihoods(NamedTuple):
+    """Of each example's answer: its log-likelihood in nats, float64 (examples,), and its number of tokens."""
+
+    total: Tensor
+    tokens: Tensor
+
+
+class LossAndRewards(NamedTuple):
+    """loss: the sum over the pairs, or for KTO over the answers, of a micro-batch; scalar, float64.
+
+    rewards: of each example, float64 (examples,), without a gradient: beta times how much likelier it has become than
+    under the reference, or where there is none beta times its log-likelihood.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+    likelihoods: Likelihoods  # without a gradient
+
+
+def answer_likelihoods(model: Any, batch: Batch) -> Likelihoods:
+    """The log-likelihood of each example's trained tokens, differentiable. batch: with example_ids and signs."""
+    inputs = {name: value for name, value in batch.items() if name not in ENTRIES}
+    nll: Tensor = model(**inputs, per_token=True).loss
+    ids = batch[EXAMPLE_IDS].flatten()[batch["trained_positions"] + 1]
+    # float64: a difference of hundreds of nats is what is learnt from.
+    none = torch.zeros(len(batch[SIGNS]), dtype=torch.float64, device=nll.device)
+    return Likelihoods(none.index_add(0, ids, -nll.double()), none.index_add(0, ids, torch.ones_like(nll).double()))
+
+
+def preference_loss(model: Any, batch: Batch, spec: PreferenceSpec) -> LossAndRewards:
+    """Forward pass of a micro-batch with its preference loss.
+
+    batch: of collate, with example_ids and signs, with reference where the spec needs it, and for KTO with kl.
+    """
+    found = answer_likelihoods(model, batch)
+    scores, reference = found.total, batch[REFERENCE] if spec.needs_reference else torch.zeros_like(found.total)
+    if spec.value("length_normalized") or spec.loss == "orpo":
+        count = found.tokens.clamp(min=1)
+        scores, reference = scores / count, reference / count
+    ratios, beta = scores - reference, spec.value("beta")
+    if spec.loss == "kto":
+        losses = _kto(ratios, batch[SIGNS], batch[KL], spec)
+    else:
+        losses = _of_pairs(scores, ratios, spec)
+        if weight := spec.value("sft_weight"):
+            losses = losses - weight * (found.total / found.tokens.clamp(min=1))[0::2]
+    return LossAndRewards(losses.sum(), beta * ratios.detach(), Likelihoods(found.total.detach(), found.tokens))
+
+
+def _of_pairs(scores: Tensor, ratios: Tensor, spec: PreferenceSpec) -> Tensor:
+    """The loss of each pair: (pairs,). scores and ratios: (2 * pairs,), chosen and rejected in turn."""
+    beta, margins = spec.value("beta"), ratios[0::2] - ratios[1::2]
+    if spec.loss == "ipo":
+        return (margins - 1 / (2 * beta)).square()
+    if spec.loss == "orpo":
+        log_odds = scores - torch.log(-torch.expm1(scores))
+        return -beta * logsigmoid(log_odds[0::2] - log_odds[1::2])
+    logits, smoothing = beta * margins - spec.value("gamma"), spec.value("label_smoothing")
+    return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+
+def _kto(ratios: Tensor, signs: Tensor, kl: Tensor, spec: PreferenceSpec) -> Tensor:
+    """The loss of each answer: (examples,)."""
+    weights = torch.where(signs > 0, spec.value("desirable_weight"), spec.value("undesirable_weight"))
+    return weights * (1 - torch.sigmoid(signs * spec.value("beta") * (ratios - kl)))
