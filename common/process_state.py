@@ -300,5 +300,8 @@ def set_tracker_variable(variable: str, value: str) -> None:
 
     A variable that the user has set stays as it is.
     """
-    if os.environ.get(variable) == _told_trackers.get(variable):  # not set, or by an earlier run of this process
+    if os.environ.get(variable) in (
+        None,
+        _told_trackers.get(variable),
+    ):  # not set, or by an earlier run of this process
         os.environ[variable] = _told_trackers[variable] = value
