@@ -47,11 +47,19 @@ Keep = Literal["last", "best"]
 AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
 
 
-class UserError(Exception):
+class _OneLine(Exception):
+    """An exception whose message says it all."""
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that a notebook, or IPython, shows in the place of the traceback; it asks an exception for them."""
+        return [f"error: {self}"]
+
+
+class UserError(_OneLine):
     """An error that the user can correct. It is shown as one line without a traceback, and the exit status is 2."""
 
 
-class Stopped(Exception):
+class Stopped(_OneLine):
     """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number.
 
     can_go_on: whether steps are left to train.
@@ -60,6 +68,9 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int, *, can_go_on: bool = True) -> None:
         super().__init__(message)
         self.signal_number, self.can_go_on = signal_number, can_go_on
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def require(condition: bool, message: str) -> None:

@@ -38,9 +38,12 @@ ATTENTION_OPERATORS = (
 
 def attention_implementation(machine: Machine) -> str:
     """transformers' name of the attention for this machine: "packed", or "sdpa" where torch has no flash attention."""
-    if machine.is_gpu and torch.cuda.get_device_capability(machine.device) >= MIN_FLASH_CAPABILITY:
-        return PACKED_ATTENTION
-    return "sdpa"
+    return attention_of(torch.cuda.get_device_capability(machine.device)) if machine.is_gpu else "sdpa"
+
+
+def attention_of(capability: tuple[int, int]) -> str:
+    """The same for a GPU of this compute capability."""
+    return PACKED_ATTENTION if capability >= MIN_FLASH_CAPABILITY else "sdpa"
 
 
 def packed_attention(

@@ -20,7 +20,7 @@ from common.plan.count import count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
 from common.plan.mixed_layers import find_mixed_layers
-from common.plan.speed import SPEEDS, Speed
+from common.plan.speed import KNOWN_GPUS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS, Step
 from common.recipe import Recipe
@@ -42,7 +42,7 @@ class Forecast:
     """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
-        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0], layout: Layout = ONE_PROCESS
+        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers

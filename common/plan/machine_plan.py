@@ -5,17 +5,18 @@ from dataclasses import replace
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.machine.collectives import all_gather, broadcast_from_main
-from common.machine.device import Machine, require_gpu, this_machine, warn_of_unused_gpu
+from common.machine.device import Machine, compute_dtype, require_gpu, this_machine, warn_of_unused_gpu
 from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
-from common.model.attention import attention_implementation
+from common.model.attention import PACKED_ATTENTION, attention_implementation, attention_of
 from common.model.config import load_config, refuse_more_positions
 from common.model.sharding import refuse_unshardable
 from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
+from common.plan.speed import KnownGpu
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
@@ -51,6 +52,23 @@ def setting_of(machine: Machine) -> Setting:
     if reason:
         say_references_run(reason)
     return Setting(machine.dtype, attention_implementation(machine), triton=machine.is_gpu and reason is None)
+
+
+def setting_of_kind(gpu: KnownGpu) -> Setting:
+    """What a step on a GPU of this kind depends on, where Triton can launch kernels."""
+    return Setting(compute_dtype(gpu.capability)[0], attention_of(gpu.capability))
+
+
+def describe_kind(gpu: KnownGpu) -> str:
+    """One line: how this kind of GPU computes."""
+    dtype, reason = compute_dtype(gpu.capability)
+    has_flash = attention_of(gpu.capability) == PACKED_ATTENTION
+    attention = "flash attention over packed rows" if has_flash else "attention with a mask (no flash attention)"
+    version = ".".join(map(str, gpu.capability))
+    return (
+        f"{gpu.name}, compute capability {version}: computing in {str(dtype).removeprefix('torch.')} ({reason}), "
+        f"{attention}"
+    )
 
 
 def _plan_for_gpus(recipe: Recipe, machine: Machine) -> Plan:

@@ -23,7 +23,7 @@ from common.model.sharding import gather_adapter, shard_layers, without_fsdp_cla
 from common.model.start_adapter import started_from
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
-from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError
+from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError, require
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import warn_of_capacity
 from common.run.checkpoints import step_of_checkpoint
@@ -50,8 +50,13 @@ def train(
     """Trains, evaluates, and leaves the adapter and the files that tell of the run in recipe.out.
 
     Returns what run.json says under "metrics". Raises UserError when the numbers go wrong or the memory runs out, and
-    Stopped after a signal.
+    where no folder is named, and Stopped after a signal.
     """
+    require(
+        bool(recipe.out),
+        "the run has no folder: write @story above the recipe's main (from common.run import story), which gives it "
+        "one when Python calls it, or name one: Recipe(out='outputs/mine')",
+    )
     folder, written = Path(recipe.out), recipe
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
