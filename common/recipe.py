@@ -12,8 +12,8 @@ from typing import Any, Literal, Self, get_args
 
 from common.recipe_fields import unknown_field, wrong_type
 
-# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; a better and a worse answer,
-# or an answer's rating; and what goes with them.
+# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; a better and a worse
+# answer, or an answer's rating; and what goes with them.
 COLUMN_KEYS = ("user", "assistant", "messages", "text", "chosen", "rejected", "label", "system", "tools", "reasoning")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -258,8 +258,8 @@ def _check_columns(columns: dict[str, str]) -> None:
     require(
         fits,
         f"DataSpec.columns has {', '.join(map(repr, columns)) or 'no key'}; name user and assistant, or messages "
-        "(perhaps with system and tools), or text alone; for pairs chosen and rejected (perhaps with user or messages), "
-        "for rated answers also label",
+        "(perhaps with system and tools), or text alone; of pairs chosen and rejected (perhaps with user or messages), "
+        "of rated answers also label",
     )
 
 
@@ -268,11 +268,11 @@ def _check_preferences(data: DataSpec) -> None:
     keys = set(data.columns or ())
     require(
         data.kind == "pairs" or "chosen" not in keys,
-        "DataSpec.columns names chosen and rejected, which are for pairs: give the recipe a preference=PreferenceSpec()",
+        "DataSpec.columns names chosen and rejected, which are of pairs: give the recipe preference=PreferenceSpec()",
     )
     require(
         data.kind == "rated" or "label" not in keys,
-        "DataSpec.columns names a label, which is for rated answers: give the recipe a preference=PreferenceSpec('kto')",
+        "DataSpec.columns names a label, which is of rated answers: give the recipe preference=PreferenceSpec('kto')",
     )
     if data.kind != "conversations":
         wanted = {"pairs": "chosen and rejected", "rated": "user and assistant, or messages"}[data.kind]

@@ -11,10 +11,10 @@ from common.tokens.labels import IGNORED, trained_positions
 Batch = dict[str, Any]  # a micro-batch, as collate makes it
 TOKENS = "tokens"  # the entry of collate_counted
 # Entries of a micro-batch of better and worse answers. example_ids: int64, of labels' shape, the number of the
-# conversation that a token belongs to, from 0 on; 0 where it is padding. signs: float32 (conversations,), 1 for a chosen
-# or good answer and -1 for a rejected or bad one; of pairs the two answers follow each other, the chosen one first.
-# reference: float64 (conversations,), log-likelihoods under the reference, once they are known. kl: float64 (), what
-# KTO compares with, of the whole optimizer step; who knows it puts it in.
+# conversation that a token belongs to, from 0 on; 0 where it is padding. signs: float32 (conversations,), 1 for a
+# chosen or good answer and -1 for a rejected or bad one; of pairs the two answers follow each other, the chosen one
+# first. reference: float64 (conversations,), log-likelihoods under the reference, once they are known. kl: float64 (),
+# what KTO compares with, of the whole optimizer step; who knows it puts it in.
 EXAMPLE_IDS, SIGNS, REFERENCE, KL = PREFERENCE_ENTRIES = ("example_ids", "signs", "reference", "kl")
 _PER_CONVERSATION = {SIGNS: torch.float32, REFERENCE: torch.float64}
 _TOKEN_COLUMNS = ("input_ids", "labels", "position_ids")

@@ -19,13 +19,14 @@ class Examples:
     documents: for each example, the number of the row that it comes from, from 0 on: a long text becomes several
     examples. hashes: of its token ids, 64 bits; equal ones mark exact copies. Of better and worse answers alone, marks:
     for each token, 1 where a chosen or good conversation begins, -1 where a rejected or bad one does, else 0; prompts:
-    for each example, a hash of its prompt's token ids. Otherwise both are empty.
+    for each example, a hash of its prompt's token ids; opposites: the hash of an example that says the opposite, with
+    the answers in the other order, or the other rating. Otherwise all three are empty.
     """
 
     def __init__(self, examples: Iterable[Tokens] = ()) -> None:
         self.input_ids, self.labels, self.ends = array("i"), array("i"), array("i", [0])
         self.documents, self.hashes = array("i"), array("Q")
-        self.marks, self.prompts = array("b"), array("Q")
+        self.marks, self.prompts, self.opposites = array("b"), array("Q"), array("Q")
         for example in examples:
             self.append([example])
 
@@ -38,11 +39,12 @@ class Examples:
             self.labels.extend(part.labels)
             self.ends.append(len(self.input_ids))
             self.documents.append(document)
-            marks = array("b", _marks(part))
-            self.marks.extend(marks)
-            self.hashes.frombytes(blake2b(ids, digest_size=8, key=marks[:1].tobytes()).digest())
+            self.hashes.frombytes(_hash(ids, part.signs))
             if part.signs:
-                self.prompts.frombytes(blake2b(array("i", part.prompt()), digest_size=8).digest())
+                self.marks.extend(_marks(part))
+                self.prompts.frombytes(_hash(part.prompt()))
+                turned = [index for one in reversed(part.conversations()) for index in one.input_ids]
+                self.opposites.frombytes(_hash(turned, [-sign for sign in reversed(part.signs)]))
 
     def extend(self, others: "Examples") -> None:
         """Adds others behind these. Their rows are other rows."""
@@ -54,6 +56,7 @@ class Examples:
         self.hashes.extend(others.hashes)
         self.marks.extend(others.marks)
         self.prompts.extend(others.prompts)
+        self.opposites.extend(others.opposites)
 
     @property
     def document_count(self) -> int:
@@ -79,7 +82,7 @@ class Examples:
         return np.frombuffer(self.hashes, dtype=np.uint64)
 
     def prompt_view(self) -> npt.NDArray[np.uint64]:
-        """What marks examples that are held out together or not at all: the hashes of prompts, or without any of all."""
+        """Equal for examples that are held out together or not at all: hashes of prompts, or without them of all."""
         return np.frombuffer(self.prompts or self.hashes, dtype=np.uint64)
 
     def trained_tokens(self) -> npt.NDArray[np.int64]:
@@ -99,6 +102,11 @@ class Examples:
 def view(values: "array[int]") -> npt.NDArray[np.int32]:
     """The values, over the same memory."""
     return np.frombuffer(values, dtype=np.int32)
+
+
+def _hash(ids: Iterable[int], signs: Iterable[int] = ()) -> bytes:
+    """8 bytes. signs: of an answer that is rated otherwise the hash is another."""
+    return blake2b(array("i", ids), digest_size=8, key=array("b", signs).tobytes()).digest()
 
 
 def _marks(tokens: Tokens) -> list[int]:

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common.data.balance import Balance, answers_of, contradictions
 from common.data.cache import cache_folder, load_cached, remove_shared, save_cached, shared_folder
 from common.data.examples import Examples
 from common.data.packing import pack
@@ -33,8 +34,9 @@ NAME_OF: dict[Kind, str] = {"conversations": "example", "pairs": "pair", "rated"
 class Rows:
     """Packed rows. Columns: input_ids and labels, equally long; seq_lengths, the lengths of the examples in the row.
 
-    Of better and worse answers an example is a pair, or a rated answer. seq_lengths are then those of the conversations,
-    two of a pair, and a column more is there, signs: 1 for a chosen or good one, -1 for a rejected or bad one.
+    Of better and worse answers (kind) an example is a pair, or a rated answer. seq_lengths are then those of the
+    conversations, two of a pair, and one column more is there, signs: 1 for a chosen or good one, -1 for a rejected or
+    bad one.
     """
 
     train: Dataset
@@ -42,6 +44,10 @@ class Rows:
     reports: list[DataReport]  # of each source, and of eval_source where there is one
     example: Tokens | None = None  # the first one of the first source
     kind: Kind = "conversations"
+
+    @property
+    def conversations_per_example(self) -> int:
+        return 2 if self.kind == "pairs" else 1
 
     @property
     def train_tokens(self) -> int:
@@ -63,7 +69,8 @@ def load_rows(
     """
     rows = _load_on_machine(spec, tokenizer, seq_len, seed)
     if shows_example and rows.example is not None:
-        print(f"  for example: {mark_trained(rows.example, tokenizer)}")
+        for word, tokens in answers_of(rows.example, rows.kind):
+            print(f"  for example{word and f', {word}'}: {mark_trained(tokens, tokenizer)}")
     return rows
 
 
@@ -151,6 +158,8 @@ def _make_rows(
     rows = Rows(train, evaluation, reports, examples[0][0], spec.kind)
     lines = describe_mixture(examples, reports[: len(examples)], selection) if len(examples) > 1 else []
     lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
+    if spec.kind != "conversations":
+        lines += Balance.of_rows(train).lines(spec.kind) + contradictions(examples, selection.trained)
     if own is not None:
         lines += _leak_lines(own, examples, selection)
     print("\n".join(lines))

@@ -38,7 +38,7 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
     """
     if source is None:
         return []
-    chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    chat_format, prompts, asked_before = ChatFormat(tokenizer), list[Prompt](), set[tuple[int, ...]]()
     for _, example in read_examples(source, DataReport(source)):
         if len(prompts) == limit:
             break
@@ -58,8 +58,9 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
             tokens = chat_format.encode(replace(example, messages=(*untrained(asked), turns[answers[-1]])))
             start = next(i for i, label in enumerate(tokens.labels) if label != IGNORED)
             reference = tokenizer.decode(tokens.input_ids[start : tokens.turn_ends[0]], skip_special_tokens=True)
-            if is_preference and any(tokens.input_ids[:start] == prompt.input_ids for prompt in prompts):
+            if is_preference and tuple(tokens.input_ids[:start]) in asked_before:
                 continue
+            asked_before.add(tuple(tokens.input_ids[:start]))
             prompts.append(Prompt(tokens.input_ids[:start], asked[-1].content, reference))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")

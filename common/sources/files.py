@@ -32,9 +32,9 @@ def read_rows(
 ) -> Iterator[PlacedRow]:
     """Yields every row of a source's files, or of a hub data set's split, in order. A row with a fault is a BadRow.
 
-    config: of a hub data set, where it has several configurations. columns and kind: DataSpec's; kind None reads any. unread: is added to how many
-    rows have a value in each column that the rows come without, because no format reads it; of a Parquet file's lists
-    the most that there can be.
+    config: of a hub data set, where it has several configurations. columns and kind: DataSpec's; kind None reads any.
+    unread: is added to how many rows have a value in each column that the rows come without, because no format reads
+    it; of a Parquet file's lists the most that there can be.
 
     Raises UserError when the source as a whole cannot be read.
     """

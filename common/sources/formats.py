@@ -56,8 +56,8 @@ FORMATS = (
 )
 _ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
 _ABOUT_OF = {"instruction": ("input", "context"), "question": ("context",)}
-# The same of pairs. The last two keys are the better answer and the worse one, before them is the prompt; without it the
-# better one is a whole conversation.
+# The same of pairs. The last two keys are the better answer and the worse one, before them is the prompt; without it
+# the better one is a whole conversation.
 PAIR_FORMATS = (
     *(
         Format(f"{prompt}/{chosen}/{rejected}", (prompt, chosen, rejected), (*_ABOUT_OF.get(prompt, ()), *more), True)
@@ -86,13 +86,14 @@ FORMATS_OF: dict[Kind | None, tuple[Format, ...]] = {
     "rated": tuple(known for known in FORMATS if known.name != "text"),
     None: (*PAIR_FORMATS, *FORMATS),
 }
+_OR_OTHERS = "or those of another format in docs/data.md; or say which of yours they are: DataSpec(columns={{{}}})"
 WANTED_KEYS: dict[Kind | None, str] = {
-    "conversations": "messages, prompt+completion, instruction+output, text or those of another format in docs/data.md; "
-    "or say which of yours they are: DataSpec(columns={'user': ..., 'assistant': ...})",
-    "pairs": "prompt+chosen+rejected, chosen+rejected or those of another format in docs/data.md; or say which of yours "
-    "they are: DataSpec(columns={'user': ..., 'chosen': ..., 'rejected': ...})",
-    "rated": "prompt+completion+label, messages+label or those of another format in docs/data.md; or say which of yours "
-    "they are: DataSpec(columns={'user': ..., 'assistant': ..., 'label': ...})",
+    "conversations": "messages, prompt+completion, instruction+output, text "
+    + _OR_OTHERS.format("'user': ..., 'assistant': ..."),
+    "pairs": "prompt+chosen+rejected, chosen+rejected "
+    + _OR_OTHERS.format("'user': ..., 'chosen': ..., 'rejected': ..."),
+    "rated": "prompt+completion+label, messages+label "
+    + _OR_OTHERS.format("'user': ..., 'assistant': ..., 'label': ..."),
 }
 WANTED_KEYS[None] = WANTED_KEYS["conversations"]
 
@@ -114,10 +115,9 @@ def match_keys(
 ) -> MatchedKeys | None:
     """Finds the format of a row with these names, and the names that it reads. None where no format fits.
 
-    A name may be in another case, with blanks around it. columns: DataSpec's, which decides the format. kind: DataSpec's;
-    None takes any. Raises BadRow when two names could be meant by one key, and when a name of `columns` is not there.
-    Raises OtherKind for the names of another kind of data; those that only better and worse answers have are no
-    conversations unless `columns` says what to learn.
+    A name may be in another case, with blanks around it. columns: DataSpec's, which decides the format. kind:
+    DataSpec's; None takes any. Raises BadRow when two names could be meant by one key, and when a name of `columns` is
+    not there. Raises OtherKind for the names of another kind of data, unless `columns` says what to learn.
     """
     return _match(names, tuple(columns.items()) if columns else (), kind)
 

@@ -21,11 +21,11 @@ def has_rating(key: str) -> OtherKind:
 
 
 def _refused_for_conversations(found: str, loss: str) -> OtherKind:
-    others = "" if loss == "dpo" else f" with {loss!r}"
+    others = "" if loss == "dpo" else f" with loss={loss!r}"
     return OtherKind(
-        f"this is preference data ({found}), and a run of this recipe learns every answer, the worse ones too: take "
-        f"MODEL=tiny-dpo or llama3-8b-dpo{others}, or add preference=PreferenceSpec({loss!r}) to the recipe; or keep the "
-        "better answers alone, as messages or as prompt and completion"
+        f"this is preference data ({found}), and this recipe learns every answer, the worse ones too: take a recipe "
+        f"for it, MODEL=tiny-dpo or llama3-8b-dpo{others}, or add preference=PreferenceSpec({loss!r}) to this one; or "
+        "keep the better answers alone, as messages or as prompt and completion"
     )
 
 
@@ -33,18 +33,19 @@ def is_no_pair(format_name: str, label: str | None) -> OtherKind:
     """label: the key of a rating, where there is one."""
     if label is not None:
         return OtherKind(
-            f"these are single answers with {label!r} ({format_name}), and the recipe learns from pairs of a better and a "
-            "worse answer: rated answers are for preference=PreferenceSpec('kto')"
+            f"these are single answers with {label!r} ({format_name}), and this recipe learns from pairs of a better "
+            "and a worse answer: for single answers that are rated, set preference=PreferenceSpec('kto')"
         )
     return OtherKind(
-        f"these are conversations ({format_name}), and the recipe learns from pairs of a better and a worse answer: take "
-        "a recipe without a PreferenceSpec, such as MODEL=tiny or llama3-8b, or give pairs: prompt, chosen and rejected"
+        f"these are conversations ({format_name}), and this recipe learns from pairs of a better and a worse answer: "
+        "take a recipe without PreferenceSpec(...), as MODEL=tiny and llama3-8b are, or give pairs, with prompt, "
+        "chosen and rejected"
     )
 
 
 def has_no_rating(format_name: str) -> OtherKind:
     return OtherKind(
-        f"these are conversations without a label ({format_name}), and PreferenceSpec('kto') learns from answers that are "
-        "rated: add a label, true or false, to each row, or take a recipe without a PreferenceSpec, such as MODEL=tiny "
-        "or llama3-8b"
+        f"these are conversations without a label ({format_name}), and PreferenceSpec('kto') learns from answers that "
+        "are rated: add a label to each row, true or false, or take a recipe without PreferenceSpec(...), as "
+        "MODEL=tiny and llama3-8b are"
     )
