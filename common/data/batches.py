@@ -23,9 +23,10 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_
     the longest example.
     """
     lengths = [length for row in rows for length in row["seq_lengths"]]
+    given, first = rows, rows[0]
     if padding_free:
         shape = (1, sum(lengths))
-        rows = [{name: [value for row in rows for value in row[name]] for name in rows[0]}]
+        rows = [{name: [value for row in rows for value in row[name]] for name in (*_TOKEN_COLUMNS[:2], "seq_lengths")}]
     else:
         shape = (len(rows), max(len(row["input_ids"]) for row in rows))
     input_ids = torch.full(shape, pad_token_id)
@@ -38,10 +39,39 @@ def collate(rows: Sequence[dict[str, list[int]]], pad_token_id: int, *, padding_
         position_ids[i, :length] = torch.cat([torch.arange(n) for n in row["seq_lengths"]])
     batch: Batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
     batch["trained_positions"] = trained_positions(labels)
+    if "signs" in first:
+        batch |= _of_examples(given, shape)
     if not padding_free:
         return batch
     ends = torch.tensor(lengths).cumsum(0)
     return batch | {"cu_seq_lens_q": pad(ends, (1, 0)).to(torch.int32), "max_length_q": max(lengths)}
+
+
+def _of_examples(rows: Sequence[dict[str, list[int]]], shape: tuple[int, int]) -> Batch:
+    """example_ids, signs and, where the rows have it, reference of a micro-batch."""
+    numbers, count = [], 0
+    for row in rows:
+        lengths = row["seq_lengths"]
+        numbers.append(torch.arange(count, count + len(lengths)).repeat_interleave(torch.tensor(lengths)))
+        count += len(lengths)
+    if shape[0] == 1:
+        numbers = [torch.cat(numbers)]
+    ids = torch.zeros(shape, dtype=torch.long)
+    for line, own in zip(ids, numbers, strict=True):
+        line[: len(own)] = own
+    found: Batch = {"example_ids": ids}
+    for name, dtype in (("signs", torch.float32), ("reference", torch.float64)):
+        if name in rows[0]:
+            found[name] = torch.tensor([value for row in rows for value in row[name]], dtype=dtype)
+    return found
+
+
+def _cut_examples(batch: Batch, ids: torch.Tensor) -> Batch:
+    """Those entries of a part of the micro-batch, whose example_ids are `ids`."""
+    first = int(ids.flatten()[0])
+    count = int(ids.max()) + 1 - first
+    cut = {name: batch[name][first : first + count] for name in ("signs", "reference") if name in batch}
+    return {"example_ids": (ids - first).clamp(min=0), **cut}
 
 
 def collate_counted(rows: Sequence[dict[str, list[int]]], collate_rows: Callable[..., Batch]) -> Batch:
@@ -84,20 +114,26 @@ def _halve_rows(batch: Batch) -> list[Batch]:
     halves = []
     for part in (slice(rows // 2), slice(rows // 2, None)):
         half = {name: batch[name][part] for name in _TOKEN_COLUMNS}
+        if "signs" in batch:
+            half |= _cut_examples(batch, batch["example_ids"][part])
         halves.append(half | {"trained_positions": trained_positions(half["labels"])})
     return halves
 
 
 def _halve_padding_free(batch: Batch) -> list[Batch]:
     bounds = batch["cu_seq_lens_q"].tolist()
-    if len(bounds) == 2:
+    signs = batch["signs"].tolist() if "signs" in batch else [1.0] * (len(bounds) - 1)
+    between = [i for i in range(1, len(bounds) - 1) if not signs[i - 1] > 0 > signs[i]]
+    if not between:
         return [batch]
-    middle = min(range(1, len(bounds) - 1), key=lambda i: abs(bounds[i] - bounds[-1] / 2))
+    middle = min(between, key=lambda i: abs(bounds[i] - bounds[-1] / 2))
     halves = []
     for part in (bounds[: middle + 1], bounds[middle:]):
         half = {name: batch[name][:, part[0] : part[-1]] for name in _TOKEN_COLUMNS}
         half["trained_positions"] = trained_positions(half["labels"])
         half["cu_seq_lens_q"] = batch["cu_seq_lens_q"].new_tensor([bound - part[0] for bound in part])
         half["max_length_q"] = max(end - start for start, end in zip(part, part[1:], strict=False))
+        if "signs" in batch:
+            half |= _cut_examples(batch, batch["example_ids"][:, part[0] : part[-1]])
         halves.append(half)
     return halves
