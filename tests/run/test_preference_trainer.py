@@ -101,13 +101,13 @@ def test_halving_after_out_of_memory_changes_nothing(loss, small_llama, tmp_path
     failures = []
 
     def check(_, arguments) -> None:
-        if arguments[0].shape[0] > 1:
+        if arguments[0].shape[0] > 1 and torch.is_grad_enabled():
             failures.append(torch.is_grad_enabled())
             raise torch.OutOfMemoryError("CUDA out of memory, injected")
 
     decoder_layers(tight.model)[1].register_forward_pre_hook(check)
     assert one_step(tight, rows) == pytest.approx(expected, rel=1e-6)
-    assert True in failures and tight.step_down.taken[-1].endswith("each micro-batch in 4 parts")
+    assert failures and tight.step_down.taken[-1].endswith("each micro-batch in 4 parts")
     assert tight.step_metrics() == pytest.approx(metrics, rel=1e-5)  # nothing is counted twice
     largest = max(gradient.abs().max().item() for gradient in plenty.values())
     for name, gradient in gradients(tight).items():
