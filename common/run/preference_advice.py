@@ -28,9 +28,9 @@ def warn_of_learning_rate(recipe: Recipe) -> str | None:
     if rate * strength <= LARGE_RATE * (1 + 1e-9) or load_config(recipe.model).hidden_size < REAL_HIDDEN_SIZE:
         return None
     return (
-        f"warning: a learning rate of {rate:g} moves this adapter as {rate * strength:.1g} does at alpha {AT_ALPHA}, "
-        f"which is for instruction tuning. With preferences the usual one is {USUAL_RATE / strength:.1g} here; far "
-        f'above it a model unlearns both answers: SET="train.learning_rate={USUAL_RATE / strength:.1g}"'
+        f"warning: a learning rate of {rate:g} moves this adapter as {rate * strength:.2g} does at alpha {AT_ALPHA}, "
+        f"which is for instruction tuning. With preferences the usual one is {USUAL_RATE / strength:.2g} here; far "
+        f'above it a model unlearns both answers: SET="train.learning_rate={USUAL_RATE / strength:.2g}"'
     )
 
 

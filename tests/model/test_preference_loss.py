@@ -1,13 +1,13 @@
 """The losses by TRL 1.16's own code on the same log-likelihoods, and where their formulas have no number."""
 
+import importlib
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from trl.experimental.cpo import CPOTrainer
-from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
 
@@ -77,6 +77,14 @@ def trl(trainer: type, **values: Any) -> Any:
     return made
 
 
+def experimental(name: str) -> type:
+    """A trainer of trl.experimental, which warns of itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found: type = getattr(importlib.import_module(f"trl.experimental.{name.lower()}"), f"{name}Trainer")
+    return found
+
+
 class _Lists(dict):
     def __missing__(self, name: str) -> list:
         return self.setdefault(name, [])
@@ -91,7 +99,6 @@ def in_halves(values: Tensor) -> Tensor:
     ("spec", "loss_type"),
     [
         (PreferenceSpec("dpo", beta=0.3), "sigmoid"),
-        (PreferenceSpec("dpo", beta=0.3, label_smoothing=0.2), "sigmoid"),
         (PreferenceSpec("dpo", beta=0.3, length_normalized=True), "sigmoid_norm"),
         (PreferenceSpec("ipo", beta=0.3), "ipo"),
     ],
@@ -129,7 +136,7 @@ def test_simpo_is_that_of_trl(smoothing):
     tokens, mask, batch = of_pairs()
     spec = PreferenceSpec("simpo", beta=2.5, gamma=0.7, label_smoothing=smoothing)
     means = (tokens * mask).sum(1) / mask.sum(1)
-    own = trl(CPOTrainer, alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=smoothing)
+    own = trl(experimental("CPO"), alpha=0.0, loss_type="simpo", simpo_gamma=0.7, beta=2.5, label_smoothing=smoothing)
     losses, chosen, rejected = own.cpo_loss(means[0::2], means[1::2])
     got = ours(tokens, mask, batch, spec)
     assert got.loss.item() == pytest.approx(losses.sum().item(), rel=1e-7)
@@ -139,7 +146,7 @@ def test_simpo_is_that_of_trl(smoothing):
 def test_orpo_is_that_of_trl():
     tokens, mask, batch = of_pairs()
     means = (tokens * mask).sum(1) / mask.sum(1)
-    losses, *_ = trl(ORPOTrainer, beta=0.3).odds_ratio_loss(means[0::2], means[1::2])
+    losses, *_ = trl(experimental("ORPO"), beta=0.3).odds_ratio_loss(means[0::2], means[1::2])
     expected = -means[0::2] - losses  # the NLL of the chosen answers; TRL adds it elsewhere, over the tokens of a batch
     got = ours(tokens, mask, batch, PreferenceSpec("orpo", beta=0.3))
     assert got.loss.item() == pytest.approx(expected.sum().item(), rel=1e-6)  # TRL computes in fp32

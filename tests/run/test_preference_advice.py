@@ -21,7 +21,7 @@ def recipe(model=LLAMA, rate=1e-5, **lora) -> Recipe:
         (recipe(rate=2e-4), '"train.learning_rate=1e-05"'),
         (recipe(rate=2e-4, alpha=8), None),  # moves as 5e-5 does
         (recipe(rate=1e-4, alpha=64), '"train.learning_rate=5e-06"'),
-        (recipe(rate=1e-4, rslora=True), '"train.learning_rate=2e-06"'),  # as alpha 128: 2.5e-6
+        (recipe(rate=1e-4, rslora=True), '"train.learning_rate=2.5e-06"'),  # as alpha 128
         (recipe(ModelSpec(str(TINY)), rate=1e-3), None),  # small models take larger rates
     ],
 )
