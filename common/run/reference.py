@@ -47,7 +47,7 @@ from common.run.preference_evaluation import likelihoods_without_gradient
 from common.run.resume import hash_rows
 from common.run.step_down import StepDown
 
-REFERENCES = Path(".cache") / "references"  # in the working directory
+REFERENCE_FILES = Path(".cache") / "references"  # in the working directory
 MAX_REFERENCES = 8  # the newest stay; one takes 8 bytes an answer
 MAX_NAMED_ANSWERS = 3
 # the modules that compute a log-likelihood
@@ -70,7 +70,7 @@ def with_reference(
     if spec is None or not spec.needs_reference:
         return rows
     sets = {"train": rows.train} | ({"evaluation": rows.evaluation} if rows.evaluation is not None else {})
-    names = _columns_of(spec)
+    names = _reference_columns(spec)
     sizes = [count for data in sets.values() for name in names for count in _lengths(data, name)]
     path = _place(model, rows, recipe, spec.loss == "kto")
     flat = broadcast_from_main(_load(path, sum(sizes)) if path is not None and is_main_process() else None)
@@ -97,12 +97,12 @@ def with_reference_columns(
     model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset, spec: PreferenceSpec
 ) -> Dataset:
     """The rows with the columns that with_reference adds, by the model as it is. Of one process, nothing is kept."""
-    names = _columns_of(spec)
+    names = _reference_columns(spec)
     values = iter(_compute(model, tokenizer, rows, names, 1, None))
     return _with_columns(rows, {name: [next(values) for _ in range(len(rows))] for name in names})
 
 
-def _columns_of(spec: PreferenceSpec) -> tuple[str, ...]:
+def _reference_columns(spec: PreferenceSpec) -> tuple[str, ...]:
     return ("reference", "kl_reference") if spec.loss == "kto" else ("reference",)
 
 
@@ -236,7 +236,7 @@ def _place(model: PeftModel, rows: Rows, recipe: Recipe, is_rated: bool) -> Path
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for module in sorted(path for folder in MODEL_CODE for path in folder.glob("*.py")):
         digest.update(module.read_bytes())
-    return REFERENCES / f"{digest.hexdigest()[:32]}.safetensors"
+    return REFERENCE_FILES / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _load(path: Path, count: int) -> npt.NDArray[np.float64] | None:

@@ -94,7 +94,7 @@ def _preference_values(
     sign = first_sign_of_collapse(entries)
     return {
         "loss": spec.loss,
-        "values": values,
+        "in_words": values,
         "unit": "rated answer" if spec.loss == "kto" else "pair",
         "collapse": sign and collapse_line(*sign, spec),
         "held_out": {name: pair for name, pair in found.items() if None not in pair},

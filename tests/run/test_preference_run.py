@@ -20,7 +20,7 @@ from common.run.held_out_rows import load_held_out_rows
 from common.run.metrics_file import read_metrics
 from common.run.report import write_report
 from common.run.training import train
-from tests.conftest import FP32, ROOT
+from tests.conftest import FP32
 from tests.machine.test_processes import CPU, launcher
 from tests.run.preference_rows import Exact, answers_of, made_recipe, made_rows, prepare_by_hand
 from tests.run.test_training import adapter
@@ -133,7 +133,7 @@ def test_make_eval_measures_the_losses_that_the_run_did(finished, capsys):
     after = metrics["held_out_preferences"]["after"]
     assert result["adapter"]["rewards/accuracies"] == after["rewards/accuracies"]
     again = compare_with_base(model, tokenizer, held_out.remove_columns("reference"), [], preference=recipe.preference)
-    assert again["adapter"] == pytest.approx(result["adapter"], rel=1e-6)
+    assert again["adapter"] == pytest.approx(result["adapter"], abs=1e-6)
     print_evaluation({"source": "held out", **result})
     assert "accuracy" in capsys.readouterr().out
 
@@ -202,8 +202,8 @@ def test_a_step_without_finite_numbers_is_skipped_and_not_counted(small_llama, t
         return output
 
     rows = Rows(rows.train, None, [], kind="pairs")
-    recipe = replace(recipe, data=replace(recipe.data, source="data/tiny/train.jsonl"))
-    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "Hello", "chosen": "Hi!", "rejected": "What?"}\n')
+    recipe = replace(recipe, data=replace(recipe.data, source="pairs.jsonl"))
     model.get_input_embeddings().register_forward_hook(poison)
     train(model, tokenizer, rows, recipe, plan)
     assert calls
