@@ -33,8 +33,11 @@ from common.run.folder import CHECKPOINTS
 from common.run.general_texts import load_general_texts
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
+from common.run.preference_advice import warn_of_learning_rate
+from common.run.preference_metrics import held_out_results
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
+from common.run.reference import with_reference
 from common.run.resume import checkpoint_to_resume, rows_per_step_before
 from common.run.run_json import full_line, memory_line, run_metrics
 from common.run.stopping import StopSignals
@@ -68,12 +71,13 @@ def train(
     source = recipe.data.drift_source
     general = None if source is None else load_general_texts(source, tokenizer, recipe.train.seq_len)
     prepare_process(recipe.train, folder)
+    rows = with_reference(model, tokenizer, rows, recipe, plan)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
     print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes, begun_with)))
-    if warning := warn_of_capacity(rows, recipe):
+    if warning := warn_of_capacity(rows, recipe) if recipe.preference is None else warn_of_learning_rate(recipe):
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -93,6 +97,8 @@ def train(
         print(line)
     losses = held_out_losses([*report.history, *trainer.state.log_history])
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
+    if preferences := held_out_results(report.history, metrics["kept_step"]):
+        metrics["held_out_preferences"] = preferences
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
     drift = None if general is None else measure_drift(model, general, tokenizer, plan.micro_batch_rows)
