@@ -136,7 +136,7 @@ CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 def trl_trainer(model: PeftModel, *, precomputed: bool) -> DPOTrainer:
-    """A DPOTrainer with what its loss reads, and DPOConfig's defaults. Its own __init__ needs a data set and weights."""
+    """A DPOTrainer with what its loss reads, as DPOConfig has it. Its own __init__ needs a data set and weights."""
     trainer = object.__new__(DPOTrainer)
     values = {
         "model": model,
