@@ -114,7 +114,7 @@ def _read_format(format_name: str, fields: Row, notes: Notes, kind: Kind | None)
         messages = read_messages(fields[key], key, notes)
     else:
         messages, answer_from = read_pair(fields, key, *more, notes=notes)
-    if len(fields) == 1 and notes.tools is None:
+    if len(fields) == 1 and notes.tools is None and rating is None:
         return Conversation(_to_learn(messages))
     whole = _with_rest(messages, fields, notes)
     if rating is None:
