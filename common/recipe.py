@@ -12,8 +12,9 @@ from typing import Any, Literal, Self, get_args
 
 from common.recipe_fields import unknown_field, wrong_type
 
-# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; and what goes with them.
-COLUMN_KEYS = ("user", "assistant", "messages", "text", "system", "tools", "reasoning")
+# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; a better and a worse
+# answer, or an answer's rating; and what goes with them.
+COLUMN_KEYS = ("user", "assistant", "messages", "text", "chosen", "rejected", "label", "system", "tools", "reasoning")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Weights = Literal["pretrained", "random"]
@@ -243,13 +244,47 @@ def _check_columns(columns: dict[str, str]) -> None:
         require(key in COLUMN_KEYS, f"DataSpec.columns has {key!r}; choose among {choices}")
         require(isinstance(name, str) and bool(name.strip()), f"DataSpec.columns[{key!r}] is {name!r}; name a column")
     require(len(set(columns.values())) == len(columns), "DataSpec.columns names a column twice")
-    is_pair = {"user", "assistant"} <= keys and not keys & {"messages", "text"}
-    is_list = "messages" in keys and not keys & {"user", "assistant", "text", "reasoning"}
+    answers, beside = keys & {"chosen", "rejected"}, {"system", "tools"}
+    if answers:
+        fits = (
+            len(answers) == 2
+            and len(keys & {"user", "messages"}) < 2
+            and keys <= {*answers, "user", "messages", *beside}
+        )
+    elif "messages" in keys:
+        fits = keys <= {"messages", "label", *beside}
+    else:
+        fits = keys == {"text"} or {"user", "assistant"} <= keys <= {"user", "assistant", "label", "reasoning", *beside}
     require(
-        is_pair or is_list or keys == {"text"},
+        fits,
         f"DataSpec.columns has {', '.join(map(repr, columns)) or 'no key'}; name user and assistant, or messages "
-        "(perhaps with system and tools), or text alone",
+        "(perhaps with system and tools), or text alone; of pairs chosen and rejected (perhaps with user or messages), "
+        "of rated answers also label",
     )
+
+
+def _check_preferences(data: DataSpec) -> None:
+    """Raises UserError where the fields of a recipe's data are for another kind than the recipe's."""
+    keys = set(data.columns or ())
+    require(
+        data.kind == "pairs" or "chosen" not in keys,
+        "DataSpec.columns names chosen and rejected, which are of pairs: give the recipe preference=PreferenceSpec()",
+    )
+    require(
+        data.kind == "rated" or "label" not in keys,
+        "DataSpec.columns names a label, which is of rated answers: give the recipe preference=PreferenceSpec('kto')",
+    )
+    if data.kind != "conversations":
+        wanted = {"pairs": "chosen and rejected", "rated": "user and assistant, or messages"}[data.kind]
+        require(
+            not keys or ("chosen" in keys if data.kind == "pairs" else "text" not in keys),
+            f"DataSpec.columns names no {wanted}, and the recipe has a PreferenceSpec: name those too",
+        )
+        require(
+            data.train_on == "assistant" and not data.rendered,
+            "DataSpec.train_on and rendered are not for a PreferenceSpec: of better and worse answers the assistant's "
+            "tokens alone are compared, as the chat template writes them",
+        )
 
 
 @dataclass(frozen=True)
@@ -464,6 +499,7 @@ class Recipe(_Spec):
         data = copy(self.data)  # the same one may be another recipe's too
         object.__setattr__(data, "kind", "conversations" if self.preference is None else self.preference.kind)
         object.__setattr__(self, "data", data)
+        _check_preferences(data)
 
 
 # The parts of a recipe by the names that they have in it; "" is the recipe itself.

@@ -74,7 +74,7 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
     """
 
     def spec(kind: Any, name: str) -> Any:
-        known = {field.name for field in fields(kind)}
+        known = {field.name for field in fields(kind) if field.init}
         given = {key: value for key, value in values.get(name, {}).items() if key in known}
         return replace(getattr(default, name), **given)
 

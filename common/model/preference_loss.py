@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from common.data.batches import Batch
+from common.data.batches import EXAMPLE_IDS, KL, PREFERENCE_ENTRIES, REFERENCE, SIGNS, Batch
 from common.recipe import PreferenceSpec
-
-# Entries of a micro-batch beside those of collate. example_ids: int64, of labels' shape, the number of the example that
-# a token belongs to. signs: float32 (examples,), 1 for a chosen or good answer and -1 for a rejected or bad one; of
-# pairs the two answers follow each other, the chosen one first. reference: float64 (examples,), log-likelihoods under
-# the reference. kl: float64 (), what KTO compares with, of the whole optimizer step.
-EXAMPLE_IDS, SIGNS, REFERENCE, KL = ENTRIES = ("example_ids", "signs", "reference", "kl")
 
 
 class Likelihoods(NamedTuple):
@@ -41,7 +35,7 @@ class LossAndRewards(NamedTuple):
 
 def answer_likelihoods(model: Any, batch: Batch) -> Likelihoods:
     """The log-likelihood of each example's trained tokens, differentiable. batch: with example_ids and signs."""
-    inputs = {name: value for name, value in batch.items() if name not in ENTRIES}
+    inputs = {name: value for name, value in batch.items() if name not in PREFERENCE_ENTRIES}
     nll: Tensor = model(**inputs, per_token=True).loss
     ids = batch[EXAMPLE_IDS].flatten()[batch["trained_positions"] + 1]
     # float64: a difference of hundreds of nats is what is learnt from.

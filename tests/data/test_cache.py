@@ -20,6 +20,7 @@ from common.recipe import DataSpec, ModelSpec
 from common.run.resume import hash_rows
 from common.sources.fingerprint import file_states
 from tests.conftest import ROOT, TINY, TRAIN
+from tests.sources.test_other_kind import data
 from tests.test_structure import MODULES, imports
 
 
@@ -173,9 +174,10 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3, "columns": {"text": "x"}}
     others |= {"rendered": True}
     fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_", "drift_source"}  # of which no row is made
-    assert others.keys() | {"source", "sources"} == fields
+    assert others.keys() | {"source", "sources", "kind"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
-    assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
+    names |= {folder_of(data(source, loss), tokenizer) for loss in (None, "dpo", "kto")}  # each another kind
+    assert len(names) == len(others) + 3
 
 
 def test_everything_of_the_tokenizer_is_part_of_the_name(source, small_llama):
