@@ -75,4 +75,6 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     here = rows_per_process(train, processes)
     rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
     why = f"on a CPU at most {MAX_MICRO_BATCH_TOKENS_CPU:,} tokens at a time ({machine.name})"
-    return build_plan(train, layout, rows, policy, why)
+    plan = build_plan(train, layout, rows, policy, why)
+    needs_reference = recipe.preference is not None and recipe.preference.needs_reference
+    return replace(plan, reference_rows=limit if needs_reference else 0)

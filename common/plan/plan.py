@@ -26,6 +26,8 @@ class Plan:
     text: str  # for people
     peak_bytes: int | None = None  # predicted, as torch.cuda.max_memory_allocated counts; None on a CPU
     optimizer_bytes: int = 0  # of the optimizer's states
+    # Of a micro-batch of the pass that gives the reference's log-likelihoods, without gradients; 0 where there is none.
+    reference_rows: int = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -95,7 +97,22 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
     peak_bytes, optimizer_bytes = option.peak + WORKSPACE_BYTES, step.resident[OPTIMIZER]
-    return build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+    reference_rows = planner.reference_rows(option.on_host)
+    if reference_rows:
+        why += f"\n  {_words_of_passes(planner, option, reference_rows)}"
+    plan = build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+    return replace(plan, reference_rows=reference_rows)
+
+
+def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
+    """What a loss with a reference computes without gradients, and the share of it in the time of the run."""
+    peak = planner.forward_peak(rows, option.on_host) + WORKSPACE_BYTES
+    share = planner.pass_seconds_per_token / option.seconds_per_token
+    each_step = ", and before each step those of answers to other prompts" * (planner.recipe.data.kind == "rated")
+    return (
+        f"before the first step the log-likelihoods under the reference, {_row_or_rows_of(rows)} at a time, "
+        f"{peak / GIB:.1f} GiB{each_step}: {share:.0%} of the modelled time of the run"
+    )
 
 
 def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str:

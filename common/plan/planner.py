@@ -7,6 +7,7 @@ Memory is counted (common.plan.forecast), not estimated. Time is a roofline esti
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
@@ -165,16 +166,50 @@ class Planner:
         host = round(sum(weight * count.host_peak() for weight, count in pairs))
         sent = sum(weight * count.link_bytes() for weight, count in pairs)
         peak = peak_between(counts, weights) + self.bucket_bytes
-        return Option(rows, policy, peak, seconds / tokens, on_host, host, sent / tokens)
+        seconds_per_token = seconds / tokens + self.pass_seconds_per_token
+        return Option(rows, policy, peak, seconds_per_token, on_host, host, sent / tokens)
 
     def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
         tokens, accumulates = rows * self.seq_len, rows < self.rows_here
         step = self.forecast.step(tokens, policy, rows=rows, accumulates=accumulates, on_host=on_host)
         seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
-        peak = step.peak() + self.bucket_bytes
-        option = Option(rows, policy, peak, seconds / tokens, on_host, step.host_peak(), step.link_bytes() / tokens)
+        peak, seconds_per_token = step.peak() + self.bucket_bytes, seconds / tokens + self.pass_seconds_per_token
+        option = Option(rows, policy, peak, seconds_per_token, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.recipe.preference is not None and self.recipe.preference.needs_reference
+
+    def reference_rows(self, on_host: int = 0) -> int:
+        """Rows of the largest micro-batch up to MAX_MICRO_BATCH_TOKENS that fits without gradients, at least 1.
+
+        0 where the recipe has no reference. Where a step fits, one row does: its backward pass takes more.
+        """
+        if not self.needs_reference:
+            return 0
+        most = max(1, MAX_MICRO_BATCH_TOKENS // self.seq_len)
+        fits = (rows for rows in range(most, 1, -1) if self.forward_peak(rows, on_host) <= self.card.budget)
+        return next(fits, 1)
+
+    def forward_peak(self, rows: int, on_host: int = 0) -> int:
+        """Bytes at the worst moment of a forward pass without gradients, beside what a step keeps."""
+        return self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host).peak() + self.bucket_bytes
+
+    @cached_property
+    def pass_seconds_per_token(self) -> float:
+        """Of what a loss with a reference computes without gradients, for each token that is trained; else 0.
+
+        Before the first step each row once. KTO computes it with answers to other prompts too, and these again in each
+        optimizer step.
+        """
+        if not self.needs_reference:
+            return 0.0
+        rated, rows = self.recipe.data.kind == "rated", self.reference_rows()
+        passes = 2 / self.recipe.train.epochs + 1 if rated else 1 / self.recipe.train.epochs
+        tokens = rows * self.seq_len
+        return passes * self.forecast.forward(tokens, rows=rows).seconds(self.forecast.speed) / tokens
 
     def longest_row(self, policy: Policy, on_host: int = 0) -> int:
         """Tokens of the longest single row that fits, a multiple of 256. 0 where none fits.

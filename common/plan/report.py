@@ -110,7 +110,8 @@ class PlanReport:
 
     def _longest_rows(self) -> Iterator[str]:
         of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
-        yield f"longest row that fits, in a micro-batch of 1 row{of_model}:"
+        row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
+        yield f"longest {row} that fits, in a micro-batch of 1 row{of_model}:"
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
             amount = f"{tokens:>7,} tokens" if tokens else "   none"

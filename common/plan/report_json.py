@@ -34,6 +34,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "choice": {
             "micro_batch_rows": plan.micro_batch_rows,
             "accumulation": plan.accumulation,
+            "reference_rows": plan.reference_rows,
             **asdict(plan.layout),
             **_policy_values(plan.checkpointing),
             "predicted_peak_allocated_bytes": plan.peak_bytes,

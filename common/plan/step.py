@@ -99,6 +99,11 @@ class Step:
         segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * self.shard_on_host)
         return replace(self, resident_outside_layers=outside, segments=tuple(segments))
 
+    @property
+    def has_backward(self) -> bool:
+        """False for a forward pass without gradients."""
+        return any(segment.name == "loss" for segment in self.segments)
+
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)
 

@@ -15,6 +15,7 @@ from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
 from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
 from common.run.metrics_file import MetricsFile
+from common.run.preference_metrics import HELD_OUT, in_words, taken_from
 
 
 class ProgressReport(TrainerCallback):
@@ -69,8 +70,9 @@ class ProgressReport(TrainerCallback):
         self, _args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **__: Any
     ) -> None:
         if "eval_loss" in logs:
-            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self._show(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", keep=True)
+            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"], **taken_from(logs)})
+            more = in_words(logs, HELD_OUT)
+            self._show(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{more}", keep=True)
         if "skipped" in logs:
             self._write({"step": state.global_step, "skipped": "its numbers were not finite"})
         if "loss" not in logs:
@@ -86,12 +88,13 @@ class ProgressReport(TrainerCallback):
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_gib": round(this_machine().peak_bytes() / GIB, 3),
             "seconds": round(seconds, 3),
+            **taken_from(logs),
         }
         self._write(entry)
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         line = (
-            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
-            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
+            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f}"
+            f"{in_words(entry)} | lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
             f"peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
         is_last = state.global_step == state.max_steps

@@ -35,6 +35,7 @@ from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
+from common.run.reference import with_reference
 from common.run.resume import checkpoint_to_resume, rows_per_step_before
 from common.run.run_json import full_line, memory_line, run_metrics
 from common.run.stopping import StopSignals
@@ -63,6 +64,7 @@ def train(
     source = recipe.data.drift_source
     general = None if source is None else load_general_texts(source, tokenizer, recipe.train.seq_len)
     prepare_process(recipe.train, folder)
+    rows = with_reference(model, tokenizer, rows, recipe, plan)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
