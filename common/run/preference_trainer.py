@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.data.batches import Batch
+from common.data.batches import PREFERENCE_ENTRIES, Batch
 from common.data.mismatched import MISMATCHED, collate_with_mismatched
 from common.machine.collectives import all_reduce_sum
 from common.machine.processes import world_size
-from common.model.preference_loss import ENTRIES, KL, SIGNS, preference_loss
+from common.model.preference_loss import KL, SIGNS, preference_loss
 from common.recipe import PreferenceSpec
 from common.run.preference_evaluation import held_out_metrics, point_of_comparison
 from common.run.preference_metrics import COUNT, metric_sums, metrics_of
@@ -102,4 +102,4 @@ class PreferenceTrainer(Trainer):
 
     def nll(self, batch: Batch) -> float:
         """As Trainer: of all trained tokens alike, whatever their answer is."""
-        return super().nll({name: value for name, value in batch.items() if name not in ENTRIES})
+        return super().nll({name: value for name, value in batch.items() if name not in PREFERENCE_ENTRIES})
