@@ -8,23 +8,45 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from common.data.batches import Batch
+from common.data.batches import KL, REFERENCE, SIGNS, Batch
 from common.data.mismatched import MISMATCHED
 from common.machine.collectives import all_reduce_sum
 from common.machine.device import this_machine
 from common.machine.processes import world_size
 from common.machine.slow_work import report_slow_work
-from common.model.preference_loss import KL, REFERENCE, Likelihoods, answer_likelihoods, preference_loss
+from common.model.preference_loss import Likelihoods, LossAndRewards, answer_likelihoods, preference_loss
 from common.recipe import PreferenceSpec
 from common.run.held_out_loss import fill_up, forward_only, on_device, own_batches
-from common.run.preference_metrics import COUNT, HELD_OUT, mean_loss, metric_sums, metrics_of
+from common.run.preference_metrics import HELD_OUT, mean_loss, metrics_of
 
+COUNT = 11  # numbers of metric_sums
 # Computes a function of micro-batches on one of them: at once, or with less memory where it does not suffice.
 Compute = Callable[[Callable[[Batch], Tensor], Batch], Tensor]
 
 
 def at_once(part: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
     return part(batch)
+
+
+def metric_sums(result: LossAndRewards, batch: Batch, spec: PreferenceSpec) -> Tensor:
+    """Sums over a micro-batch, float64 (COUNT,), on the device: the loss, the comparisons, those that came out right;
+    then of the chosen (good) answers, and after them of the rejected (bad) ones, their number, rewards, NLL, tokens.
+
+    A comparison is a pair, and right where the chosen answer has the larger reward. For KTO it is an answer, and right
+    where its reward lies on its side of what it is compared with. A tie counts half: before the first step all are.
+    """
+    signs, rewards, likelihoods = batch[SIGNS], result.rewards, result.likelihoods
+    if spec.loss == "kto":
+        ahead = signs * (rewards - spec.value("beta") * batch[KL])
+    else:
+        ahead = rewards[0::2] - rewards[1::2]
+    right = (ahead > 0).sum() + 0.5 * (ahead == 0).sum()
+    found = [result.loss.detach(), ahead.new_tensor(len(ahead)), right]
+    for sign in (1, -1):
+        own = (signs * sign > 0).double()
+        values = (torch.ones_like(rewards), rewards, -likelihoods.total, likelihoods.tokens)
+        found += [(value * own).sum() for value in values]
+    return torch.stack([value.double() for value in found])
 
 
 def likelihoods_without_gradient(model: Any, batch: Batch) -> Likelihoods:

@@ -1,42 +1,16 @@
-"""What a run with preferences measures of its micro-batches: sums on the device, and what they say."""
+"""What a run with preferences measures: rewards, how many comparisons come out right, likelihoods; and their names.
+
+Without torch. The sums that these are made of come from the device: metric_sums of common.run.preference_evaluation.
+"""
 
 from collections.abc import Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
-
-from common.data.batches import Batch
-from common.model.preference_loss import KL, SIGNS, LossAndRewards
-from common.recipe import PreferenceSpec
 
 # Names in metrics.jsonl and in trackers; those of rewards are TRL's. Of the held-out rows they begin with "eval_".
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 REWARDS = {1: "rewards/chosen", -1: "rewards/rejected"}
 NLLS = {1: "nll/chosen", -1: "nll/rejected"}  # nats a token
 HELD_OUT = "eval_"
-COUNT = 11  # numbers of metric_sums
-
-
-def metric_sums(result: LossAndRewards, batch: Batch, spec: PreferenceSpec) -> Tensor:
-    """Sums over a micro-batch, float64 (COUNT,), on the device: the loss, the comparisons, those that came out right;
-    then of the chosen (good) answers, and after them of the rejected (bad) ones, their number, rewards, NLL, tokens.
-
-    A comparison is a pair, and right where the chosen answer has the larger reward. For KTO it is an answer, and right
-    where its reward lies on its side of what it is compared with. A tie counts half: before the first step all are.
-    """
-    signs, rewards, likelihoods = batch[SIGNS], result.rewards, result.likelihoods
-    if spec.loss == "kto":
-        ahead = signs * (rewards - spec.value("beta") * batch[KL])
-    else:
-        ahead = rewards[0::2] - rewards[1::2]
-    right = (ahead > 0).sum() + 0.5 * (ahead == 0).sum()
-    found = [result.loss.detach(), ahead.new_tensor(len(ahead)), right]
-    for sign in (1, -1):
-        own = (signs * sign > 0).double()
-        values = (torch.ones_like(rewards), rewards, -likelihoods.total, likelihoods.tokens)
-        found += [(value * own).sum() for value in values]
-    return torch.stack([value.double() for value in found])
 
 
 def metrics_of(sums: Sequence[float]) -> dict[str, float]:
@@ -58,6 +32,21 @@ def metrics_of(sums: Sequence[float]) -> dict[str, float]:
 
 def mean_loss(sums: Sequence[float]) -> float:
     return sums[0] / max(sums[1], 1)
+
+
+def held_out_results(entries: Sequence[dict[str, Any]], kept_step: int | None = None) -> dict[str, dict[str, float]]:
+    """The metrics of the held-out rows "before" the first step and "after" the step that is kept; empty without any.
+
+    entries: of metrics.jsonl. kept_step: None keeps the last.
+    """
+    measured = [entry for entry in entries if HELD_OUT + ACCURACY in entry]
+    if not measured:
+        return {}
+    kept = [entry for entry in measured if entry["step"] == kept_step] or measured
+    return {
+        when: {name.removeprefix(HELD_OUT): value for name, value in taken_from(entry).items()}
+        for when, entry in (("before", measured[0]), ("after", kept[-1]))
+    }
 
 
 def is_metric(name: str) -> bool:

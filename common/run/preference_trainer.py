@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.data.batches import PREFERENCE_ENTRIES, Batch
+from common.data.batches import KL, PREFERENCE_ENTRIES, SIGNS, Batch
 from common.data.mismatched import MISMATCHED, collate_with_mismatched
 from common.machine.collectives import all_reduce_sum
 from common.machine.processes import world_size
-from common.model.preference_loss import KL, SIGNS, preference_loss
+from common.model.preference_loss import preference_loss
 from common.recipe import PreferenceSpec
-from common.run.preference_evaluation import held_out_metrics, point_of_comparison
-from common.run.preference_metrics import COUNT, metric_sums, metrics_of
+from common.run.preference_advice import CollapseWatch
+from common.run.preference_evaluation import COUNT, held_out_metrics, metric_sums, point_of_comparison
+from common.run.preference_metrics import metrics_of
 from common.run.trainer import Trainer
 
 
@@ -37,6 +38,7 @@ class PreferenceTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the comparisons of the whole step
         self.kl = self._zeros(())  # what KTO compares with, of the step under way
         self.sums, self.sums_of = self._zeros(COUNT), self.step_under_way
+        self.add_callback(CollapseWatch(preference))
 
     def _zeros(self, shape: Any) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.args.device)
@@ -64,6 +66,7 @@ class PreferenceTrainer(Trainer):
 
         Times the processes, because the gradients of all of them are averaged.
         """
+        assert num_items_in_batch is not None and not return_outputs
         batch = inputs | ({KL: self.kl} if self.is_rated else {})
         result = preference_loss(model, batch, self.preference)
         if self.sums_of is not self.step_under_way:

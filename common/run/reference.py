@@ -41,13 +41,13 @@ from common.model.base_hash import base_record
 from common.model.sharding import is_sharded
 from common.model.start_adapter import start_record
 from common.plan.plan import Plan
-from common.recipe import Recipe, UserError
+from common.recipe import PreferenceSpec, Recipe, UserError
 from common.run.held_out_loss import own_batches
 from common.run.preference_evaluation import likelihoods_without_gradient
 from common.run.resume import hash_rows
 from common.run.step_down import StepDown
 
-REFERENCES = Path(".cache") / "references"  # in the working directory
+REFERENCE_FILES = Path(".cache") / "references"  # in the working directory
 MAX_REFERENCES = 8  # the newest stay; one takes 8 bytes an answer
 MAX_NAMED_ANSWERS = 3
 # the modules that compute a log-likelihood
@@ -70,14 +70,17 @@ def with_reference(
     if spec is None or not spec.needs_reference:
         return rows
     sets = {"train": rows.train} | ({"evaluation": rows.evaluation} if rows.evaluation is not None else {})
-    names = ("reference", "kl_reference") if spec.loss == "kto" else ("reference",)
+    names = _reference_columns(spec)
     sizes = [count for data in sets.values() for name in names for count in _lengths(data, name)]
     path = _place(model, rows, recipe, spec.loss == "kto")
     flat = broadcast_from_main(_load(path, sum(sizes)) if path is not None and is_main_process() else None)
     if flat is not None:
         print(f"reference: {len(flat):,} log-likelihoods, taken from {path}")
     else:
-        found = [values for data in sets.values() for values in _compute(model, tokenizer, data, recipe, plan, names)]
+        size = plan.reference_rows or plan.micro_batch_rows
+        step_down = StepDown(model, plan.checkpointing)
+        computed = (_compute(model, tokenizer, data, names, size, step_down) for data in sets.values())
+        found = [values for rows_of_set in computed for values in rows_of_set]
         flat = np.array([value for values in found for value in values], dtype=np.float64)
         _refuse_not_finite(flat, sets, names, tokenizer, recipe)
         kept = path is not None and broadcast_from_main(_save(path, flat) if is_main_process() else None)
@@ -88,6 +91,19 @@ def with_reference(
         for which, data in sets.items()
     }
     return replace(rows, train=made["train"], evaluation=made.get("evaluation"))
+
+
+def with_reference_columns(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset, spec: PreferenceSpec
+) -> Dataset:
+    """The rows with the columns that with_reference adds, by the model as it is. Of one process, nothing is kept."""
+    names = _reference_columns(spec)
+    values = iter(_compute(model, tokenizer, rows, names, 1, None))
+    return _with_columns(rows, {name: [next(values) for _ in range(len(rows))] for name in names})
+
+
+def _reference_columns(spec: PreferenceSpec) -> tuple[str, ...]:
+    return ("reference", "kl_reference") if spec.loss == "kto" else ("reference",)
 
 
 def _lengths(rows: Dataset, name: str) -> list[int]:
@@ -106,20 +122,19 @@ def _compute(
     model: PeftModel,
     tokenizer: PreTrainedTokenizerFast,
     rows: Dataset,
-    recipe: Recipe,
-    plan: Plan,
     names: Sequence[str],
+    micro_batch_rows: int,
+    step_down: StepDown | None,
 ) -> list[list[float]]:
     """The log-likelihoods of all rows, a list a row: those of the first column, and after them those of the next."""
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
-    step_down = StepDown(model, plan.checkpointing)
-    size = getattr(plan, "reference_rows", 0) or plan.micro_batch_rows
     found: list[list[float]] = []
     for name in names:
         mismatched = name == "kl_reference"
         what = "the reference's log-likelihoods" + (" of mismatched answers" if mismatched else "")
         with _out_of_memory_in_words():
-            own = _compute_own(model, rows, partial(_collate, collate_rows, mismatched), size, step_down, what)
+            collate_these = partial(_collate, collate_rows, mismatched)
+            own = _compute_own(model, rows, collate_these, micro_batch_rows, step_down, what)
         counts = iter(_lengths(rows, "reference"))
         gathered, places = all_gather(own), [0] * world_size()
         for row, kept in enumerate(_lengths(rows, name)):
@@ -137,7 +152,7 @@ def _collate(collate_rows: Any, mismatched: bool, rows: Sequence[dict[str, Any]]
 
 
 def _compute_own(
-    model: PeftModel, rows: Dataset, collate_rows: Any, size: int, step_down: StepDown, what: str
+    model: PeftModel, rows: Dataset, collate_rows: Any, size: int, step_down: StepDown | None, what: str
 ) -> list[float]:
     """The log-likelihoods of this process's share of the rows (own_batches), conversation after conversation."""
 
@@ -149,7 +164,10 @@ def _compute_own(
     fillers = all_reduce_max(batches) - batches if is_sharded(model) else 0  # all take part in gathering each layer
     with report_slow_work(what, len(rows), "rows") as work:
         for number, batch in enumerate(own_batches(rows, collate_rows, size)):
-            own += step_down.compute(likelihoods, [batch], 0, backward=False, join=torch.cat).tolist()
+            if step_down is None:
+                own += likelihoods(batch).tolist()
+            else:
+                own += step_down.compute(likelihoods, [batch], 0, backward=False, join=torch.cat).tolist()
             work.done = min(len(rows), (number + 1) * size * world_size())
         for _ in range(fillers):
             likelihoods(collate_rows([rows[0]]))
@@ -218,7 +236,7 @@ def _place(model: PeftModel, rows: Rows, recipe: Recipe, is_rated: bool) -> Path
     digest.update(json.dumps(settings, sort_keys=True).encode())
     for module in sorted(path for folder in MODEL_CODE for path in folder.glob("*.py")):
         digest.update(module.read_bytes())
-    return REFERENCES / f"{digest.hexdigest()[:32]}.safetensors"
+    return REFERENCE_FILES / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _load(path: Path, count: int) -> npt.NDArray[np.float64] | None:

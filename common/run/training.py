@@ -33,6 +33,8 @@ from common.run.folder import CHECKPOINTS
 from common.run.general_texts import load_general_texts
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
+from common.run.preference_advice import warn_of_learning_rate
+from common.run.preference_metrics import held_out_results
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
 from common.run.reference import with_reference
@@ -70,7 +72,7 @@ def train(
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
     print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes, begun_with)))
-    if warning := warn_of_capacity(rows, recipe):
+    if warning := warn_of_capacity(rows, recipe) if recipe.preference is None else warn_of_learning_rate(recipe):
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -90,6 +92,8 @@ def train(
         print(line)
     losses = held_out_losses([*report.history, *trainer.state.log_history])
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
+    if preferences := held_out_results(report.history, metrics["kept_step"]):
+        metrics["held_out_preferences"] = preferences
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
     drift = None if general is None else measure_drift(model, general, tokenizer, plan.micro_batch_rows)

@@ -58,7 +58,7 @@ def made_rows(spec: PreferenceSpec, rows: int = 12, held_out: int = 3) -> Rows:
     per_row = 4
     train = make_answers(rows * (2 if pairs else 4) - (1 if pairs else 3), 1, pairs=pairs)
     evaluation = make_answers(held_out * (2 if pairs else 4), 2, pairs=pairs)
-    return Rows(pack_by_hand(train, per_row), pack_by_hand(evaluation, per_row), [])
+    return Rows(pack_by_hand(train, per_row), pack_by_hand(evaluation, per_row), [], kind=spec.kind)
 
 
 def made_recipe(folder: Path, out: Path, spec: PreferenceSpec, **train: Any) -> Recipe:
