@@ -56,7 +56,7 @@ def project(tmp_path) -> Path:
 def test_an_unknown_recipe_prints_those_that_exist():
     assert refused(recipes("nope")) == (
         "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, llama3-8b-dpo, mistral-7b, qwen-14b, "
-        "smollm2-135m, tiny"
+        "smollm2-135m, tiny, tiny-dpo"
     )
     for name in ("", "../common/cli", "__main__", "tiny.py"):
         assert "there is no recipe" in refused(recipes(name))
@@ -321,7 +321,13 @@ def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
 
 def test_make_alone_lists_targets_and_recipes():
     out = run_make().stdout
-    for word in ("finetune", "test", "check", "setup", "llama3-8b llama3-8b-dpo mistral-7b qwen-14b smollm2-135m tiny"):
+    for word in (
+        "finetune",
+        "test",
+        "check",
+        "setup",
+        "llama3-8b llama3-8b-dpo mistral-7b qwen-14b smollm2-135m tiny tiny-dpo",
+    ):
         assert word in out
 
 

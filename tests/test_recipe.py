@@ -13,7 +13,7 @@ from common.model.config import load_config
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.recipe_fields import BROUGHT
 
-NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo"]
+NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo"]
 
 
 def train_spec(**values) -> TrainSpec:

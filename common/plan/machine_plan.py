@@ -15,7 +15,7 @@ from common.model.sharding import refuse_unshardable
 from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
-from common.plan.plan import Plan, build_plan, plan_on, warn_of_learning_rate
+from common.plan.plan import Plan, build_plan, plan_on
 from common.recipe import Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
@@ -75,8 +75,6 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     here = rows_per_process(train, processes)
     rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
     why = f"on a CPU at most {MAX_MICRO_BATCH_TOKENS_CPU:,} tokens at a time ({machine.name})"
-    if warning := warn_of_learning_rate(recipe):
-        why += f"\n  {warning}"
     plan = build_plan(train, layout, rows, policy, why)
     needs_reference = recipe.preference is not None and recipe.preference.needs_reference
     return replace(plan, reference_rows=limit if needs_reference else 0)

@@ -6,7 +6,6 @@ from common.machine.device import GIB
 from common.machine.layout import Layout
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy
-from common.model.config import load_config
 from common.model.sharding import refuse_unshardable
 from common.plan.card import WORKSPACE_BYTES, Card
 from common.plan.forecast import Setting
@@ -14,11 +13,6 @@ from common.plan.misfit import choose_or_explain
 from common.plan.planner import Option, Planner
 from common.plan.step import GATHERED, OPTIMIZER, Step
 from common.recipe import Recipe, TrainSpec, UserError, rows_per_process
-
-# At alpha 32. Others train 7B to 8B with DPO and LoRA at 5e-6 to 1e-5 (docs/defaults.md), a twentieth of instruction
-# tuning's rate.
-MOST_PREFERENCE_RATE = 1e-4
-LARGE_HIDDEN_SIZE = 2048  # of models of 1 billion parameters and more
 
 
 @dataclass(frozen=True)
@@ -103,28 +97,11 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
     peak_bytes, optimizer_bytes = option.peak + WORKSPACE_BYTES, step.resident[OPTIMIZER]
-    if warning := warn_of_learning_rate(planner.recipe):
-        why += f"\n  {warning}"
     reference_rows = planner.reference_rows(option.on_host)
     if reference_rows:
         why += f"\n  {_words_of_passes(planner, option, reference_rows)}"
     plan = build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
     return replace(plan, reference_rows=reference_rows)
-
-
-def warn_of_learning_rate(recipe: Recipe) -> str | None:
-    """A line where a recipe that learns from preferences has the learning rate of instruction tuning.
-
-    A small model takes larger ones, and gets none.
-    """
-    rate = recipe.train.learning_rate * recipe.lora.alpha / 32  # what counts is their product: docs/defaults.md
-    is_small = getattr(load_config(recipe.model), "hidden_size", 0) < LARGE_HIDDEN_SIZE
-    if recipe.preference is None or rate <= MOST_PREFERENCE_RATE or is_small:
-        return None
-    return (
-        f"warning: a learning rate of {recipe.train.learning_rate:g} is one of instruction tuning. With preferences "
-        "answers fall apart above 1e-4 at alpha 32: take about 1e-5"
-    )
 
 
 def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:

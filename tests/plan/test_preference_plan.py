@@ -8,10 +8,10 @@ from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.machine_plan import plan_for_card
-from common.plan.plan import make_plan, warn_of_learning_rate
+from common.plan.plan import make_plan
 from common.plan.planner import MAX_MICRO_BATCH_TOKENS, Planner
 from common.plan.report import build_report
-from common.recipe import PREFERENCE_DEFAULTS, LoraSpec, ModelSpec, PreferenceSpec, TrainSpec
+from common.recipe import PREFERENCE_DEFAULTS, ModelSpec, PreferenceSpec, TrainSpec
 from tests.plan.planners import RECIPE, planner_for
 
 RECIPES = {loss: replace(RECIPE, preference=PreferenceSpec(loss)) for loss in PREFERENCE_DEFAULTS}
@@ -83,24 +83,3 @@ def test_a_cpu_has_its_own_micro_batch(loss, rows, capsys):
     tiny = replace(RECIPES[loss], model=ModelSpec("models/tiny"), card_gib=None, train=TrainSpec(256, 2, 1e-3))
     plan = plan_for_card(tiny)
     assert (plan.micro_batch_rows, plan.reference_rows) == (2, rows)  # 1,024 tokens at a time, whatever a step has
-
-
-@pytest.mark.parametrize(
-    ("rate", "alpha", "warns"), [(1e-5, 32, False), (1e-4, 32, False), (2e-4, 32, True), (2e-4, 16, False)]
-)
-def test_a_learning_rate_of_instruction_tuning_is_warned_of(rate, alpha, warns):
-    train, lora = replace(RECIPE.train, learning_rate=rate), LoraSpec(16, alpha)
-    warning = warn_of_learning_rate(replace(RECIPES["dpo"], train=train, lora=lora))
-    assert (warning is not None) == warns
-    assert warning is None or "a learning rate of 0.0002 is one of instruction tuning" in warning
-    assert warn_of_learning_rate(replace(RECIPE, train=train, lora=lora)) is None
-
-
-def test_the_plan_says_so_and_a_small_model_is_not_warned_of(capsys):
-    planner = planner_for(RECIPES["simpo"], 24)  # its learning rate is 2e-4, its alpha 16
-    option, _ = planner.exact(1, Policy(32, 32))
-    assert "warning" not in make_plan(planner, option).text
-    planner.recipe = replace(planner.recipe, lora=LoraSpec(16, 64))
-    assert "take about 1e-5" in make_plan(planner, option).text
-    tiny = replace(RECIPES["dpo"], model=ModelSpec("models/tiny"), card_gib=None, train=TrainSpec(256, 2, 1e-2))
-    assert "warning" not in plan_for_card(tiny).text
