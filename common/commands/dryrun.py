@@ -1,14 +1,20 @@
 """`make dryrun`: a few real steps of a recipe with random weights and the data that ships; nothing is downloaded."""
 
 import argparse
+import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 from common import REPOSITORY
 from common.commands.finetune import start_run
 from common.commands.flags import add_run_flags, apply_run_flags, whole_number
-from common.recipe import DataSpec, Recipe
+from common.machine.disk import write_aside
+from common.recipe import DataSpec, Kind, Recipe
 
-DRY_RUN_DATA = REPOSITORY / "data" / "tiny" / "train.jsonl"
+# By what its rows are. Answers that are rated are made of the pairs.
+SHIPPED = REPOSITORY / "data" / "tiny"
+DRY_RUN_DATA = {"conversations": SHIPPED / "train.jsonl", "pairs": SHIPPED / "preferences.jsonl"}
 
 
 def add_dryrun_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +52,26 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
     return replace(
         recipe,
         model=replace(recipe.model, weights="random", layers=layers, chat_template=None),
-        data=DataSpec(str(DRY_RUN_DATA), eval_rows=8, drift_source=None),
+        data=DataSpec(str(_data_that_ships(recipe.data.kind)), eval_rows=8, drift_source=None),
         lora=replace(recipe.lora, start_from=None),  # an adapter of the real weights means nothing on random ones
         train=train,
         out=f"{recipe.out}-dry-run",
         existing_run="overwrite",
     )
+
+
+def _data_that_ships(kind: Kind) -> Path:
+    """A file of such rows."""
+    if kind != "rated":
+        return DRY_RUN_DATA[kind]
+    path = Path(".cache") / "dry_run_rated.jsonl"  # in the working directory
+    pairs = [json.loads(line) for line in DRY_RUN_DATA["pairs"].read_text(encoding="utf-8").splitlines()]
+    rated = [
+        {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
+        for pair in pairs
+        for answer in ("chosen", "rejected")
+    ]
+    aside = path.with_name(f"{path.name}-{os.getpid()}")  # several processes may write it at once
+    with write_aside(path, aside=aside):
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rated), encoding="utf-8")
+    return path
