@@ -22,7 +22,7 @@ from common.run.report import write_report
 from common.run.training import train
 from tests.conftest import FP32
 from tests.machine.test_processes import CPU, launcher
-from tests.run.preference_rows import Exact, answers_of, made_recipe, made_rows, prepare_by_hand
+from tests.run.preference_rows import Exact, answers_of, made_recipe, made_rows, pack_by_hand, prepare_by_hand
 from tests.run.test_training import adapter
 
 
@@ -211,6 +211,28 @@ def test_a_step_without_finite_numbers_is_skipped_and_not_counted(small_llama, t
     assert "the step is skipped" in out
     assert any("skipped" in entry for entry in entries)
     assert all(entry["rewards/margins"] == entry["rewards/margins"] for entry in entries if "loss" in entry)  # no NaN
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_reference_is_what_training_computes_before_the_first_step(bits, small_llama, tmp_path):
+    """Rewards of 0, so a loss of log 2: other numbers in evaluation than in training would be a reward of nothing."""
+    recipe = made_recipe(small_llama, tmp_path / "run", PreferenceSpec("dpo", beta=5.0), max_steps=1)
+    train(*prepare_by_hand(replace(recipe, model=replace(recipe.model, bits=bits))))
+    before, first, _ = read_metrics(Path(recipe.out))
+    assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert abs(first["rewards/chosen"]) < 1e-4
+
+
+def test_rows_of_single_answers_have_nothing_for_kto_to_compare_with(small_llama, tmp_path):
+    """z is then 0, in training and held out, and the run goes on."""
+    spec = PreferenceSpec("kto")
+    recipe = made_recipe(small_llama, tmp_path / "run", spec)
+    answers = [answer for row in answers_of(made_rows(spec).train) for answer in row]
+    rows = Rows(pack_by_hand(answers[:12], 1), pack_by_hand(answers[12:15], 1), [], kind="rated")
+    train(*prepare_by_hand(recipe, rows=rows))
+    assert [entry["kl"] for entry in read_metrics(Path(recipe.out)) if "kl" in entry] == [0.0] * 3
+    assert load_held_out_rows(Path(recipe.out))["kl_reference"][:] == [[]] * 3
 
 
 SCRIPT = """
