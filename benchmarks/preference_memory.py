@@ -63,7 +63,7 @@ MASKLESS = "sdpa_without_mask"  # what torch's SDPA runs on a GPU where it gets 
 
 
 def attend(_: Any, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
-    return FlashAttention.apply(*(states.transpose(1, 2) for states in (query, key, value))), None  # type: ignore[no-untyped-call]
+    return FlashAttention.apply(*(states.transpose(1, 2) for states in (query, key, value))), None
 
 
 class _KnownValues(TorchDispatchMode):
@@ -95,7 +95,7 @@ def _(total: Any, a: Any, b: Any, **_: Any) -> int:
 @contextmanager
 def head_as_on_gpu() -> Iterator[None]:
     """TRL's fused head takes the way that it takes on a GPU. Its kernels work in place, and so does its matmul."""
-    kernel = defaultdict(lambda: lambda *_, **__: None)
+    kernel: Any = defaultdict(lambda: lambda *_, **__: None)
     with (
         patch.object(trl_utils, "_use_triton", lambda _: True),
         patch.object(chunked_logprob, "_use_triton", lambda _: True),

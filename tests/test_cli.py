@@ -19,7 +19,7 @@ import pytest
 
 from common.cli import run_command
 from common.commands import COMMANDS
-from common.commands.dryrun import shrink_to_dry_run
+from common.commands.dryrun import PAIRS_ON_CPU, shrink_to_dry_run
 from common.recipe import PreferenceSpec
 from common.run.folder import refuse_run_under_way
 from common.run.metrics_file import read_metrics
@@ -167,7 +167,10 @@ def test_a_dry_run_of_preferences_has_data_of_their_kind(loss, rows, tmp_path, m
     dpo = importlib.import_module("recipes.llama3_8b_dpo").RECIPE
     recipe = shrink_to_dry_run(replace(dpo, preference=PreferenceSpec(loss), out="outputs/llama3-8b-dpo"))
     assert recipe.data.kind == rows and recipe.preference == PreferenceSpec(loss)
-    first = json.loads(Path(recipe.data.source).read_text(encoding="utf-8").splitlines()[0])
+    lines = Path(recipe.data.source).read_text(encoding="utf-8").splitlines()
+    # The reference of each is computed before the first step, with a model of 8B's width.
+    assert len(lines) == (2 if rows == "rated" else 1) * PAIRS_ON_CPU
+    first = json.loads(lines[0])
     assert {*first} == ({"prompt", "completion", "label"} if rows == "rated" else {"prompt", "chosen", "rejected"})
 
 
