@@ -20,6 +20,10 @@ class Layout:
         """Layers whose frozen weights wait in host memory, and come to the card for their computation."""
         return 0 if self.sharded else self.on_host
 
+    def streams(self, on_host: int) -> bool:
+        """Whether so many layers on the host would be such."""
+        return on_host > 0 and not self.sharded
+
     def __str__(self) -> str:
         if self.processes == 1:
             return "one process" + self._words_of_host("weights")

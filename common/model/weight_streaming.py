@@ -182,7 +182,7 @@ def stream_weights(model: PreTrainedModel | PeftModel, on_host: int) -> None:
         ring.tensors.append(tensors)
     ring.lie_in_slots()
     for number, layer in enumerate(chosen):
-        layer.weight_ring = ring  # type: ignore[assignment]
+        layer.weight_ring = ring
         layer.register_forward_pre_hook(partial(ring.before_forward, number), prepend=True)
         layer.register_forward_hook(partial(ring.after_forward, number))
     _leave_to_processes(model, parts)
@@ -192,4 +192,4 @@ def _leave_to_processes(model: nn.Module, parts: Iterable[tuple[list[StreamedTen
     """DistributedDataParallel sends all parameters from the first process: not those in the ring, which hold others."""
     owners = {id(tensor.owner) for tensors, _ in parts for tensor in tensors}
     names = [name for name, parameter in model.named_parameters() if id(parameter) in owners]
-    model._ddp_params_and_buffers_to_ignore = names
+    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]

@@ -78,6 +78,8 @@ def count_step(
         ledger.segments(),
         resident.sharded_per_layer,
         resident.shard_on_host,
+        resident.streamed_per_layer,
+        resident.streamed_per_layer,
     )
 
 

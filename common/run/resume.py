@@ -43,6 +43,7 @@ RESUME_IGNORES = {  # the result does not depend on them
     "DataSpec.max_long_share",
     "DataSpec.drift_source",
     "TrainSpec.checkpointing",
+    "TrainSpec.weights_on_host",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
     "TrainSpec.sample_answers",
