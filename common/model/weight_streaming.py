@@ -12,14 +12,14 @@ of n layers n - 2 are copied in each direction.
 What trains stays on the device, and so does what is small: norms, biases, code books.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -85,17 +85,22 @@ class WeightRing:
     Layers are numbered from 0 among those that stream. `enter` must be called before a layer computes, in any order.
     """
 
-    def __init__(self, sizes: Iterable[int], like: Tensor) -> None:
-        """sizes: bytes of each layer's block. like: a tensor on the device that computes."""
-        self.blocks = [empty_on_host(size, like) for size in sizes]
-        largest = max(block.nbytes for block in self.blocks)
-        self.slots = [torch.empty(largest, dtype=torch.uint8, device=like.device) for _ in range(RING_SLOTS)]
+    def __init__(self, layers: Sequence[nn.Module], blocks: Sequence[Tensor], device: torch.device) -> None:
+        """blocks: of each layer's weights, which lie there (move_to_host). device: that computes."""
+        self.layers, self.blocks = layers, blocks
+        largest = max(block.nbytes for block in blocks)
+        self.slots = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(RING_SLOTS)]
         self.held: list[int | None] = [None] * RING_SLOTS  # the layer in each slot, or on its way there
-        self.tensors: list[list[StreamedTensor]] = []
-        self.copies = CopyStream(like.device)
+        self.copies = CopyStream(device)
         if self.copies.stream is not None:
             for slot in self.slots:  # a model may be dropped while a copy is under way
                 slot.record_stream(self.copies.stream)
+        for number, layer in enumerate(layers):
+            for tensor in streamed_tensors(layer)[0]:
+                tensor.lie_in(self.slots[number % RING_SLOTS])
+            layer.weight_ring = self  # type: ignore[assignment]
+            layer.register_forward_pre_hook(partial(self._before_forward, number), prepend=True)
+            layer.register_forward_hook(partial(self._after_forward, number))
 
     def enter(self, number: int, following: int) -> None:
         """What the computation is given from here on finds the layer's weights in its slot.
@@ -116,12 +121,12 @@ class WeightRing:
             self.copies.copy(self.slots[place][: block.nbytes], block)
             self.held[place] = number
 
-    def before_forward(self, number: int, *_: Any) -> None:
+    def _before_forward(self, number: int, *_: Any) -> None:
         """A forward hook of the layer. Without gradients no backward pass follows, but perhaps the next forward."""
         is_last = number == len(self.blocks) - 1
         self.enter(number, 0 if is_last and not torch.is_grad_enabled() else number + 1)
 
-    def after_forward(self, number: int, _: Any, __: Any, output: Any) -> None:
+    def _after_forward(self, number: int, _: Any, __: Any, output: Any) -> None:
         """A forward hook of the layer, for its backward pass: it begins when the output's gradient is complete."""
         hidden = output if isinstance(output, Tensor) else output[0]
         if hidden.requires_grad:
@@ -131,22 +136,6 @@ class WeightRing:
         """Returns when no copy is under way."""
         self.copies.synchronize()
 
-    def lie_in_slots(self) -> None:
-        for number, tensors in enumerate(self.tensors):
-            for tensor in tensors:
-                tensor.lie_in(self.slots[number % RING_SLOTS])
-
-    @contextmanager
-    def weights_on_host(self) -> Iterator[None]:
-        """In the block every layer's weights are those in host memory, on the CPU: to be read, not computed with."""
-        for tensors, block in zip(self.tensors, self.blocks, strict=True):
-            for tensor in tensors:
-                tensor.lie_in(block)
-        try:
-            yield
-        finally:
-            self.lie_in_slots()
-
 
 def weight_ring(model: nn.Module) -> WeightRing | None:
     """The ring of a model whose weights stream; None for any other."""
@@ -155,12 +144,24 @@ def weight_ring(model: nn.Module) -> WeightRing | None:
 
 
 @torch.no_grad()
+def move_to_host(layer: nn.Module, like: Tensor) -> Tensor:
+    """Moves the layer's frozen weights to a block of host memory, and returns it: uint8. The layer cannot compute then.
+
+    like: a tensor on the device that computes. Raises MemoryError, or torch's RuntimeError, when there is no memory.
+    """
+    tensors, size = streamed_tensors(layer)
+    block = empty_on_host(size, like)
+    for tensor in tensors:
+        tensor.view_in(block).copy_(getattr(tensor.owner, tensor.name))
+        tensor.lie_in(block)  # gives the memory where it was back
+    return block
+
+
 def stream_weights(model: PreTrainedModel | PeftModel, on_host: int) -> None:
     """Makes the weights of `on_host` decoder layers wait in host memory, spread evenly over the model.
 
-    Moves them there from wherever they are. 0 leaves them. Losses and gradients stay what they are, to the bit.
-    Raises UserError where another number of layers streams already, and as WeightRing where host memory does not
-    suffice.
+    Moves them there from the device. 0 leaves them. Losses and gradients stay what they are, to the bit. Does nothing
+    where so many stream already. Raises UserError where another number does, and as move_to_host.
     """
     ring = weight_ring(model)
     if ring is not None or not on_host:
@@ -171,25 +172,35 @@ def stream_weights(model: PreTrainedModel | PeftModel, on_host: int) -> None:
                 "write load_4bit(recipe.model, layout=plan.layout) in the recipe"
             )
         return
-    layers = decoder_layers(model)
+    layers, embedding = decoder_layers(model), model.get_input_embeddings().weight
     chosen = [layers[index] for index in spread_layers(on_host, len(layers))]
-    parts = [streamed_tensors(layer) for layer in chosen]
-    ring = WeightRing((size for _, size in parts), model.get_input_embeddings().weight)
-    for (tensors, _), block in zip(parts, ring.blocks, strict=True):
-        for tensor in tensors:
-            tensor.view_in(block).copy_(getattr(tensor.owner, tensor.name))
-            tensor.lie_in(block)  # gives the memory on the device back
-        ring.tensors.append(tensors)
-    ring.lie_in_slots()
-    for number, layer in enumerate(chosen):
-        layer.weight_ring = ring
-        layer.register_forward_pre_hook(partial(ring.before_forward, number), prepend=True)
-        layer.register_forward_hook(partial(ring.after_forward, number))
-    _leave_to_processes(model, parts)
+    WeightRing(chosen, [move_to_host(layer, embedding) for layer in chosen], embedding.device)
 
 
-def _leave_to_processes(model: nn.Module, parts: Iterable[tuple[list[StreamedTensor], int]]) -> None:
-    """DistributedDataParallel sends all parameters from the first process: not those in the ring, which hold others."""
-    owners = {id(tensor.owner) for tensors, _ in parts for tensor in tensors}
-    names = [name for name, parameter in model.named_parameters() if id(parameter) in owners]
-    model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+def leave_ring_to_processes(model: nn.Module) -> None:
+    """Keeps DistributedDataParallel from sending what lies in the ring: there each process may have another layer."""
+    ring = weight_ring(model)
+    if ring is not None:
+        owners = {id(tensor.owner) for layer in ring.layers for tensor in streamed_tensors(layer)[0]}
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in owners]
+        model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def compute_magnitudes(model: PeftModel) -> None:
+    """DoRA's vectors of magnitudes of the layers that stream, made again: PEFT reads weights where none may lie yet.
+
+    Does nothing for any other model, and for adapters without such vectors.
+    """
+    ring = weight_ring(model)
+    for number, layer in enumerate(ring.layers if ring else ()):
+        vectors = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+        for module in vectors:
+            for name, vector in module.lora_magnitude_vector.items():
+                assert ring is not None
+                ring.enter(number, number + 1)
+                dtype = vector.weight.dtype
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                base, scale = module.get_base_layer(), module.scaling[name]
+                vector.update_layer(base_layer=base, lora_A=a, lora_B=b, scaling=scale)
+                vector.weight = nn.Parameter(vector.weight.to(dtype))

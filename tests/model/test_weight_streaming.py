@@ -5,14 +5,22 @@ import torch
 from torch import Tensor, nn
 
 from common.machine.copy_stream import CopyStream
-from common.machine.layout import spread_layers
+from common.machine.layout import Layout, spread_layers
+from common.model import loading, weight_streaming
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers, finish_copies
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
-from common.model.weight_streaming import RING_SLOTS, WeightRing, stream_weights, streamed_tensors, weight_ring
+from common.model.weight_streaming import (
+    RING_SLOTS,
+    WeightRing,
+    leave_ring_to_processes,
+    stream_weights,
+    streamed_tensors,
+    weight_ring,
+)
 from common.recipe import LoraSpec, ModelSpec, UserError
-from tests.conftest import ARCHITECTURES, FP32, MIXED
+from tests.conftest import ARCHITECTURES, FP32, MIXED, TINY
 from tests.poisoned_clock import PoisonedClock
 
 LAYERS = 5
@@ -294,12 +302,90 @@ def test_streaming_twice_is_once_and_another_number_is_refused(folders):
         stream_weights(model, 4)
 
 
-def test_weights_on_the_host_are_each_layers_own(folders):
-    model = adapted(folders["llama"])
-    layers = decoder_layers(model)
-    expected = [[getattr(t.owner, t.name).clone() for t in streamed_tensors(layer)[0]] for layer in layers]
-    stream_weights(model, LAYERS)
-    with weight_ring(model).weights_on_host():
-        for layer, values in zip(layers, expected, strict=True):
-            found = [getattr(t.owner, t.name) for t in streamed_tensors(layer)[0]]
-            assert all(torch.equal(value, other) for value, other in zip(found, values, strict=True))
+LAYOUT = Layout(on_host=LAYERS)
+
+
+@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "mixed", "random", "tied", "single quantization"])
+def spec(request, folders, small_model, four_bit, tmp_path) -> ModelSpec:
+    """A model of each kind that can be loaded."""
+    match request.param:
+        case "16 bit":
+            return ModelSpec(str(folders["qwen2"]), bits=16)
+        case "stored in 4 bit":
+            load_4bit(ModelSpec(str(folders["llama"]))).save_pretrained(tmp_path)
+            return ModelSpec(str(tmp_path))
+        case "mixed":
+            return ModelSpec(str(four_bit(**MIXED)))
+        case "single quantization":
+            return ModelSpec(str(four_bit(bnb_4bit_quant_type="nf4")))
+        case "random":
+            return ModelSpec(str(TINY), weights="random", layers=3)
+        case "tied":
+            return ModelSpec(str(small_model("qwen3", tie_word_embeddings=True, num_hidden_layers=3)))
+    return ModelSpec(str(folders["qwen2"]))
+
+
+@pytest.mark.parametrize("lora", [LORA, LoraSpec(rank=4, alpha=8, dora=True)], ids=["lora", "dora"])
+def test_a_model_that_is_loaded_to_its_place_is_the_same(spec, lora):
+    whole = attach_lora(load_4bit(spec, FP32), lora, seed=3)
+    layers = len(decoder_layers(whole))
+    streaming = attach_lora(load_4bit(spec, FP32, layout=Layout(on_host=layers)), lora, seed=3)
+    found = []
+    for model in (whole, streaming):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.full_like(parameter, 0.01)
+        use_lean_layers(model, "lean")
+        found.append(train_step(model, Policy(layers, 1)))
+    assert_same_bits(found[1], found[0])
+    trained = [{name: p for name, p in model.named_parameters() if p.requires_grad} for model in (whole, streaming)]
+    assert_same_bits(trained[1], trained[0])
+    assert streaming.generation_config.eos_token_id == whole.generation_config.eos_token_id
+    assert [p.dtype for p in streaming.parameters()] == [p.dtype for p in whole.parameters()]
+
+
+def test_while_it_loads_at_most_a_layer_lies_where_it_does_not_stay(folders, monkeypatch):
+    """On a card: what stays there and one layer. A block of host memory is taken when its layer was read."""
+    held: list[int] = []
+    fill = loading.fill_layer
+
+    def watched(layer, *arguments, **named):
+        fill(layer, *arguments, **named)
+        storages = {
+            tensor.untyped_storage()._cdata
+            for other in layers_of[0]
+            for streamed in streamed_tensors(other)[0]
+            if (tensor := getattr(streamed.owner, streamed.name)).numel() and tensor.stride() != (0, 0)
+        }
+        held.append(len(storages))
+
+    layers_of: list[list[nn.Module]] = []
+    take = loading.take_layer_weights
+
+    def remember(model):
+        layers_of.append(decoder_layers(model))
+        return take(model)
+
+    monkeypatch.setattr(loading, "take_layer_weights", remember)
+    monkeypatch.setattr(loading, "fill_layer", watched)
+    load_4bit(ModelSpec(str(folders["llama"])), FP32, layout=LAYOUT)
+    # Those of the layer that was read just now, 3 for each of 7 weights, and a block of each layer before it.
+    assert held == [21 + before for before in range(LAYERS)]
+
+
+def test_host_memory_that_does_not_suffice_is_a_line(folders, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError("pinned host memory")
+
+    monkeypatch.setattr(weight_streaming, "empty_on_host", no_memory)
+    with pytest.raises(UserError, match="does not fit the memory that is free on the host"):
+        load_4bit(ModelSpec(str(folders["llama"])), FP32, layout=LAYOUT)
+
+
+def test_processes_do_not_send_what_lies_in_the_ring(folders):
+    model = attach_lora(load_4bit(ModelSpec(str(folders["qwen2"])), FP32, layout=Layout(on_host=3)), LORA)
+    leave_ring_to_processes(model)
+    ignored = set(model._ddp_params_and_buffers_to_ignore)
+    assert len(ignored) == 3 * 7
+    assert ignored < {name for name, _ in model.named_parameters()}
+    assert not any("lora_" in name or "norm" in name or "bias" in name for name in ignored)
