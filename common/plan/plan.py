@@ -66,8 +66,11 @@ def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes
     refuse_unshardable(recipe.lora, train)
     shared = Planner(recipe, card, setting, Layout(processes, sharded=True))
     option = shared.choose()
-    if option is None and whole is not None and (streamed := whole.choose()):
+    streamed = whole.choose() if whole is not None and train.weights_on_host == "auto" else None
+    if option is None and whole is not None and streamed is not None:
         return whole, streamed
+    if option is not None and streamed is not None:
+        option = replace(option, instead=_words_of_whole_layers(option, streamed))
     return shared, option or choose_or_explain(shared)
 
 
@@ -94,6 +97,7 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     )
     if layout.sharded:
         why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
+        why += f"\n  {option.instead}" if option.instead else ""
     elif layout.streamed:
         why += f"\n  {_words_of_streaming(planner, option)}"
     here, more = planner.rows_here, option.rows + 1
@@ -101,6 +105,17 @@ def make_plan(planner: Planner, option: Option) -> Plan:
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
     peak_bytes, optimizer_bytes = option.peak + WORKSPACE_BYTES, step.resident[OPTIMIZER]
     return build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+
+
+def _words_of_whole_layers(shared: Option, streamed: Option) -> str:
+    """The layers whole on each card, with their weights streaming, beside the shards that a plan takes."""
+    time = streamed.seconds_per_token / shared.seconds_per_token - 1
+    longer = f"{abs(time):.0%} {'more' if time > 0 else 'less'} time" if round(abs(time), 2) else "as much time"
+    return (
+        f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers: {longer} "
+        f"(modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
+        f"{shared.host_bytes / GIB:.1f}; shards are taken where they fit, because a card then holds its part alone"
+    )
 
 
 def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str:

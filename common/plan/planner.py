@@ -38,6 +38,7 @@ class Option:
     on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
     host_bytes: int = 0  # in host memory
     link_bytes_per_token: float = 0.0  # to and from the host, and to and from other cards
+    instead: str = ""  # another way to run it that the plan did not take, in words
 
 
 class Planner:

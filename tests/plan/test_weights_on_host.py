@@ -17,7 +17,7 @@ from common.plan.forecast import Forecast
 from common.plan.ledger import round_up
 from common.plan.machine_plan import plan_for_card
 from common.plan.misfit import choose_or_explain
-from common.plan.plan import choose_option
+from common.plan.plan import choose_option, make_plan
 from common.plan.report import CHOICE, EVERY_LAYER, build_report
 from common.plan.step import WEIGHTS
 from common.recipe import ModelSpec, TrainSpec, UserError
@@ -162,7 +162,12 @@ def test_a_misfit_without_streaming_names_it():
 def test_several_cards_share_the_model_before_its_weights_stream():
     planner, option = choose_option(RECIPE, Card.of_size(6), None, 2)
     assert planner.layout.sharded
+    text = make_plan(planner, option).text
+    _, streamed = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
+    assert f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers" in text
+    assert f"{streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of" in text
     planner, option = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
+    assert option == streamed
     assert (planner.layout.sharded, option.on_host > 0) == (False, True)
     planner, option = choose_option(edited(weights_on_host=32), Card.of_size(6), None, 2)
     assert (planner.layout.sharded, option.on_host) == (False, 32)
