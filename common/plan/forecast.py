@@ -57,15 +57,15 @@ class Forecast:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
         Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention
-        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards wait in host
-        memory.
+        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards, or weights,
+        wait in host memory.
 
         Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
         are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_shards_on_host(on_host)
+        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.

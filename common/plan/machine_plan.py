@@ -16,6 +16,7 @@ from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
+from common.plan.planner import refuse_more_layers
 from common.plan.speed import KnownGpu
 from common.recipe import Recipe, rows_per_process
 
@@ -84,7 +85,9 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     """The recipe's policy, and the largest micro-batch within MAX_MICRO_BATCH_TOKENS_CPU; memory is not planned."""
     refuse_more_positions(recipe)
     train, processes = recipe.train, world_size()
-    layout = Layout(processes, sharded=processes > 1 and train.sharding == "always")
+    refuse_more_layers(recipe)
+    sharded, wanted = processes > 1 and train.sharding == "always", train.weights_on_host
+    layout = Layout(processes, sharded=sharded, on_host=0 if sharded or wanted == "auto" else wanted)
     if layout.sharded:
         refuse_unshardable(recipe.lora, train)
     layers = load_config(recipe.model).num_hidden_layers

@@ -21,6 +21,7 @@ from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
 from common.model.start_adapter import started_from
+from common.model.weight_streaming import leave_ring_to_processes, stream_weights
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError, require
@@ -122,6 +123,8 @@ def make_layers_ready(model: PeftModel, kernels: Kernels, layout: Layout) -> Non
         with without_fsdp_classes(model):
             use_lean_layers(model, kernels)
     shard_layers(model, layout)
+    stream_weights(model, layout.streamed)
+    leave_ring_to_processes(model)
 
 
 def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None = None) -> tuple[Recipe, Plan]:
