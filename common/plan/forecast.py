@@ -72,7 +72,7 @@ class Forecast:
 
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_shards_on_host(on_host)
+        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
 
     @property
     def packs(self) -> bool:
