@@ -58,9 +58,15 @@ ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
 }
-# What an architecture has beside SMALL. Gemma: a window that a row exceeds, and a scaling that is not 1 / sqrt(dim).
+# What an architecture has beside SMALL. Gemma: a window that rows exceed, with a full layer after each that has it, and
+# a scaling that is not 1 / sqrt(dim).
 SMALL_BESIDES: dict[str, dict[str, object]] = {
-    "gemma3_text": {"tie_word_embeddings": True, "sliding_window": 8, "query_pre_attn_scalar": 32},
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 32,
+    },
 }
 SMALL = {
     "vocab_size": 1024,

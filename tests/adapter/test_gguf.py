@@ -33,7 +33,7 @@ from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.generation import generate
 from common.run.prompts import load_prompts
 from recipes.tiny import RECIPE
-from tests.conftest import ROOT, TRAIN
+from tests.conftest import ARCHITECTURES, ROOT, TRAIN
 
 HELD_OUT = "data/tiny/held_out.jsonl"
 QUANTS = ("f16", "bf16", "q8_0")
@@ -136,7 +136,7 @@ def test_small_formats_give_most_of_the_answers(tiny, asked, tmp_path, quant, sh
     assert sum(one == other for one, other in zip(given, answers, strict=True)) >= share * len(answers)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "lora", [LoraSpec(rank=4, alpha=8), LoraSpec(rank=4, alpha=8, dora=True)], ids=["lora", "dora"]
 )
