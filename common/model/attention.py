@@ -51,6 +51,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -63,10 +64,15 @@ def packed_attention(
     tokens that each token sees, itself among them. Returns (1, tokens, heads, dim).
 
     transformers makes no mask for an attention that it does not know, so generating from prompts of several lengths
-    needs "sdpa". Raises ValueError without the lengths, and for a scaling or a window that this torch lacks.
+    needs "sdpa". Raises ValueError without the lengths, for dropout, and for a scaling or a window that this torch
+    lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.data.batches.collate")
+    if dropout:
+        raise ValueError(
+            f"packed attention has no dropout, and the model's attention_dropout is {dropout}: set it to 0"
+        )
     options = dict(_CAUSAL)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
         if "scale" not in _ARGUMENTS:
