@@ -197,13 +197,17 @@ BF16 = 2**-8  # a rounding to bf16 is off by half of that at most
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (5, 100), (2048, 4096), (17, 5120), (2048 * 40, 128)])
-def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape):
+@pytest.mark.parametrize("one_plus", [False, True])
+def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape, one_plus):
     x, grad, residual, weight = randoms(shape, shape, shape, shape[1:])
     exact = x.double().requires_grad_()
-    expected = norm_in_float64(exact, weight.double())
+    expected = norm_in_float64(exact, weight.double(), one_plus)
     (expected_grad,) = torch.autograd.grad(expected, exact, grad.double())
-    assert error(rms_norm.rms_norm_forward(x, weight, EPS), expected) <= BF16
-    assert error(rms_norm.rms_norm_backward(grad, x, weight, EPS, residual), expected_grad + residual.double()) <= BF16
+    assert error(rms_norm.rms_norm_forward(x, weight, EPS, one_plus), expected) <= BF16
+    added = rms_norm.rms_norm_forward(x, weight, EPS, one_plus, residual)
+    assert error(added, expected + residual.double()) <= BF16
+    got = rms_norm.rms_norm_backward(grad, x, weight, EPS, residual, one_plus)
+    assert error(got, expected_grad + residual.double()) <= BF16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -250,13 +254,15 @@ def test_the_rope_kernel_in_bf16_is_that_of_float64(tokens, heads, key_heads, di
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2048, 14336)])
-def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape):
+@pytest.mark.parametrize("gelu", [False, True])
+def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape, gelu):
     gate, up, grad = randoms(shape, shape, shape)
     inputs = [gate.double().requires_grad_(), up.double().requires_grad_()]
-    expected = torch.nn.functional.silu(inputs[0]) * inputs[1]
+    activated = torch.nn.functional.gelu(inputs[0], approximate="tanh") if gelu else torch.nn.functional.silu(inputs[0])
+    expected = activated * inputs[1]
     of_gate, of_up = torch.autograd.grad(expected, inputs, grad.double())
-    assert error(swiglu.swiglu(gate, up), expected) <= BF16
-    product, grad_gate = swiglu.swiglu_backward_(grad, gate, up)
+    assert error(swiglu.swiglu(gate, up, gelu), expected) <= BF16
+    product, grad_gate = swiglu.swiglu_backward_(grad, gate, up, gelu)
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
 
 

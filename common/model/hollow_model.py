@@ -64,6 +64,11 @@ def build_hollow_model(
         setattr(model.get_submodule(owner), key, made.requires_grad_(False))
     model.tie_weights()
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config).to(machine.device)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=machine.device)
+    unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not unmade, unmade  # a buffer that no file holds, and that is not made above
     for module in model.modules():
         if isinstance(module, Linear4bit):
             keep_packed_form(module)

@@ -123,7 +123,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     machine = machine or this_machine()
     config, weights = _find_weights(spec, machine)
     if machine.dtype == torch.float16 and ARCHITECTURES[config.model_type].overflows_in_fp16:
-        print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
+        print(f"warning: {machine}; {config.model_type} models overflow in fp16, the loss may become NaN")
     stored_in_4bit = isinstance(weights, Path) and stored_quantization(config) is not None
     quantizes = spec.bits == 4 and not stored_in_4bit
     record = read_base_record(weights) if isinstance(weights, Path) else None

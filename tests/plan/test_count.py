@@ -82,6 +82,7 @@ def recipe_for(
 def forecasts(small_model):
     """Of models that are large enough for their activations to outweigh what torch allocates beside."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": LAYERS}
+    sizes["sliding_window_pattern"] = LAYERS  # of Gemma: of these layers only the last one sees everything
     folders = {name: str(small_model(name, initializer_range=0.05, **sizes)) for name in ARCHITECTURES}
     setting = Setting(torch.float32, "sdpa", triton=False)  # on a CPU the operators run as their references
     return {
