@@ -174,21 +174,26 @@ def gemma3_gguf() -> Path:
 def gemma3() -> PreTrainedTokenizerFast:
     fields = GGUFReader(gemma3_gguf()).fields
     tokens, scores, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    # llama.cpp's tool writes spaces in such a token, and gives it no score; it is merged before all others.
+    is_defined = [kind == TokenType.USER_DEFINED for kind in types]
+    tokens = [token.replace(" ", SPACE) if odd else token for token, odd in zip(tokens, is_defined, strict=True)]
+    scores = [0.0 if odd else score for score, odd in zip(scores, is_defined, strict=True)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     of_token = dict(zip(tokens, scores, strict=True))  # the higher, the earlier it is merged
-    plain = {
-        token for token, kind in zip(tokens, types, strict=True) if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)
-    }
+    kinds = dict(zip(tokens, types, strict=True))
+    plain = {token for token, kind in kinds.items() if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)}
     order = sorted(plain, key=lambda token: (-of_token[token], vocabulary[token]))
     merges = [pair for pair in _merges(vocabulary, order) if set(pair) <= plain]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    control = (TokenType.CONTROL, TokenType.UNKNOWN)
-    special = ["<start_of_turn>", "<end_of_turn>"]
-    special += [token for token, kind in zip(tokens, types, strict=True) if kind in control and token not in special]
-    tokenizer.add_special_tokens([_added(token) for token in sorted(special, key=lambda token: vocabulary[token])])
+    control = {"<start_of_turn>", "<end_of_turn>"}
+    control |= {token for token, kind in kinds.items() if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+    added = control | {token for token, kind in kinds.items() if kind == TokenType.USER_DEFINED}
+    tokenizer.add_tokens(
+        [_added(token, special=token in control) for token in sorted(added, key=vocabulary.__getitem__)]
+    )
     tokenizer.post_processor = _begin_with("<bos>", tokenizer)
     named = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
     return _fast(tokenizer, **named)
