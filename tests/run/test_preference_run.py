@@ -251,15 +251,15 @@ from tests.run.preference_rows import made_recipe, prepare_by_hand
 folder, out, loss, sharded = sys.argv[1:]
 init_distributed()
 recipe = made_recipe(Path(folder), Path(out), PreferenceSpec(loss), max_steps=3)
-model, tokenizer, rows, recipe, plan = prepare_by_hand(recipe, 1)
 layout = Layout(world_size(), sharded=sharded == "sharded" and world_size() > 1)
+model, tokenizer, rows, recipe, plan = prepare_by_hand(recipe, 1, layout=layout)
 plan = replace(plan, accumulation=4 // world_size(), layout=layout)
 train(model, tokenizer, rows, recipe, plan)
 shut_down_distributed()
 """
 
 
-@pytest.mark.slow  # 40 s: five runs, each with torch's start
+@pytest.mark.slow  # 80 s: six runs, each with torch's start
 @pytest.mark.parametrize(("loss", "sharded"), [("dpo", "whole"), ("kto", "whole"), ("kto", "sharded")])
 def test_two_processes_learn_what_one_does(loss, sharded, small_llama, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
