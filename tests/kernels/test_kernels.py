@@ -69,7 +69,13 @@ def test_rms_norm(shape, dtype, implementation):
     assert_near(forward(x, weight, EPS), expected)
     (expected_grad,) = torch.autograd.grad(expected, exact_x, grad.double())
     assert_near(backward(grad, x, weight, EPS), expected_grad, 16)
-    assert_near(backward(grad, x, weight, EPS, residual), expected_grad + residual.double(), 16)
+    onto = backward(grad, x, weight, EPS, residual)
+    assert_near(onto, expected_grad + residual.double(), 16)
+    if implementation == "reference":
+        rms_norm.rms_norm_backward_onto_(grad, x, weight, EPS, residual)
+    else:
+        rms_norm.rms_norm_backward_onto_triton_(grad, x, weight, EPS, residual)
+    assert torch.equal(residual, onto)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -87,6 +93,11 @@ def test_rope(tokens, heads, key_heads, dim, dtype, implementation):
         (grad,) = torch.autograd.grad(expected, x, source.double())
         again = operator(query, key, cos, sin, True)[0 if source is query else 1]
         assert_near(again, grad)
+    onto_ = {"reference": rope.rotate_onto_, "triton": rope.rotate_onto_triton_}[implementation]
+    for inverse in (False, True):
+        expected = operator(query, key, cos, sin, inverse)
+        onto_(query, key, cos, sin, inverse)
+        assert torch.equal(query, expected[0]) and torch.equal(key, expected[1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -102,10 +113,19 @@ def test_swiglu(shape, dtype, implementation):
     expected = silu(exact_gate) * exact_up
     assert_near(forward(gate, up), expected)
     of_gate, of_up = torch.autograd.grad(expected, (exact_gate, exact_up), grad.double())
+    copies = grad.clone(), gate.clone(), up.clone()
     product, grad_gate = backward_(grad, gate, up)
     assert_near(product, expected)
     assert_near(grad_gate, of_gate, 16)
     assert_near(grad, of_up, 16)  # in place
+    onto_, backward_onto_ = {
+        "reference": (swiglu.swiglu_onto_, swiglu.swiglu_backward_onto_),
+        "triton": (swiglu.swiglu_onto_triton_, swiglu.swiglu_backward_onto_triton_),
+    }[implementation]
+    backward_onto_(*copies)
+    assert all(torch.equal(got, right) for got, right in zip(copies, (grad, grad_gate, product), strict=True))
+    onto_(gate, up)
+    assert torch.equal(gate, product)
 
 
 NF4_SHAPES = [(1, 2), (1, 64), (7, 10), (64, 96), (130, 130), (257, 64)]
@@ -237,6 +257,10 @@ def test_the_operators_are_what_torch_expects_of_one():
         rope.rotate: (random(3, 16), random(3, 8), random(3, 4), random(3, 4), False),
         swiglu.swiglu: (x, x + 1),
         swiglu.swiglu_backward_: (x, x + 1, x + 2),
+        rms_norm.rms_norm_backward_onto_: (x + 1, x, weight, EPS, x + 2),
+        rope.rotate_onto_: (random(3, 16), random(3, 8), random(3, 4), random(3, 4), False),
+        swiglu.swiglu_onto_: (x, x + 1),
+        swiglu.swiglu_backward_onto_: (x, x + 1, x + 2),
         nf4_dequantize.nf4_dequantize: nf4_arguments(*nf4((6, 32)), torch.bfloat16),
         cross_entropy.cross_entropy_: (x + 3, torch.tensor([0, 7, 2]), 1.0),
     }
