@@ -39,9 +39,8 @@ class Policy:
     kept: int = 0  # layers that keep their activations: the last ones; the others recompute
     keep_attention: bool = False  # recomputing layers keep attention's output and log-sum-exp
     offload: bool = False  # the inputs of recomputing layers wait in host memory
-    # For long rows: so many tokens that a layer computes at a time, and gradients over what they replace; 0: all at once
-    tile: int = 0
-    by_head: bool = False  # attention's backward pass goes by key/value head
+    tile: int = 0  # for long rows: tokens that an MLP computes at a time; 0 is all of them
+    by_head: bool = False  # of layers in tiles: attention's backward pass goes by key/value head
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept <= self.layers:
@@ -92,7 +91,8 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -> None:
     """Makes the layers recompute in training as `policy` says, whatever they did before, and switches the cache off.
 
-    Raises ValueError when the policy is for another number of layers, and for tiles as set_tiles. `watch_recompute` counts what really happens.
+    Raises ValueError when the policy is for another number of layers, and for tiles as set_tiles. `watch_recompute`
+    counts what really happens.
     The trainer's own flag, TRAINER_FLAG, must be False, or it would make every layer recompute.
     """
     layers = decoder_layers(model)
@@ -104,7 +104,7 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if policy.tile and not hasattr(base, "norm_in_loss"):
         raise ValueError("layers in tiles need the fused loss")
-    base.norm_in_loss = bool(policy.tile)  # type: ignore[assignment]
+    base.norm_in_loss = bool(policy.tile)
     # Saved for each layer, and set again where it recomputes, by the host; only dropout reads it.
     options: dict[str, Any] = {"preserve_rng_state": is_random(model)}
     if policy.keep_attention:
@@ -140,7 +140,7 @@ def _make_first_input_need_a_gradient(model: PreTrainedModel | PeftModel, *, hol
     if (handle := getattr(model, "first_input_hook", None)) is not None:
         handle.remove()
     if hold:
-        model.first_input_hook = None  # type: ignore[assignment]
+        model.first_input_hook = None
         model.enable_input_require_grads()
         return
 
@@ -149,7 +149,7 @@ def _make_first_input_need_a_gradient(model: PreTrainedModel | PeftModel, *, hol
         result: Tensor = _NeedGradient.apply(output, needs_gradient)
         return result
 
-    model.first_input_hook = model.get_input_embeddings().register_forward_hook(hook)  # type: ignore[assignment]
+    model.first_input_hook = model.get_input_embeddings().register_forward_hook(hook)
 
 
 def finish_copies(model: PreTrainedModel | PeftModel) -> None:
