@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from common.machine.device import GIB
-from common.model.activation_checkpointing import Policy
 from common.plan.planner import Option, Planner
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step
 from common.recipe import Checkpointing, UserError
@@ -23,13 +22,13 @@ def choose_or_explain(planner: Planner) -> Option:
 def explain_misfit(planner: Planner) -> str:
     """One line: what the leanest way to run one row takes, how much that is too much, and what to change."""
     wanted, card = planner.recipe.train.checkpointing, planner.card
-    policy = Policy.named("offload" if wanted == "auto" else wanted, planner.layers)
-    leanest, step = planner.exact(1, policy, planner.offload_choices()[-1])
+    leanest, step = planner.exact(1, planner.leanest_policy(wanted), planner.offload_choices()[-1])
     excess = leanest.peak - card.budget
     if excess <= 0 and card.host_bytes is not None:
         return (
             f"the layers' parts and inputs do not fit the host memory: {leanest.host_bytes / GIB:.1f} GiB for each "
-            f"card, and {card.host_bytes / GIB:.1f} GiB are available for it. Take more cards, or more host memory"
+            f"card, and {card.host_bytes / GIB:.1f} GiB are available for it. "
+            "Take shorter rows, more cards, or more host memory"
         )
     arithmetic = _arithmetic(planner, leanest, sum(step.resident.values()))
     if step.resident[WEIGHTS] + step.resident[EMBEDDINGS] > card.budget:
@@ -65,7 +64,7 @@ def _more_memory(planner: Planner) -> str:
 def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int) -> Iterator[str]:
     """Changes of the recipe, each of which alone makes one row fit. excess: bytes over the budget."""
     for name in CHECKPOINTING_BY_MEMORY:
-        leaner, _ = planner.exact(1, Policy.named(name, planner.layers), leanest.on_host)
+        leaner, _ = planner.exact(1, planner.leanest_policy(name), leanest.on_host)
         if leaner.peak < leanest.peak and planner.fits(leaner):
             yield f"checkpointing={name!r} ({leaner.peak / GIB:.1f} GiB)"
             break

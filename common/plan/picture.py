@@ -50,7 +50,7 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     panels[0].set(ylabel="memory of the card, GiB", ylim=(0, top))
     for axes, row, title in zip(panels, pair, titles, strict=True):
         _draw_panel(axes, row, report)
-        axes.set_title(title, fontsize=10.5, pad=20)
+        axes.set_title(textwrap.fill(title, 68), fontsize=10.5, pad=20)
     for size, name, side in ((card.size, "card", "bottom"), (card.budget, "budget", "top")):
         place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
         panels[1].annotate(f"{name} {size / GIB:.1f} GiB", (1, size / GIB), va=side, fontsize=9, **place)

@@ -96,7 +96,7 @@ def test_weights_of_16_bits_are_called_so(mixture):
 
 def test_a_row_longer_than_the_model_reaches_is_marked(mixture):
     assert "more than the model's positions" not in mixture.text()
-    assert replace(mixture, positions=2048).text().count("more than the model's positions") == 2
+    assert replace(mixture, positions=2048).text().count("more than the model's positions") == 4  # ways
 
 
 def test_a_model_that_leaves_no_room_for_a_row_has_no_longest_row(mixture):
