@@ -1,29 +1,38 @@
 """torch's flash attention over packed rows on a CPU, where torch has none: its two operators, by their formula.
 
-Importing this module gives them to torch.ops.torch_attn for CPU tensors, for the whole process. All else that calls
-them is then what runs on a GPU.
+Importing this module gives them to torch.ops.torch_attn for CPU tensors, for the whole process. All that calls them is
+then what runs on a GPU. They allocate of torch what they allocate on a GPU, and compute in NumPy, which torch's
+profiler does not see.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from common.plan.operators import SCRATCH_BYTES
 
-def attend(query: Tensor, key: Tensor, starts: Tensor, longest: int, window: list[int]) -> tuple[Tensor, Tensor]:
-    """The probabilities of each pair of tokens and the log-sum-exp of each token, (heads, tokens, ...)."""
-    tokens, heads, dim = query.shape
-    bounds = starts.tolist()
-    assert bounds[0] == 0 and bounds[-1] == tokens
-    assert longest >= max(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-    example = torch.bucketize(torch.arange(tokens), starts[1:].long(), right=True)
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)[None]
+
+def probabilities_and_lse(query, key, starts: Tensor, longest: int, window: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """What each token gives to each other, (heads, tokens, tokens), and its log-sum-exp, (heads, tokens)."""
+    tokens, _, dim = query.shape
+    bounds = starts.numpy()
+    assert bounds[0] == 0 and bounds[-1] == tokens and longest >= np.diff(bounds).max()
+    example = np.searchsorted(bounds[1:], np.arange(tokens), side="right")
+    distance = np.arange(tokens)[:, None] - np.arange(tokens)[None]
     seen = (example[:, None] == example[None]) & (distance >= 0)
     if window[0] >= 0:
         seen &= distance <= window[0]
-    key = key.repeat_interleave(heads // key.shape[1], 1)
-    scores = torch.einsum("qhd,khd->hqk", query, key) * dim**-0.5
-    scores = scores.masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1), scores.logsumexp(-1)
+    scores = np.where(seen, np.einsum("qhd,khd->hqk", query, key, optimize=True) * dim**-0.5, -np.inf)
+    highest = scores.max(-1, keepdims=True)
+    exponentials = np.exp(scores - highest)
+    total = exponentials.sum(-1, keepdims=True)
+    return exponentials / total, (highest + np.log(total))[..., 0]
+
+
+def expanded(x: Tensor, heads: int) -> np.ndarray:
+    """Keys or values for each query head."""
+    return np.repeat(x.numpy(), heads // x.shape[1], 1)
 
 
 @varlen._varlen_attn.register_kernel("cpu")
@@ -32,10 +41,13 @@ def forward(
 ):
     window = window_size or [-1, -1]
     assert window[1] == 0 and is_causal == (window == [-1, 0]) and scale is None and torch.equal(starts, ends)
-    probabilities, lse = attend(query, key, starts, longest, window)
-    values = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    output = torch.einsum("hqk,khd->qhd", probabilities, values)
-    return output.contiguous(), lse.float(), torch.zeros(2, dtype=torch.uint64)
+    heads = query.shape[1]
+    output = torch.empty(query.shape, dtype=query.dtype)
+    lse = torch.empty((heads, len(query)))
+    probabilities, sums = probabilities_and_lse(query.numpy(), expanded(key, heads), starts, longest, window)
+    lse.numpy()[:] = sums
+    output.numpy()[:] = np.einsum("hqk,khd->qhd", probabilities, expanded(value, heads), optimize=True)
+    return output, lse, torch.zeros(2, dtype=torch.uint64)
 
 
 @varlen._varlen_attn_backward.register_kernel("cpu")
@@ -57,16 +69,25 @@ def backward(
 ):
     """From the saved output and log-sum-exp, as flash attention (arXiv:2205.14135, algorithm 4)."""
     assert grad.is_contiguous() and output.is_contiguous() and is_causal == (window_size == [-1, 0])
-    heads, kv_heads, dim = query.shape[1], key.shape[1], query.shape[2]
-    share = heads // kv_heads
-    keys, values = (x.repeat_interleave(share, 1) for x in (key, value))
-    seen = attend(query, key, starts, longest, window_size)[0] > 0
-    scores = torch.einsum("qhd,khd->hqk", query, keys) * dim**-0.5
-    probabilities = (scores - lse[:, :, None].to(scores.dtype)).exp() * seen
-    of_values = torch.einsum("hqk,qhd->khd", probabilities, grad)
-    of_probabilities = torch.einsum("qhd,khd->hqk", grad, values)
-    of_scores = probabilities * (of_probabilities - (grad * output).sum(-1).t()[:, :, None]) * dim**-0.5
-    of_query = torch.einsum("hqk,khd->qhd", of_scores, keys)
-    of_keys = torch.einsum("hqk,qhd->khd", of_scores, query)
-    sums = [x.unflatten(1, (kv_heads, share)).sum(2) for x in (of_keys, of_values)]
-    return of_query.contiguous(), *sums
+    heads, dim = query.shape[1:]
+    arguments = grad, query, key, value, output, lse, starts
+    grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+    torch.empty(SCRATCH_BYTES[torch.ops.torch_attn._varlen_attn_backward.default](*arguments), dtype=torch.uint8)
+    q, k, v, d_out = query.numpy(), expanded(key, heads), expanded(value, heads), grad.numpy()
+    seen = probabilities_and_lse(q, k, starts, longest, window_size)[0] > 0
+    scores = np.einsum("qhd,khd->hqk", q, k, optimize=True) * dim**-0.5
+    probabilities = np.where(seen, np.exp(np.where(seen, scores - lse.numpy()[:, :, None], 0)), 0).astype(q.dtype)
+    of_probabilities = np.einsum("qhd,khd->hqk", d_out, v, optimize=True)
+    delta = (d_out * output.numpy()).sum(-1).T[:, :, None]
+    of_scores = probabilities * (of_probabilities - delta) * dim**-0.5
+    grads[0].numpy()[:] = np.einsum("hqk,khd->qhd", of_scores, k, optimize=True)
+    for total, part in zip(
+        grads[1:],
+        (
+            np.einsum("hqk,qhd->khd", of_scores, q, optimize=True),
+            np.einsum("hqk,qhd->khd", probabilities, d_out, optimize=True),
+        ),
+        strict=True,
+    ):
+        total.numpy()[:] = part.reshape(len(part), key.shape[1], -1, dim).sum(2)
+    return tuple(grads)

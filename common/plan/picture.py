@@ -10,6 +10,7 @@ from common.plan.report import (
     CHOICE,
     EVERY_LAYER,
     NO_CHECKPOINTING,
+    OFFLOAD,
     OVERHEAD,
     PlanReport,
     PolicyRow,
@@ -37,9 +38,11 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     chosen, card = report.row(CHOICE), report.card
-    pair = [report.row(NO_CHECKPOINTING), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
+    # Beside a long row in tiles all else would be so high that nothing of the choice were to be seen.
+    other = OFFLOAD if chosen.policy.tile else NO_CHECKPOINTING
+    pair = [report.row(other), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
     titles = [
-        "no checkpointing" + (": our choice" if not chosen.policy.recomputed else ""),
+        other + (": our choice" if not chosen.policy.recomputed else ""),
         f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
     ]
     times = [row.step.seconds(report.speed) for row in pair]

@@ -85,8 +85,11 @@ class Planner:
 
     def _candidates_in_tiles(self) -> Iterator[Option]:
         """The options that compute in tiles: only where nothing else fits, so that other rows stay as they are."""
-        wanted = self.recipe.train.checkpointing
-        for rows, policy in product(self._micro_batch_rows(), self.policies_in_tiles(wanted)):
+        policies, most_on_host = self.policies_in_tiles(self.recipe.train.checkpointing), self.offload_choices()[-1]
+        leanest = policies[len(TILES) - 1 :: len(TILES)]
+        if not any(self.fits(self._extrapolate(self.seq_len, policy, most_on_host)) for policy in leanest):
+            return  # no need to search
+        for rows, policy in product(self._micro_batch_rows(), policies):
             for on_host in self.offload_choices():
                 if self.fits(self._extrapolate(rows * self.seq_len, policy, on_host)):
                     yield self.exact(rows, policy, on_host)[0]

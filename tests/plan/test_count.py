@@ -14,6 +14,7 @@ from common.data.batches import collate
 from common.machine.device import GIB
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED_ATTENTION
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
@@ -21,7 +22,7 @@ from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
 from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import Forecast, Setting
+from common.plan.forecast import SHORT_EXAMPLE_TOKENS, Forecast, Setting
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -35,6 +36,7 @@ from common.plan.step import (
     Step,
 )
 from common.recipe import DataSpec, Kernels, LoraSpec, ModelSpec, Optimizer, Recipe, TrainSpec
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32
 
 LLAMA, QWEN3 = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
@@ -78,13 +80,16 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1) -> int:
+def allocated_in_a_real_step(
+    recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1, attention: str = "sdpa"
+) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
     rows: of the micro-batch, each as long as the others, in which the tokens lie.
     """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
+    model.set_attn_implementation(attention)
     checkpoint_activations(model, policy)
     model.train()
     optimizer = build_optimizer(model, recipe.train)
@@ -93,8 +98,12 @@ def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKEN
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
     length = tokens // rows
-    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
-    batch = collate([row] * rows, pad_token_id=0)  # several examples a row: attention needs a mask
+    packed = attention == PACKED_ATTENTION
+    # Several examples a row: attention needs a mask. Of packed rows as many as a plan assumes.
+    examples = tokens // SHORT_EXAMPLE_TOKENS + 1 if packed else 4
+    lengths = [length // examples] * (examples - 1)
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
+    batch = collate([row] * rows, pad_token_id=0, padding_free=packed)
     batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)  # every token, as a plan counts
     held = held_adapters(model)  # as the trainer
     with torch.no_grad():
@@ -133,6 +142,28 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+LONG_ROWS = {
+    "tiles": Policy(LAYERS, tile=128),
+    "tiles, offload": Policy(LAYERS, tile=128, offload=True),
+    "by head": Policy(LAYERS, tile=128, by_head=True),
+    "by head, keep attention": Policy(LAYERS, tile=128, by_head=True, keep_attention=True),
+    "by head, offload": Policy(LAYERS, tile=160, by_head=True, offload=True),  # the last tile is shorter
+}
+
+
+@pytest.mark.parametrize("policy", LONG_ROWS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_long_rows_in_tiles_are_counted_as_they_run(forecasts, architecture, policy, monkeypatch):
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    recipe = forecasts[architecture, "lean"].recipe
+    forecast = Forecast(recipe, Setting(torch.float32, PACKED_ATTENTION, triton=False))
+    step = forecast.step(TOKENS, LONG_ROWS[policy])
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(recipe, LONG_ROWS[policy], attention=PACKED_ATTENTION)
+    print(f"{architecture}, {policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
 
 
