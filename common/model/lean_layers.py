@@ -223,20 +223,20 @@ def copy_all_adapters(model: nn.Module, dtype: torch.dtype) -> None:
 def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False) -> None:
     """Makes the lean layers compute `tile` tokens at a time, and attention's backward by key/value head; 0: as ever.
 
-    Raises ValueError where they cannot (`can_tile`).
+    Layers that become lean later do so then. Raises ValueError where they cannot (`can_tile`).
     """
     if tile and not can_tile(model):
         raise ValueError("only lean layers with packed attention can compute in tiles")
     for module in model.modules():
-        if isinstance(module, _LeanMLP):
-            module.tile = tile
-        elif isinstance(module, _LeanAttention):
-            module.tile_by_head = tile if by_head else 0
+        if issubclass(_lean_class(module), _LeanMLP):
+            module.tile = tile  # type: ignore[assignment]
+        elif issubclass(_lean_class(module), _LeanAttention):
+            module.tile_by_head = tile if by_head else 0  # type: ignore[assignment]
 
 
 def can_tile(model: Any) -> bool:
-    """Whether the model's layers can compute in tiles: they are lean, and their attention is that of packed rows."""
-    return is_lean(model) and uses_packed_attention(model) and HAS_GROUPED_ATTENTION
+    """Whether the model's layers can compute in tiles, lean as they are or will be: with attention of packed rows."""
+    return HAS_GROUPED_ATTENTION and uses_packed_attention(model) and unsupported_reason(model) is None
 
 
 def is_lean(model: nn.Module) -> bool:

@@ -74,7 +74,7 @@ class Forecast:
     @cached_property
     def can_tile(self) -> bool:
         """Whether the layers can compute in tiles of tokens (Policy.tile)."""
-        return can_tile(self._fake_model(1)[0])
+        return self.recipe.train.kernels == "lean" and can_tile(self._fake_model(1)[0])
 
     def gathered_layer_bytes(self) -> int:
         """Bytes of the largest decoder layer's parameters gathered from all cards; 0 where layers are not sharded."""

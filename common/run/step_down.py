@@ -17,7 +17,7 @@ from common.data.batches import Batch, halve
 from common.machine.out_of_memory import out_of_memory, without_frames
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
-from common.model.lean_layers import can_tile
+from common.model.lean_layers import can_tile, is_lean
 
 FIRST_TILE = 4_096  # tokens: where a plan has none
 # Tokens: in the time in which a matmul reads its weight, an H100 computes 240 rows (common/plan/speed.py). A smaller
@@ -107,7 +107,7 @@ class StepDown:
             self.policy, self.host_is_full = replace(self.policy, offload=False), True
         elif backward and not of_host and not self.policy.offload and not self.host_is_full:
             self.policy = replace(self.policy, offload=True)
-        elif backward and not of_host and not self.policy.tile and can_tile(self.model):
+        elif backward and not of_host and not self.policy.tile and is_lean(self.model) and can_tile(self.model):
             self.policy = replace(self.policy, tile=FIRST_TILE)
         else:
             return None

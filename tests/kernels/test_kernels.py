@@ -291,6 +291,7 @@ def test_the_gradients_of_the_norm_and_of_rope_are_those_of_float64():
 
 
 COMPILE = """
+import re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -313,6 +314,10 @@ for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, ro
         compiled = triton.compile(ASTSource(kernel, signature, known), GPUTarget("cuda", capability, 32),
                                   {"enable_fp_fusion": kernel is not nf4_dequantize._dequantize_kernel})
         assert compiled.asm["cubin"], (kernel, capability)
+        # A row of 150,000 tokens has more than 2^31 entries of 14,336 a token: no offset is computed in 32 bits.
+        for program in re.findall(r"(%\\w+) = tt.get_program_id", compiled.asm["ttir"]):
+            uses = [line for line in compiled.asm["ttir"].splitlines() if re.search(program + r"\\b(?! = tt)", line)]
+            assert uses and all("arith.extsi" in line and "to i64" in line for line in uses), (kernel, uses)
         print(capability, "compiled")
 """
 

@@ -376,9 +376,22 @@ def test_tiles_are_refused_where_the_layers_cannot():
         Policy(3, by_head=True)
 
 
-def test_tiles_are_refused_with_stock_layers_and_with_an_attention_that_has_a_mask(folders):
-    for kernels, implementation in (("stock", attention.PACKED_ATTENTION), ("lean", "sdpa")):
-        model = adapted(folders["llama"], kernels)
+def test_layers_that_become_lean_later_compute_in_tiles_then(folders):
+    """As in a recipe's story, where train makes them lean."""
+    expected = of_packed_row(packed(folders["llama"]), WAYS["by head"])
+    model = adapted(folders["llama"], "stock", bits=16)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    checkpoint_activations(model.train(), WAYS["by head"])
+    use_lean_layers(model, "lean")
+    model(**collate([packed_row()], 0, padding_free=True)).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, expected[1][name])
+
+
+def test_tiles_are_refused_with_dropout_and_with_an_attention_that_has_a_mask(folders):
+    for dropout, implementation in ((0.1, attention.PACKED_ATTENTION), (0.0, "sdpa")):
+        model = adapted(folders["llama"], "stock", LoraSpec(4, 8, dropout=dropout))
         model.set_attn_implementation(implementation)
         with pytest.raises(ValueError, match="only lean layers with packed attention can compute in tiles"):
             checkpoint_activations(model, WAYS["tiles"])

@@ -85,7 +85,8 @@ def test_three_tiles_give_the_step_of_all_of_them(policy, monkeypatch):
     """A plan computes the first two tiles and the last one; here also every one of the eight, and of the seven."""
     forecast = Forecast(cut(3))
     few = forecast.count(2048, policy, True)
-    monkeypatch.setattr(Ledger, "split", lambda _, tokens, size: tiles.split(tokens, size))
+    split = tiles.split
+    monkeypatch.setattr(Ledger, "split", lambda _, tokens, size: split(tokens, size))
     every = forecast.count(2048, policy, True)
     assert len(few.segment("backward 1").events) < len(every.segment("backward 1").events)
     assert few.peak() == every.peak()

@@ -19,6 +19,7 @@ from common.recipe import LoraSpec, ModelSpec, UserError
 from common.run.step_down import StepDown
 from common.run.trainer_config import build_trainer
 from common.run.training import train
+from common.tokens.labels import IGNORED
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import FP32
 from tests.machine.test_out_of_memory import OF_GPU, OTHERS
@@ -320,7 +321,7 @@ def test_long_rows_take_smaller_tiles_before_micro_batches_are_cut_in_half(small
     model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 8))
     use_lean_layers(model, "lean")
     model.set_attn_implementation(PACKED_ATTENTION)
-    rows = [{"input_ids": [7] * n, "labels": [7] * n, "seq_lengths": [n]} for n in (9, 12)]
+    rows = [{"input_ids": [7] * n, "labels": [IGNORED] + [7] * (n - 1), "seq_lengths": [n]} for n in (9, 12)]
     batch = collate(rows, 0, padding_free=True)
     failures = iter([True] * 5)
 
