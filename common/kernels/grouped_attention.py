@@ -92,7 +92,7 @@ class AttentionParts:
         lengths, window = (self.starts, self.starts, self.longest, self.longest), self._window_size
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
         grads = FLASH_BACKWARD(*by_head, lse, *lengths, window == [-1, 0], no_dropout, None, window)
-        return [x.flatten(1) for x in grads]
+        return [x.flatten(1).contiguous() for x in grads]  # which they are: their own memory
 
     def norm_and_rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What attention takes: new tensors where there are norms of heads, else query and key written over."""

@@ -33,6 +33,9 @@ LINEAR_NAMES = (
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
 
+# Whose attention and MLP common.kernels computes in tiles: a norm before each, attention scaled by dim ** -0.5, SwiGLU.
+TILED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
 
 class _LeanLayer(nn.Module):
     """Lets attention and MLP compute the norm before them and the residual connection after them too."""
@@ -236,7 +239,8 @@ def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False) -> None:
 
 def can_tile(model: Any) -> bool:
     """Whether the model's layers can compute in tiles, lean as they are or will be: with attention of packed rows."""
-    return HAS_GROUPED_ATTENTION and uses_packed_attention(model) and unsupported_reason(model) is None
+    known = model.config.model_type in TILED_MODEL_TYPES
+    return known and HAS_GROUPED_ATTENTION and uses_packed_attention(model) and unsupported_reason(model) is None
 
 
 def is_lean(model: nn.Module) -> bool:
