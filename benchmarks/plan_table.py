@@ -1,6 +1,6 @@
 """Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
 
-    python -m benchmarks.plan_table            # about a minute
+    python -m benchmarks.plan_table            # two minutes
     python -m benchmarks.plan_table --write    # and writes them into the pages, and the peaks into the README's table
 
 tests/benchmarks/test_plan_table.py compares the pages with it.
@@ -24,6 +24,7 @@ from common.recipe import Kernels, ModelSpec
 MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")
 CARDS = (24, 16, 12)  # GiB
 LARGEST, STREAMING_CARDS = "llama3-70b", (24, 16, 12, 8)
+LONG_ROW_CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 BASES = (
     "mistralai/Mistral-7B-Instruct-v0.3",
     "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -90,6 +91,23 @@ def plan_lines() -> list[str]:
                 f"| `{name}` | {gib} GiB | {split} | {kept}{host} "
                 f"| {(best.peak + WORKSPACE_BYTES) / GIB:.1f} GiB | {longest[0]:,} / {longest[1]:,} |"
             )
+    return lines
+
+
+def long_row_lines() -> list[str]:
+    """For each model and card the longest row, layers' inputs on the host: without tiles, in tiles, and by head too."""
+    lines = []
+    for name in MODELS:
+        planner = Planner(recipe_of(name), Card.of_size(24))
+        in_tiles = planner.policies_in_tiles("offload")
+        for gib in LONG_ROW_CARDS:
+            planner.card = Card.of_size(gib)
+            ways = (Policy(planner.layers, offload=True), in_tiles[0], in_tiles[-1])
+            longest = [planner.longest_option(policy) for policy in ways]
+            tokens = " | ".join(f"{row:,}" if row else "–" for row, _ in longest)
+            row, option = longest[-1]
+            host = f"{option.host_bytes / GIB:.0f} GiB" if row else "–"
+            lines.append(f"| {name}, {gib} GiB | {tokens} | {host} |")
     return lines
 
 
@@ -177,18 +195,19 @@ def write_readme(page: Path, plans: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activations, plans, policies, published, smallest, streaming = (
+    tables = activations, plans, policies, published, smallest, streaming, long_rows = (
         activation_lines(),
         plan_lines(),
         policy_lines(),
         published_lines(),
         smallest_lines(),
         streaming_lines(),
+        long_row_lines(),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
     if "--write" in sys.argv:
         root = Path(__file__).parents[1]
         write_tables(root / "docs" / "speed.md", activations)
-        write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming])
+        write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming, *long_rows])
         write_readme(root / "README.md", plans)
     sys.exit(0)

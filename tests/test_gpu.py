@@ -208,6 +208,9 @@ def test_the_rms_norm_kernel_in_bf16_is_that_of_float64(shape, one_plus):
     assert error(added, expected + residual.double()) <= BF16
     got = rms_norm.rms_norm_backward(grad, x, weight, EPS, residual, one_plus)
     assert error(got, expected_grad + residual.double()) <= BF16
+    if not one_plus:
+        rms_norm.rms_norm_backward_onto_(grad, x, weight, EPS, residual)
+        assert torch.equal(residual, got)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -251,6 +254,9 @@ def test_the_rope_kernel_in_bf16_is_that_of_float64(tokens, heads, key_heads, di
     scale = (cos.double() ** 2 + sin.double() ** 2)[:, None]  # one, but for the rounding of cos and sin
     for got, source in zip(back, (query, key), strict=True):
         assert error(got, (source.double().unflatten(1, (-1, dim)) * scale).flatten(1)) <= 2 * BF16
+    expected = rope.rotate(query, key, cos, sin, True)
+    rope.rotate_onto_(query, key, cos, sin, True)
+    assert torch.equal(query, expected[0]) and torch.equal(key, expected[1])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 700), (2048, 14336)])
@@ -262,8 +268,15 @@ def test_the_swiglu_kernels_in_bf16_are_those_of_float64(shape, gelu):
     expected = activated * inputs[1]
     of_gate, of_up = torch.autograd.grad(expected, inputs, grad.double())
     assert error(swiglu.swiglu(gate, up, gelu), expected) <= BF16
+    onto = grad.clone(), gate.clone(), up.clone()
     product, grad_gate = swiglu.swiglu_backward_(grad, gate, up, gelu)
     assert max(error(product, expected), error(grad_gate, of_gate), error(grad, of_up)) <= BF16
+    if gelu:
+        return
+    swiglu.swiglu_backward_onto_(*onto)
+    assert all(torch.equal(got, right) for got, right in zip(onto, (grad, grad_gate, product), strict=True))
+    swiglu.swiglu_onto_(gate, up)
+    assert torch.equal(gate, product)
 
 
 @pytest.mark.parametrize("dtype", nf4_dequantize.NF4_DTYPES)
@@ -357,6 +370,9 @@ def test_every_policy_gives_the_same_gradients_on_a_gpu():
         Policy(6, keep_attention=True),
         Policy(6, offload=True),
         Policy(6, 2, True, True),
+        Policy(6, tile=1024),
+        Policy(6, tile=1000, by_head=True),
+        Policy(6, tile=1000, by_head=True, offload=True),
     ):
         for _ in range(3):
             got = gradients(policy)
@@ -419,7 +435,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     for tokens in (2048, 8192):
-        for policy in policies(6):
+        for policy in (*policies(6), Policy(6, tile=1024), Policy(6, offload=True, tile=1024, by_head=True)):
             result = measure(model, forecast, tokens, policy, machine, repeats=1)
             print(in_words(result))
             error = result["predicted_bytes"] / result["allocated_bytes"] - 1

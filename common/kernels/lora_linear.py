@@ -17,7 +17,7 @@ folder), so a plan counts what a run allocates.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import bitsandbytes  # noqa: F401  (registers torch.ops.bitsandbytes)
@@ -43,6 +43,7 @@ class LoraLinear:
 
     @property
     def out_features(self) -> int:
+        """The rows of W."""
         state = self.quant_state or getattr(self.weight, "quant_state", None)
         return int((self.weight if state is None else state).shape[0])
 
@@ -71,6 +72,11 @@ class LoraLinear:
         """scale * B (out, rank)."""
         assert self.b is not None
         return (self.b.detach() if self.scale == 1 else self.b.detach() * self.scale).to(dtype)
+
+
+def dequantize_all(linears: Sequence[LoraLinear], dtype: torch.dtype) -> list[LoraLinear]:
+    """The same layers with their weights in `dtype`, for several uses in one pass: `dequantize` then copies nothing."""
+    return [replace(linear, weight=linear.dequantize(dtype), quant_state=None) for linear in linears]
 
 
 def lora_linear_reference(x: Tensor, linear: LoraLinear) -> Tensor:
@@ -116,29 +122,37 @@ def _add_optional(x: Tensor | None, y: Tensor | None) -> Tensor | None:
     return x if y is None else x + y
 
 
-def _addmm_optional(base: Tensor | None, x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight if base is None else torch.addmm(base, x, weight)
+def _addmm_optional(base: Tensor | None, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(x, weight, out=out) if base is None else torch.addmm(base, x, weight, out=out)
 
 
-def _lora_forward(
-    x: Tensor, linears: Sequence[LoraLinear], copies: AdapterCopies | None, residual: Tensor | None = None
+def lora_forward(
+    x: Tensor,
+    linears: Sequence[LoraLinear],
+    copies: AdapterCopies | None,
+    residual: Tensor | None = None,
+    outs: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
-    """The layers' outputs for their common input x (tokens, in), each (tokens, out), plus `residual` (tokens, out)."""
+    """The layers' outputs for their common input x (tokens, in), each (tokens, out), plus `residual` (tokens, out).
+
+    outs: where to write each of them, such as rows of a larger tensor; None allocates.
+    """
     copies = copies or copy_adapters(linears, x.dtype)
     lora_a_out = _split_by_rank(None if copies.a is None else x @ copies.a.t(), linears, 1)
     outputs = []
-    for linear, z, b in zip(linears, lora_a_out, copies.b, strict=True):  # z = x A^T; None without an adapter
+    outs = outs or [None] * len(linears)
+    for linear, z, b, out in zip(linears, lora_a_out, copies.b, outs, strict=True):  # z = x A^T; None: no adapter
         base = _add_optional(residual, linear.bias)
         if z is None or b is None:
             weight = linear.dequantize(x.dtype)
-            outputs.append(_addmm_optional(base, x, weight.t()))
+            outputs.append(_addmm_optional(base, x, weight.t(), out))
         else:
-            branch = _addmm_optional(base, z, b.t())
+            branch = _addmm_optional(base, z, b.t(), out)
             outputs.append(branch.addmm_(x, linear.dequantize(x.dtype).t()))  # accumulates into the LoRA branch
     return outputs
 
 
-def _backward_to_input(
+def backward_to_input(
     grads: Sequence[Tensor], linears: Sequence[LoraLinear], copies: AdapterCopies
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the common input, and that of every z, (tokens, sum of ranks)."""
@@ -152,7 +166,7 @@ def _backward_to_input(
     return grad_x, grad_z
 
 
-def _backward_to_adapters(
+def backward_to_adapters(
     x: Tensor, grads: Sequence[Tensor], grad_z: Tensor | None, linears: Sequence[LoraLinear], copies: AdapterCopies
 ) -> list[Tensor | None]:
     """The gradients of A and B of each layer in turn, in their own dtype; None without an adapter."""
@@ -170,7 +184,7 @@ def _backward_to_adapters(
     return found
 
 
-def _adapters(linears: Sequence[LoraLinear]) -> list[Tensor | None]:
+def adapters_of(linears: Sequence[LoraLinear]) -> list[Tensor | None]:
     """A and B of each layer in turn: an autograd function takes as arguments what it gives gradients for."""
     return [adapter for linear in linears for adapter in (linear.a, linear.b)]
 
@@ -189,7 +203,7 @@ class _RmsNormLoraLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.norm, ctx.linears, ctx.copies = (weight, eps, one_plus), linears, copies
         ctx.save_for_backward(hidden)
-        return *_lora_forward(rms_norm_forward(hidden, *ctx.norm), linears, copies), hidden
+        return *lora_forward(rms_norm_forward(hidden, *ctx.norm), linears, copies), hidden
 
     @staticmethod
     @once_differentiable
@@ -197,10 +211,10 @@ class _RmsNormLoraLinears(torch.autograd.Function):
         (hidden,) = ctx.saved_tensors
         *grads, residual_grad = grads  # type: ignore[assignment]
         copies = ctx.copies or copy_adapters(ctx.linears, hidden.dtype)
-        grad, grad_z = _backward_to_input(grads, ctx.linears, copies)
+        grad, grad_z = backward_to_input(grads, ctx.linears, copies)
         weight, eps, one_plus = ctx.norm
         normed = rms_norm_forward(hidden, weight, eps, one_plus)
-        adapters = _backward_to_adapters(normed, grads, grad_z, ctx.linears, copies)
+        adapters = backward_to_adapters(normed, grads, grad_z, ctx.linears, copies)
         del normed
         grad = rms_norm_backward(grad, hidden, weight, eps, residual_grad, one_plus)
         return grad, None, None, None, None, None, *adapters
@@ -220,7 +234,7 @@ def rms_norm_lora_linears(
     over memory of its own. Saves hidden. copies: of the adapters as they are now, kept until backward; None makes them
     in each pass. one_plus: as rms_norm.
     """
-    adapters = _adapters(linears)
+    adapters = adapters_of(linears)
     outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, copies, one_plus, *adapters)
     return outputs
 
@@ -237,15 +251,15 @@ class _LoraLinearAdd(torch.autograd.Function):
     ) -> Tensor:
         ctx.linear, ctx.copies = linear, copies
         ctx.save_for_backward(x)
-        return _lora_forward(x, [linear], copies, residual)[0]
+        return lora_forward(x, [linear], copies, residual)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         copies = ctx.copies or copy_adapters([ctx.linear], x.dtype)
-        grad_x, grad_z = _backward_to_input([grad], [ctx.linear], copies)
-        adapters = _backward_to_adapters(x, [grad], grad_z, [ctx.linear], copies)
+        grad_x, grad_z = backward_to_input([grad], [ctx.linear], copies)
+        adapters = backward_to_adapters(x, [grad], grad_z, [ctx.linear], copies)
         return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, *adapters
 
 
@@ -255,7 +269,7 @@ def lora_linear_add(
     """residual (tokens, out), where there is one, plus the layer's output for x (tokens, in). Saves x.
     copies: as rms_norm_lora_linears.
     """
-    output: Tensor = _LoraLinearAdd.apply(x, residual, linear, copies, *_adapters([linear]))
+    output: Tensor = _LoraLinearAdd.apply(x, residual, linear, copies, *adapters_of([linear]))
     return output
 
 
@@ -281,9 +295,9 @@ class _KeepGateUp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         copies = ctx.copies or copy_adapters([ctx.linear], gate.dtype)
-        grad_up, grad_z = _backward_to_input([grad], [ctx.linear], copies)
+        grad_up, grad_z = backward_to_input([grad], [ctx.linear], copies)
         product, grad_gate = swiglu_backward_(grad_up, gate, up, ctx.gelu)
-        adapters = _backward_to_adapters(product, [grad], grad_z, [ctx.linear], copies)
+        adapters = backward_to_adapters(product, [grad], grad_z, [ctx.linear], copies)
         return grad_gate, grad_up, None, None, None, *adapters
 
 
@@ -301,7 +315,7 @@ class _DownAdd(torch.autograd.Function):
         copies: AdapterCopies | None,
         gelu: bool,
     ) -> Tensor:
-        return _lora_forward(swiglu(gate, up, gelu), [linear], copies, residual)[0]
+        return lora_forward(swiglu(gate, up, gelu), [linear], copies, residual)[0]
 
     @staticmethod
     @once_differentiable
@@ -323,6 +337,6 @@ def swiglu_lora_linear_add(
     It saves them before it computes. PyTorch's non-reentrant checkpoint stops a recompute as soon as everything that
     was saved is there again. So a layer that recomputes does not run this matmul, whose result nobody reads, again.
     """
-    placeholder = _KeepGateUp.apply(gate, up, linear, copies, gelu, *_adapters([linear]))
+    placeholder = _KeepGateUp.apply(gate, up, linear, copies, gelu, *adapters_of([linear]))
     output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear, copies, gelu)
     return output

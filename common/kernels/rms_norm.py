@@ -137,6 +137,25 @@ rms_norm_backward = register(
 )
 
 
+def _rms_norm_backward_onto_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    residual.copy_(_rms_norm_backward(grad, x, weight, eps, residual))
+
+
+def rms_norm_backward_onto_triton_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
+    assert residual.is_contiguous()
+    grad, x = grad.contiguous(), x.contiguous()
+    _launch(_rms_norm_backward_kernel, x, grad, x, weight, residual, residual, eps=eps, HAS_RESIDUAL=True)
+
+
+# The gradient as rms_norm_backward with a residual, written over the residual, which is contiguous.
+rms_norm_backward_onto_ = register(
+    "rms_norm_backward_onto_(Tensor grad, Tensor x, Tensor weight, float eps, Tensor(a!) residual) -> ()",
+    _rms_norm_backward_onto_,
+    lambda grad, x, weight, eps, residual: None,
+    rms_norm_backward_onto_triton_,
+)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, one_plus: bool, residual: Tensor | None) -> Tensor:

@@ -63,14 +63,21 @@ def _rotate_kernel(  # type: ignore[no-untyped-def]
 
 
 def rotate_triton(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    query, key, cos, sin = (tensor.contiguous() for tensor in (query, key, cos, sin))
+    query, key = query.contiguous(), key.contiguous()
     outputs = torch.empty_like(query), torch.empty_like(key)
+    _launch_rotation(query, key, cos, sin, *outputs, inverse)
+    return outputs
+
+
+def _launch_rotation(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, query_out: Tensor, key_out: Tensor, inverse: bool
+) -> None:
+    cos, sin = cos.contiguous(), sin.contiguous()
     tokens, dim = cos.shape
     heads = [x.shape[-1] // dim for x in (query, key)]
     blocks = {"QUERY_BLOCK": next_power_of_2(heads[0]), "KEY_BLOCK": next_power_of_2(heads[1])}
     blocks["HALF_BLOCK"] = next_power_of_2(dim // 2)
-    _rotate_kernel[(tokens,)](query, key, cos, sin, *outputs, *heads, dim // 2, **blocks, INVERSE=inverse)
-    return outputs
+    _rotate_kernel[(tokens,)](query, key, cos, sin, query_out, key_out, *heads, dim // 2, **blocks, INVERSE=inverse)
 
 
 def _fake_rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, ...]:
@@ -85,6 +92,25 @@ rotate = register(
     _rotate_both,
     _fake_rotate,
     rotate_triton,
+)
+
+
+def _rotate_onto_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    for x in (query, key):
+        x.copy_(_rotate(x, cos, sin, inverse))
+
+
+def rotate_onto_triton_(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+    assert query.is_contiguous() and key.is_contiguous()
+    _launch_rotation(query, key, cos, sin, query, key, inverse)
+
+
+# The rotation as rotate, written over query and key, which are contiguous.
+rotate_onto_ = register(
+    "rotate_onto_(Tensor(a!) query, Tensor(b!) key, Tensor cos, Tensor sin, bool inverse) -> ()",
+    _rotate_onto_,
+    lambda query, key, cos, sin, inverse: None,
+    rotate_onto_triton_,
 )
 
 

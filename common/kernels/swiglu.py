@@ -119,3 +119,40 @@ swiglu_backward_ = register(
     lambda grad, gate, *_: (torch.empty_like(gate), torch.empty_like(gate)),
     swiglu_backward_triton_,
 )
+
+
+def _swiglu_onto_(gate: Tensor, up: Tensor) -> None:
+    gate.copy_(_swiglu(gate, up))
+
+
+def swiglu_onto_triton_(gate: Tensor, up: Tensor) -> None:
+    assert gate.is_contiguous()
+    _swiglu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up.contiguous(), gate, gate.numel(), BLOCK=BLOCK)
+
+
+# The product as swiglu, written over gate, which is contiguous.
+swiglu_onto_ = register(
+    "swiglu_onto_(Tensor(a!) gate, Tensor up) -> ()", _swiglu_onto_, lambda gate, up: None, swiglu_onto_triton_
+)
+
+
+def _swiglu_backward_onto_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    product, grad_gate = _swiglu_backward_(grad, gate, up)
+    gate.copy_(grad_gate)
+    up.copy_(product)
+
+
+def swiglu_backward_onto_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
+    assert grad.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
+    grid = (triton.cdiv(grad.numel(), BLOCK),)
+    _swiglu_backward_kernel[grid](grad, gate, up, up, gate, grad.numel(), BLOCK=BLOCK)
+
+
+# The same as swiglu_backward_, and nothing is allocated: grad is overwritten with the gradient of up, gate with its
+# own, and up with the product. All are contiguous.
+swiglu_backward_onto_ = register(
+    "swiglu_backward_onto_(Tensor(a!) grad, Tensor(b!) gate, Tensor(c!) up) -> ()",
+    _swiglu_backward_onto_,
+    lambda grad, gate, up: None,
+    swiglu_backward_onto_triton_,
+)

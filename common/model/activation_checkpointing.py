@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.model.activation_offload import OffloadedInputs
 from common.model.attention import ATTENTION_OPERATORS
+from common.model.lean_layers import set_tiles
 from common.recipe import Checkpointing
 
 
@@ -38,10 +39,14 @@ class Policy:
     kept: int = 0  # layers that keep their activations: the last ones; the others recompute
     keep_attention: bool = False  # recomputing layers keep attention's output and log-sum-exp
     offload: bool = False  # the inputs of recomputing layers wait in host memory
+    tile: int = 0  # for long rows: tokens that an MLP computes at a time; 0 is all of them
+    by_head: bool = False  # of layers in tiles: attention's backward pass goes by key/value head
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept <= self.layers:
             raise ValueError(f"{self.kept} of {self.layers} layers cannot keep their activations")
+        if self.tile < 0 or (self.by_head and not self.tile) or (self.tile and self.kept):
+            raise ValueError("layers in tiles all recompute, and only they go by key/value head")
 
     @classmethod
     def named(cls, name: Checkpointing, layers: int) -> "Policy":
@@ -62,6 +67,8 @@ class Policy:
             f"the first {self.recomputed} of {self.layers} layers recompute" if self.kept else "every layer recomputes"
         )
         extras = [", but attention" * self.keep_attention, ", layer inputs in host memory" * self.offload]
+        if self.tile:
+            extras += [f", in tiles of {self.tile:,} tokens", ", attention's backward by key/value head" * self.by_head]
         return which + "".join(extras)
 
 
@@ -84,25 +91,65 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -> None:
     """Makes the layers recompute in training as `policy` says, whatever they did before, and switches the cache off.
 
-    Raises ValueError when the policy is for another number of layers. `watch_recompute` counts what really happens.
+    Raises ValueError when the policy is for another number of layers, and for tiles as set_tiles. `watch_recompute`
+    counts what really happens.
     The trainer's own flag, TRAINER_FLAG, must be False, or it would make every layer recompute.
     """
     layers = decoder_layers(model)
     if len(layers) != policy.layers:
         raise ValueError(f"the policy is for {policy.layers} layers, the model has {len(layers)}")
     model.config.use_cache = False  # training never reads it, and a recompute would fill it twice
-    # The embedding is frozen: without this the first layer's input needs no gradient.
-    model.enable_input_require_grads()
+    _make_first_input_need_a_gradient(model, hold=not policy.tile)
+    set_tiles(model, policy.tile, by_head=policy.by_head)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if policy.tile and not hasattr(base, "norm_in_loss"):
+        raise ValueError("layers in tiles need the fused loss")
+    base.norm_in_loss = bool(policy.tile)
     # Saved for each layer, and set again where it recomputes, by the host; only dropout reads it.
     options: dict[str, Any] = {"preserve_rng_state": is_random(model)}
     if policy.keep_attention:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, list(ATTENTION_OPERATORS))
     finish_copies(model)
-    offloaded = OffloadedInputs() if policy.offload else None
+    offloaded = OffloadedInputs(early=not policy.by_head) if policy.offload else None
     for index, layer in enumerate(layers):
         layer.gradient_checkpointing = index < policy.recomputed
         layer._gradient_checkpointing_func = partial(_run_checkpointed, index, offloaded, options)
         layer.offloaded_inputs = offloaded
+        if policy.by_head:  # then there is room for the next input, not earlier
+            layer.self_attn.after_attention = None if offloaded is None else partial(offloaded.start_return, index - 1)
+
+
+class _NeedGradient(torch.autograd.Function):
+    """The tensor as it is, as one that needs a gradient; nothing is held for it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, needs_gradient: Tensor) -> Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def _make_first_input_need_a_gradient(model: PreTrainedModel | PeftModel, *, hold: bool) -> None:
+    """The embedding is frozen: without this the first layer's input needs no gradient.
+
+    hold: as transformers does it, with a gradient that stays in memory beside the embedding's output to the end.
+    """
+    model.disable_input_require_grads()
+    if (handle := getattr(model, "first_input_hook", None)) is not None:
+        handle.remove()
+    if hold:
+        model.first_input_hook = None
+        model.enable_input_require_grads()
+        return
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        needs_gradient = torch.zeros((), device=output.device, requires_grad=True)
+        result: Tensor = _NeedGradient.apply(output, needs_gradient)
+        return result
+
+    model.first_input_hook = model.get_input_embeddings().register_forward_hook(hook)
 
 
 def finish_copies(model: PreTrainedModel | PeftModel) -> None:

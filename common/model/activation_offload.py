@@ -25,10 +25,12 @@ class OffloadedInputs:
     """The layers' inputs in host memory, with the two hooks of torch.autograd.graph.saved_tensors_hooks.
 
     A layer's input is copied to the host while the layer computes. In backward it is copied back while the layer
-    after it recomputes. Call `finish` before the object is dropped or left in the middle of a micro-batch.
+    after it computes. Call `finish` before the object is dropped or left in the middle of a micro-batch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, early: bool = True) -> None:
+        """early: an input is copied back while the layer after it recomputes; else when `start_return` is called."""
+        self.early = early
         self.blocks: dict[int, Tensor] = {}  # host memory of each layer: uint8, as large as its largest input so far
         self.hosts: dict[int, Tensor] = {}  # the inputs that wait there
         self.leaving: Tensor | None = None  # kept alive until its copy is done
@@ -65,11 +67,11 @@ class OffloadedInputs:
         if self.leaving is not None:  # the last one of the forward pass
             self.copies.wait()
             self.leaving = None
-        self._start_return(layer)
+        self.start_return(layer)
         self.copies.wait()
         del self.hosts[layer]
-        if layer - 1 in self.hosts:
-            self._start_return(layer - 1)
+        if self.early:
+            self.start_return(layer - 1)
         return self.returning.pop(layer)
 
     def finish(self) -> None:
@@ -91,8 +93,9 @@ class OffloadedInputs:
             block = self.blocks[layer] = empty_on_host(like.nbytes, like)
         return block[: like.nbytes].view(like.dtype).view(like.shape)
 
-    def _start_return(self, layer: int) -> None:
-        if layer not in self.returning:
+    def start_return(self, layer: int) -> None:
+        """Starts the copy of a layer's input to its device, where it waits in host memory and no copy was started."""
+        if layer in self.hosts and layer not in self.returning:
             host = self.hosts[layer]
             self.returning[layer] = torch.empty(host.shape, dtype=host.dtype, device=self.copies.device)
             self.copies.copy(self.returning[layer], host)

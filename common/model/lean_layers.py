@@ -5,6 +5,7 @@ names, hooks and what PEFT attached stay as they are, so an adapter loads in pla
 pass does not cover, such as generation with a cache or a merged adapter, goes through the stock forward pass.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.kernels import say_references_run
+from common.kernels.grouped_attention import HAS_GROUPED_ATTENTION, AttentionParts, HeadNorms, add_attention_by_head
 from common.kernels.lora_linear import lora_linear_add, rms_norm_lora_linears, swiglu_lora_linear_add
 from common.kernels.rms_norm import rms_norm
 from common.kernels.rope import rope
+from common.kernels.tiled_mlp import MlpParts, add_tiled_mlp
 from common.kernels.triton_check import why_no_triton
 from common.model.architectures import ARCHITECTURES
+from common.model.attention import uses_packed_attention
 from common.model.held_adapters import HeldAdapters
 from common.recipe import Kernels
 
@@ -33,6 +37,9 @@ LINEAR_NAMES = (
 IS_GELU = {type(ACT2FN["silu"]): False, type(ACT2FN["gelu_pytorch_tanh"]): True}
 # Norms whose weight is what is added to one, and which round once.
 ONE_PLUS_NORMS = (ARCHITECTURES["gemma3_text"].layer_class("RMSNorm"),)
+
+# Whose attention and MLP common.kernels computes in tiles: a norm before each, attention scaled by dim ** -0.5, SwiGLU.
+TILED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class _LeanLayer(nn.Module):
@@ -67,6 +74,8 @@ class _LeanAttention(nn.Module):
 
     held: HeldAdapters
     input_groups = ("q_proj k_proj v_proj", "o_proj")  # linear modules by their input
+    tile_by_head = 0  # tokens of a tile where backward goes by key/value head (`set_tiles`)
+    after_attention: Callable[[], None] | None = None  # as of AttentionParts
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, norm_after: Any = None, **kwargs: Any) -> Any:
         """norm: the RMS norm before attention. With it, returns the hidden states after the residual connection.
@@ -77,6 +86,8 @@ class _LeanAttention(nn.Module):
         if norm is None:
             return super().forward(hidden_states, **kwargs)
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
+        if self.tile_by_head:
+            return self._forward_by_head(hidden_states, norm, cos, sin, **kwargs)
         linears, copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         weight, eps, one_plus = _read_norm(norm)
         query, key, value, hidden = rms_norm_lora_linears(
@@ -103,6 +114,40 @@ class _LeanAttention(nn.Module):
             output = rms_norm(output, *_read_norm(norm_after), hidden)
         return output.view_as(hidden_states)
 
+    def _forward_by_head(
+        self: Any,
+        hidden_states: Tensor,
+        norm: Any,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        cu_seq_lens_q: Tensor,
+        max_length_q: int,
+        **_: Any,
+    ) -> Tensor:
+        """The same by common.kernels.grouped_attention, which saves queries, keys and values too."""
+        qkv, qkv_copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
+        (out,), out_copies = self.held.read(self, self.input_groups[1], hidden_states.dtype)
+        head_norms = None
+        if hasattr(self, "q_norm"):
+            head_norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.variance_epsilon)
+        block = AttentionParts(
+            norm.weight,
+            norm.variance_epsilon,
+            qkv,
+            out,
+            head_norms,
+            self.head_dim,
+            cu_seq_lens_q,
+            max_length_q,
+            getattr(self, "sliding_window", getattr(self.config, "sliding_window", None)),
+            qkv_copies,
+            out_copies,
+            self.after_attention,
+        )
+        output = add_attention_by_head(hidden_states.flatten(0, 1), cos, sin, block, self.tile_by_head)
+        return output.view_as(hidden_states)
+
 
 class _LeanMLP(nn.Module):
     """Saves for backward: its input, the outputs of the gate and the up projection, and of the down projection where a
@@ -110,6 +155,7 @@ class _LeanMLP(nn.Module):
 
     held: HeldAdapters
     input_groups = ("gate_proj up_proj", "down_proj")
+    tile = 0  # tokens that are computed at a time (`set_tiles`); 0 is all of them, and what is said above
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, norm_after: Any = None) -> Tensor:
         """norm: the RMS norm before the MLP. With it, returns the hidden states after the residual connection.
@@ -120,6 +166,11 @@ class _LeanMLP(nn.Module):
         if norm is None:
             output: Tensor = super().forward(hidden_states)
             return output
+        if self.tile:
+            gate_up, gate_up_copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
+            (down,), down_copies = self.held.read(self, self.input_groups[1], hidden_states.dtype)
+            parts = MlpParts(norm.weight, norm.variance_epsilon, gate_up, down, gate_up_copies, down_copies)
+            return add_tiled_mlp(hidden_states.flatten(0, 1), parts, self.tile).view_as(hidden_states)
         linears, copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         weight, eps, one_plus = _read_norm(norm)
         gate, up, hidden = rms_norm_lora_linears(hidden_states.flatten(0, 1), weight, eps, linears, copies, one_plus)
@@ -197,6 +248,26 @@ def copy_all_adapters(model: nn.Module, dtype: torch.dtype) -> None:
         if isinstance(module, _LeanAttention | _LeanMLP):
             for names in module.input_groups:
                 module.held.read(module, names, dtype)
+
+
+def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False) -> None:
+    """Makes the lean layers compute `tile` tokens at a time, and attention's backward by key/value head; 0: as ever.
+
+    Layers that become lean later do so then. Raises ValueError where they cannot (`can_tile`).
+    """
+    if tile and not can_tile(model):
+        raise ValueError("only lean layers with packed attention can compute in tiles")
+    for module in model.modules():
+        if issubclass(_lean_class(module), _LeanMLP):
+            module.tile = tile  # type: ignore[assignment]
+        elif issubclass(_lean_class(module), _LeanAttention):
+            module.tile_by_head = tile if by_head else 0  # type: ignore[assignment]
+
+
+def can_tile(model: Any) -> bool:
+    """Whether the model's layers can compute in tiles, lean as they are or will be: with attention of packed rows."""
+    known = model.config.model_type in TILED_MODEL_TYPES
+    return known and HAS_GROUPED_ATTENTION and uses_packed_attention(model) and unsupported_reason(model) is None
 
 
 def is_lean(model: nn.Module) -> bool:

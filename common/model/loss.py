@@ -6,17 +6,20 @@ instead of three (TRL 1.16 computes each tile again in backward), and saves only
 The same code runs on a GPU, on a CPU, and on the fake tensors of a plan.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from common.kernels.cross_entropy import cross_entropy_
+from common.kernels.rms_norm import rms_norm_backward, rms_norm_forward
 from common.process_state import full_precision_sums
 from common.tokens.labels import trained_positions as find_trained_positions
 
@@ -40,9 +43,14 @@ def _rows_of_a_tile(vocabulary: int) -> int:
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor, norm: tuple[Tensor, float] | None
+    ) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.zeros_like(hidden) if wants_gradient else None
+        gradient = None
+        if wants_gradient:
+            gradient = torch.zeros_like(hidden) if norm is None else hidden.detach()
+        ctx.in_place = norm is not None
         ctx.scale = FP16_SCALE if weight.dtype == torch.float16 else 1.0
         nll = torch.empty_like(targets, dtype=torch.float32)
         tokens, rows = len(positions), _rows_of_a_tile(len(weight))
@@ -50,34 +58,53 @@ class _HeadLoss(torch.autograd.Function):
             for start in range(0, tokens, rows):
                 tile = slice(start, start + rows)
                 here = positions[tile]
-                logits = torch.mm(hidden[here].to(weight.dtype), weight.t())
+                states = hidden[here]
+                if norm is not None:
+                    inner, states = states, rms_norm_forward(states, *norm)
+                logits = torch.mm(states.to(weight.dtype), weight.t())
+                del states
                 nll[tile] = cross_entropy_(logits, targets[tile], ctx.scale if wants_gradient else 0.0)
                 if gradient is not None:
-                    gradient[here] = torch.mm(logits, weight).to(gradient.dtype)
+                    of_states = torch.mm(logits, weight).to(gradient.dtype)
+                    gradient[here] = of_states if norm is None else rms_norm_backward(of_states, inner, *norm)
+                    del of_states
                 del logits  # before those of the next tile are there
         if gradient is not None:
+            if norm is not None:  # nothing else has written over the others' hidden states
+                untrained = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, positions, 0)
+                gradient.masked_fill_(untrained[:, None], 0)
             ctx.save_for_backward(gradient, positions)
         return nll
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         gradient, positions = ctx.saved_tensors
         # A number a token, in fp32: it is not rounded to the gradient's dtype before the product.
         factors = torch.zeros(len(gradient), 1, dtype=torch.float32, device=gradient.device)
         factors[positions, 0] = grad / ctx.scale
-        return torch.mul(gradient, factors, out=torch.empty_like(gradient)), None, None, None
+        out = gradient if ctx.in_place else torch.empty_like(gradient)
+        return torch.mul(gradient, factors, out=out), None, None, None, None
 
 
-def head_loss(hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor) -> Tensor:
+def head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    norm: tuple[Tensor, float] | None = None,
+) -> Tensor:
     """Negative log-likelihood of each trained position in nats: fp32 (trained,).
 
     hidden: (tokens, hidden size), any float dtype. weight: the frozen head, (vocabulary, hidden size); logits are
     computed in its dtype, their softmax in fp32. positions: int64 (trained,), rows of `hidden` whose next token is
     trained, each at most once. targets: int64 (trained,), those next tokens. Differentiable in `hidden` alone, once.
+
+    norm: the weight and eps of an RMS norm that `hidden` goes through first. Then the gradient is written over `hidden`
+    while the loss is computed: nobody else may need it any more.
     """
     with torch.autocast(hidden.device.type, enabled=False):
-        return _HeadLoss.apply(hidden, weight, positions, targets)
+        return _HeadLoss.apply(hidden, weight, positions, targets, norm)
 
 
 def fuse_head_and_loss(model: PreTrainedModel) -> None:
@@ -103,12 +130,28 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         if labels is None:
             return stock(*args, **kwargs)
         positions = find_trained_positions(labels) if trained_positions is None else trained_positions
-        hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        with _without_last_norm(self) as norm:
+            hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         targets = labels.flatten()[positions + 1]
-        nll = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets)
+        nll = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets, norm)
         if per_token:
             return CausalLMOutput(loss=nll)
         count = max(1, len(positions)) if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutput(loss=nll.sum() / count)
 
     model.forward = MethodType(forward, model)
+    model.norm_in_loss = False
+
+
+@contextmanager
+def _without_last_norm(model: PreTrainedModel) -> Iterator[tuple[Tensor, float] | None]:
+    """Leaves out the norm before the head where the model says norm_in_loss; yields the norm's weight and eps then."""
+    if not model.norm_in_loss:
+        yield None
+        return
+    norm = model.base_model.norm
+    model.base_model.norm = nn.Identity()
+    try:
+        yield norm.weight, norm.variance_epsilon
+    finally:
+        model.base_model.norm = norm

@@ -16,6 +16,7 @@ from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from common.kernels import tiles
 from common.machine.collectives import local_tensor
 from common.model.activation_checkpointing import decoder_layers
 from common.model.held_adapters import held_adapters
@@ -52,7 +53,8 @@ def count_step(
     resident = find_resident_memory(model, optimizer)
     ledger = Ledger(resident.tensors, references=references)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.set_kind(p.grad, GRADIENTS)) for p in trained]
-    with ledger, _resized_in(ledger), _segments_of_layers(model, ledger):
+    split = patch.object(tiles, "split", ledger.split)
+    with ledger, _resized_in(ledger), split, _segments_of_layers(model, ledger):
         value = loss()
         for copy in held.tensors():
             ledger.set_kind(copy, ADAPTERS)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.attention import PACKED_ATTENTION
 from common.model.config import load_config
+from common.model.lean_layers import can_tile
 from common.model.optimizer import build_optimizer
 from common.model.preference_loss import EXAMPLE_IDS, KL, REFERENCE, SIGNS, answer_likelihoods, preference_loss
 from common.model.sharding import shard_layer, shard_root
@@ -79,6 +80,11 @@ class Forecast:
         """Whether the rows of a micro-batch lie one after another, without padding and without a mask."""
         return self.setting.attention == PACKED_ATTENTION
 
+    @cached_property
+    def can_tile(self) -> bool:
+        """Whether the layers can compute in tiles of tokens (Policy.tile)."""
+        return self.recipe.train.kernels == "lean" and can_tile(self._fake_model(1)[0])
+
     def gathered_layer_bytes(self) -> int:
         """Bytes of the largest decoder layer's parameters gathered from all cards; 0 where layers are not sharded."""
         if not self.layout.sharded:
@@ -123,18 +129,7 @@ class Forecast:
 
         It makes a new model each time: the first step may change one (bitsandbytes casts biases).
         """
-        recipe = self.recipe
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        model = fake_lora_model(
-            recipe.model,
-            recipe.lora,
-            policy.layers,
-            mode,
-            in_4bit=self.mixed.in_4bit,
-            dtype=self.setting.dtype,
-            attention=self.setting.attention,
-            kernels=recipe.train.kernels,
-        )
+        model, mode = self._fake_model(policy.layers)
         checkpoint_activations(model, policy)
         if not self.layout.sharded:
             return self._count_with(model, mode, tokens, accumulates, rows, gradients)
@@ -144,6 +139,21 @@ class Forecast:
                     shard_layer(layer, mesh)
                 shard_root(model, mesh)
             return self._count_with(model, mode, tokens, accumulates, rows, gradients)
+
+    def _fake_model(self, layers: int) -> tuple[PeftModel, FakeTensorMode]:
+        recipe = self.recipe
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        model = fake_lora_model(
+            recipe.model,
+            recipe.lora,
+            layers,
+            mode,
+            in_4bit=self.mixed.in_4bit,
+            dtype=self.setting.dtype,
+            attention=self.setting.attention,
+            kernels=recipe.train.kernels,
+        )
+        return model, mode
 
     def _count_with(
         self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool, rows: int, gradients: bool

@@ -4,7 +4,7 @@ It knows no model and no transformers: benchmarks.published counts steps of othe
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common.kernels import REFERENCES
+from common.kernels import REFERENCES, tiles
 from common.machine.collectives import local_tensor
 from common.machine.host_memory import page_locked_bytes
 from common.plan.operators import (
@@ -31,7 +31,7 @@ from common.plan.step import GATHERED, GRADIENTS, SAVED, WORKING, Event, Segment
 # torch's CUDA caching allocator rounds every block up to a multiple of this (c10/cuda/CUDACachingAllocator.cpp).
 ALLOCATOR_BLOCK_BYTES = 512
 
-_resize = torch.UntypedStorage.resize_
+_resize, _split = torch.UntypedStorage.resize_, tiles.split
 
 
 def round_up(size: int) -> int:
@@ -60,6 +60,7 @@ class Ledger(TorchDispatchMode):
         self.on_host: dict[int, int] = {}  # storage in host memory -> bytes
         # One entry a segment.
         self.names: list[str] = []
+        self.repeats = 1  # how often each operator counts
         self.work: list[Work] = []
         self.host_bytes: list[int] = []
         for tensor in resident:
@@ -88,6 +89,18 @@ class Ledger(TorchDispatchMode):
         if size:
             self.kinds[self._allocate(storage)] = GATHERED
         return resized
+
+    def split(self, tokens: int, size: int) -> Iterator[slice]:
+        """Replaces `tiles.split`: of many tiles it yields the first two and the last, and counts all.
+
+        The second one takes what each does that has one before it and one after it, and its work counts as theirs.
+        """
+        slices = list(_split(tokens, size))
+        for index, part in enumerate(slices):
+            if index in (0, 1, len(slices) - 1):
+                self.repeats = len(slices) - 2 if 0 < index < len(slices) - 1 else 1
+                yield part
+        self.repeats = 1
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -118,8 +131,9 @@ class Ledger(TorchDispatchMode):
             traffic = sum(tensor.nbytes for tensor in _tensors_in((args, kwargs)) + produced)
             if operator in MORE_TRAFFIC:
                 traffic += MORE_TRAFFIC[operator](*args, **kwargs)
-            self.work[-1].operators.append((flops_of(operator, args, kwargs, outputs), traffic))
-            self.work[-1].launches += 1
+            flops = flops_of(operator, args, kwargs, outputs)
+            self.work[-1].operators.append((flops * self.repeats, traffic * self.repeats))
+            self.work[-1].launches += self.repeats
         return outputs
 
     def _allocate_if_new(self, tensor: Tensor) -> None:

@@ -11,7 +11,9 @@ from torch.utils.flop_counter import flop_registry
 
 import common.machine.host_memory  # noqa: F401  (registers torch.ops.common.empty_on_host)
 from common.kernels.cross_entropy import cross_entropy_
-from common.kernels.swiglu import swiglu_backward_
+from common.kernels.rms_norm import rms_norm_backward_onto_
+from common.kernels.rope import rotate_onto_
+from common.kernels.swiglu import swiglu_backward_, swiglu_backward_onto_, swiglu_onto_
 
 SDPA_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 EMPTY_ON_HOST, COPY = torch.ops.common.empty_on_host.default, torch.ops.aten.copy_.default
@@ -117,11 +119,18 @@ FLOPS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: _sdpa_flops,
     SDPA_BACKWARD: _sdpa_backward_flops,
 }
-# Bytes that an operator reads and writes beyond its arguments and results, once each. Both of these write to an
-# argument, and the loss reads its logits twice.
+# Bytes that an operator reads and writes beyond its arguments and results, once each. Those of common.kernels write to
+# arguments, and the loss reads its logits twice.
 MORE_TRAFFIC: dict[Any, Callable[..., int]] = {
     cross_entropy_: lambda logits, _, scale: 2 * logits.nbytes if scale else 0,
     swiglu_backward_: lambda grad, *_: grad.nbytes,
+    swiglu_onto_: lambda gate, _: gate.nbytes,
+    swiglu_backward_onto_: lambda grad, *_: 3 * grad.nbytes,
+    rms_norm_backward_onto_: lambda grad, *_: grad.nbytes,
+    rotate_onto_: lambda query, key, *_: query.nbytes + key.nbytes,
+    # Their output is among the arguments too, and they only write it.
+    torch.ops.aten.mm.out: lambda *_, out: -out.nbytes,
+    torch.ops.aten.addmm.out: lambda *_, out: -out.nbytes,
 }
 # Operators that read and write no memory. Views do not either, and say so themselves (`is_view`).
 OPERATORS_WITHOUT_TRAFFIC = {

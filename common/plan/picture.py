@@ -10,6 +10,7 @@ from common.plan.report import (
     CHOICE,
     EVERY_LAYER,
     NO_CHECKPOINTING,
+    OFFLOAD,
     OVERHEAD,
     PlanReport,
     PolicyRow,
@@ -37,9 +38,11 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     from matplotlib.figure import Figure  # slow to import
 
     chosen, card = report.row(CHOICE), report.card
-    pair = [report.row(NO_CHECKPOINTING), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
+    # Beside a long row in tiles all else would be so high that nothing of the choice were to be seen.
+    other = OFFLOAD if chosen.policy.tile else NO_CHECKPOINTING
+    pair = [report.row(other), chosen if chosen.policy.recomputed else report.row(EVERY_LAYER)]
     titles = [
-        "no checkpointing" + (": our choice" if not chosen.policy.recomputed else ""),
+        other + (": our choice" if not chosen.policy.recomputed else ""),
         f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
     ]
     if chosen.streamed:
@@ -52,7 +55,7 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     panels[0].set(ylabel="memory of the card, GiB", ylim=(0, top))
     for axes, row, title in zip(panels, pair, titles, strict=True):
         _draw_panel(axes, row, report)
-        axes.set_title(title, fontsize=10.5, pad=20)
+        axes.set_title(textwrap.fill(title, 68), fontsize=10.5, pad=20)
     for size, name, side in ((card.size, "card", "bottom"), (card.budget, "budget", "top")):
         place = {"xycoords": ("axes fraction", "data"), "xytext": (4, 0), "textcoords": "offset points"}
         panels[1].annotate(f"{name} {size / GIB:.1f} GiB", (1, size / GIB), va=side, fontsize=9, **place)

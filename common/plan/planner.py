@@ -18,11 +18,14 @@ from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
 from common.plan.step import GRADIENTS, Step, lagrange_weights, peak_between
-from common.recipe import Recipe, UserError, rows_per_process
+from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
 COUNTED_LENGTHS = (4_096, 8_192, 16_384)
+# Ways to compute long rows, from fast to lean: tokens of a tile, and whether attention's backward goes by head. Smaller
+# tiles take longer: with 4,096 tokens a matmul computes as long as the reading of its weight takes many times over.
+TILES = ((4_096, False), (4_096, True), (1_024, True))
 LONG_ROW_TOKENS = 8_192  # from here on attention is a large enough part of a layer to be worth keeping
 TIME_TOLERANCE = 1.02  # options whose modelled times differ by less than this factor take the same time
 TRAFFIC_TOLERANCE = 1.1  # options whose traffic differs by about less than this factor send as much
@@ -86,11 +89,37 @@ class Planner:
         leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=choices[-1])
         if sum(leanest.resident.values()) > self.card.budget:
             return None  # no need to search
-        for option in self._rank(option for option in self._candidates(choices) if option):
-            exact, _ = self.exact(option.rows, option.policy, option.on_host)
-            if self.fits(exact):
-                return self._move_layers_to_card(exact, choices)
+        for candidates in (self._candidates(choices), self._candidates_in_tiles(choices)):
+            for option in self._rank(option for option in candidates if option):
+                exact, _ = self.exact(option.rows, option.policy, option.on_host)
+                if self.fits(exact):
+                    return self._move_layers_to_card(exact, choices)
         return None
+
+    def _candidates_in_tiles(self, choices: Sequence[int]) -> Iterator[Option]:
+        """The options that compute in tiles: only where nothing else fits, so that other rows stay as they are."""
+        policies = self.policies_in_tiles(self.recipe.train.checkpointing)
+        leanest = policies[len(TILES) - 1 :: len(TILES)]
+        if not any(self.fits(self._extrapolate(self.seq_len, policy, choices[-1])) for policy in leanest):
+            return  # no need to search
+        for rows, policy in product(self._micro_batch_rows(), policies):
+            for on_host in choices:
+                if self.fits(self._extrapolate(rows * self.seq_len, policy, on_host)):
+                    yield self.exact(rows, policy, on_host)[0]
+                    break
+
+    def policies_in_tiles(self, wanted: Checkpointing) -> list[Policy]:
+        """The policies in tiles that TrainSpec.checkpointing allows, from fast to lean."""
+        if wanted == "none" or not self.forecast.can_tile:
+            return []
+        names: list[Checkpointing] = ["every layer", "offload"] if wanted == "auto" else [wanted]
+        plain = [Policy.named(name, self.layers) for name in names]
+        return [replace(policy, tile=tile, by_head=by_head) for policy in plain for tile, by_head in TILES]
+
+    def leanest_policy(self, wanted: Checkpointing) -> Policy:
+        """Of the policies that TrainSpec.checkpointing allows the one with the least memory."""
+        in_tiles = self.policies_in_tiles(wanted)
+        return in_tiles[-1] if in_tiles else Policy.named("offload" if wanted == "auto" else wanted, self.layers)
 
     def _candidates(self, choices: Sequence[int]) -> Iterator[Option | None]:
         """For each micro-batch and each number of layers on the host the options worth comparing; None for a misfit."""
@@ -233,21 +262,34 @@ class Planner:
         return passes * self.forecast.forward(tokens, rows=rows).seconds(self.forecast.speed) / tokens
 
     def longest_row(self, policy: Policy, on_host: int = 0) -> int:
-        """Tokens of the longest single row that fits, a multiple of 256. 0 where none fits.
+        """Tokens of the longest single row that fits card and host, a multiple of 256. 0 where none fits.
 
         It does not ask how many positions the model has.
         """
-        lengths = self.counted_tokens if self.forecast.packs else COUNTED_LENGTHS
-        counts = [self.forecast.step(tokens, policy, on_host=on_host) for tokens in lengths]
-        low, high = 0, 1 << 13  # multiples of 256
+        return self.longest_option(policy, on_host)[0]
+
+    def longest_option(self, policy: Policy, on_host: int = 0) -> tuple[int, Option]:
+        """The tokens of longest_row, and what that row takes."""
+        low, high = 0, 1 << 14  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
-            peak = peak_between(counts, lagrange_weights(256 * middle, lengths)) + self.bucket_bytes
-            if peak <= self.card.budget:
+            if self.fits(self._extrapolate(256 * middle, policy, on_host)):
                 low = middle
             else:
                 high = middle - 1
-        return 256 * low
+        return 256 * low, self._extrapolate(256 * low, policy, on_host)
+
+    def _extrapolate(self, tokens: int, policy: Policy, on_host: int) -> Option:
+        """A single row of so many tokens from counts of other lengths, without its time."""
+        lengths: tuple[int, ...] = self.counted_tokens
+        if not self.forecast.packs:
+            lengths = COUNTED_LENGTHS
+        elif policy.tile:  # full tiles, and so many that all further ones are like them
+            lengths = 4 * policy.tile, 8 * policy.tile
+        counts = [self.forecast.step(counted, policy, on_host=on_host) for counted in lengths]
+        weights = lagrange_weights(tokens, lengths)
+        host = round(sum(weight * count.host_peak() for weight, count in zip(weights, counts, strict=True)))
+        return Option(1, policy, peak_between(counts, weights) + self.bucket_bytes, 0.0, on_host, host)
 
 
 def refuse_more_layers(recipe: Recipe) -> None:

@@ -22,6 +22,8 @@ NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE = (
     "every layer + boundaries on the host",
     "our choice",
 )
+# Ways to compute a long row, beside the first ones (common.plan.planner.TILES).
+IN_TILES, BY_HEAD = "the same in tiles", "the same in tiles and by head"
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
 
 
@@ -50,7 +52,8 @@ class PlanReport:
     speed: Speed
     plan: Plan
     rows: tuple[PolicyRow, ...]  # NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE
-    longest: dict[str, int]  # tokens of the longest single row that fits, by name of the row
+    longest: dict[str, int]  # tokens of the longest single row that fits, by name of the way
+    host_of_longest: dict[str, int]  # bytes of host memory that it takes, by name of the way
     positions: int | None  # of the model
 
     def row(self, name: str) -> PolicyRow:
@@ -119,8 +122,10 @@ class PlanReport:
         yield f"longest {row} that fits, in a micro-batch of 1 row{stream}{of_model}:"
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
-            amount = f"{tokens:>7,} tokens" if tokens else "   none"
-            yield f"  {name:<{LABEL_WIDTH}}{amount}{longer}"
+            amount = f"{tokens:>9,} tokens" if tokens else "     none"
+            host = self.host_of_longest.get(name, 0)
+            waits = f", {host / GIB:.1f} GiB in host memory" if tokens and host else ""
+            yield f"  {name:<{LABEL_WIDTH}}{amount}{waits}{longer}"
 
 
 def build_report(planner: Planner, option: Option) -> PlanReport:
@@ -151,10 +156,20 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
         )
         for name, (exact, step) in counted.items()
     )
-    longest = {name: planner.longest_row(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
+    ways = {name: policies[name] for name in (EVERY_LAYER, OFFLOAD)}
+    if in_tiles := planner.policies_in_tiles("offload"):
+        ways |= {IN_TILES: in_tiles[0], BY_HEAD: in_tiles[-1]}
+    rows_of = {name: planner.longest_option(policy, option.on_host) for name, policy in ways.items()}
     positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
     return PlanReport(
-        planner.recipe, planner.card, planner.forecast.speed, make_plan(planner, option), rows, longest, positions
+        planner.recipe,
+        planner.card,
+        planner.forecast.speed,
+        make_plan(planner, option),
+        rows,
+        {name: tokens for name, (tokens, _) in rows_of.items()},
+        {name: longest.host_bytes for name, (_, longest) in rows_of.items()},
+        positions,
     )
 
 

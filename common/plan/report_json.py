@@ -54,7 +54,10 @@ def _values(report: PlanReport) -> dict[str, Any]:
             }
             for row in report.rows
         ],
-        "longest_rows": [{"name": name, "tokens": tokens} for name, tokens in report.longest.items()],
+        "longest_rows": [
+            {"name": name, "tokens": tokens, "host_memory_bytes": report.host_of_longest[name]}
+            for name, tokens in report.longest.items()
+        ],
         "model_positions_tokens": report.positions,
         "speed": {
             "name": speed.name,
@@ -75,6 +78,8 @@ def _policy_values(policy: Policy) -> dict[str, int | bool]:
         "recomputed_layers": policy.recomputed,
         "keep_attention": policy.keep_attention,
         "offload": policy.offload,
+        "tile_tokens": policy.tile,
+        "by_head": policy.by_head,
     }
 
 

@@ -1,4 +1,4 @@
-"""Out of memory, a run goes on with less: it recomputes more layers, then splits its micro-batches.
+"""Out of memory, a run goes on with less: it recomputes more layers, takes smaller tiles, splits its micro-batches.
 
 A backward pass that ran out of memory has already added to the gradients, and nothing tells its share from the rest.
 So the gradients are zeroed and the whole optimizer step is computed again: no step is lost, and the rows of an
@@ -17,6 +17,12 @@ from common.data.batches import Batch, halve
 from common.machine.out_of_memory import out_of_memory, without_frames
 from common.machine.processes import world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.lean_layers import can_tile, is_lean
+
+FIRST_TILE = 4_096  # tokens: where a plan has none
+# Tokens: in the time in which a matmul reads its weight, an H100 computes 240 rows (common/plan/speed.py). A smaller
+# tile would save little more, because what is left is not of the tile.
+SMALLEST_TILE = 512
 
 
 def add_up(results: list[Tensor]) -> Tensor:
@@ -96,20 +102,33 @@ class StepDown:
     def _step_down(self, batch: Batch, backward: bool, *, of_host: bool) -> str | None:
         """Changes what saves memory at the least cost in time, and says what; None when nothing is left.
 
-        First half as many layers keep their activations, then micro-batches are halved, then the inputs of the
-        recomputing layers move to host memory. of_host: it is the memory of the host beside a GPU. What waits there
+        First half as many layers keep their activations, then layers in tiles go by head and take smaller tiles, then
+        micro-batches are halved, then the inputs of the recomputing layers move to host memory, and at last all layers
+        compute in tiles, where they can. of_host: it is the memory of the host beside a GPU. What waits there
         are those inputs: halved micro-batches have half of them, and then they stay on the GPU.
         """
         halvings = self.halvings
         if backward and self.policy.kept and not of_host:
             self.policy = replace(self.policy, kept=self.policy.kept // 2)
+        elif backward and not of_host and (leaner := self._leaner_tiles()):
+            self.policy = leaner
         elif any(len(halve(part)) == 2 for part in self.split(batch)):
             self.halvings += 1
         elif backward and of_host and self.policy.offload:
             self.policy, self.host_is_full = replace(self.policy, offload=False), True
         elif backward and not of_host and not self.policy.offload and not self.host_is_full:
             self.policy = replace(self.policy, offload=True)
+        elif backward and not of_host and not self.policy.tile and is_lean(self.model) and can_tile(self.model):
+            self.policy = replace(self.policy, tile=FIRST_TILE)
         else:
             return None
         checkpoint_activations(self.model, self.policy)  # drops what the step that failed left in host memory
         return f"each micro-batch in {2**self.halvings} parts" if self.halvings > halvings else str(self.policy)
+
+    def _leaner_tiles(self) -> Policy | None:
+        """The policy with the next lever for layers in tiles; None where there are none, or nothing is left."""
+        if self.policy.tile and not self.policy.by_head:
+            return replace(self.policy, by_head=True)
+        if self.policy.tile > SMALLEST_TILE:
+            return replace(self.policy, tile=self.policy.tile // 2)
+        return None

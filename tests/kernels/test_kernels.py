@@ -71,7 +71,15 @@ def test_rms_norm(shape, dtype, implementation, one_plus):
     assert_near(forward(x, weight, EPS, one_plus, residual), expected + residual.double())
     (expected_grad,) = torch.autograd.grad(expected, exact_x, grad.double())
     assert_near(backward(grad, x, weight, EPS, None, one_plus), expected_grad, 16)
-    assert_near(backward(grad, x, weight, EPS, residual, one_plus), expected_grad + residual.double(), 16)
+    onto = backward(grad, x, weight, EPS, residual, one_plus)
+    assert_near(onto, expected_grad + residual.double(), 16)
+    if one_plus:
+        return
+    if implementation == "reference":
+        rms_norm.rms_norm_backward_onto_(grad, x, weight, EPS, residual)
+    else:
+        rms_norm.rms_norm_backward_onto_triton_(grad, x, weight, EPS, residual)
+    assert torch.equal(residual, onto)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -100,6 +108,11 @@ def test_rope(tokens, heads, key_heads, dim, dtype, implementation):
         (grad,) = torch.autograd.grad(expected, x, source.double())
         again = operator(query, key, cos, sin, True)[0 if source is query else 1]
         assert_near(again, grad)
+    onto_ = {"reference": rope.rotate_onto_, "triton": rope.rotate_onto_triton_}[implementation]
+    for inverse in (False, True):
+        expected = operator(query, key, cos, sin, inverse)
+        onto_(query, key, cos, sin, inverse)
+        assert torch.equal(query, expected[0]) and torch.equal(key, expected[1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,10 +129,21 @@ def test_swiglu(shape, dtype, implementation, gelu_tanh):
     expected = (gelu(exact_gate, approximate="tanh") if gelu_tanh else silu(exact_gate)) * exact_up
     assert_near(forward(gate, up, gelu_tanh), expected)
     of_gate, of_up = torch.autograd.grad(expected, (exact_gate, exact_up), grad.double())
+    copies = grad.clone(), gate.clone(), up.clone()
     product, grad_gate = backward_(grad, gate, up, gelu_tanh)
     assert_near(product, expected)
     assert_near(grad_gate, of_gate, 16)
     assert_near(grad, of_up, 16)  # in place
+    if gelu_tanh:
+        return
+    onto_, backward_onto_ = {
+        "reference": (swiglu.swiglu_onto_, swiglu.swiglu_backward_onto_),
+        "triton": (swiglu.swiglu_onto_triton_, swiglu.swiglu_backward_onto_triton_),
+    }[implementation]
+    backward_onto_(*copies)
+    assert all(torch.equal(got, right) for got, right in zip(copies, (grad, grad_gate, product), strict=True))
+    onto_(gate, up)
+    assert torch.equal(gate, product)
 
 
 NF4_SHAPES = [(1, 2), (1, 64), (7, 10), (64, 96), (130, 130), (257, 64)]
@@ -251,6 +275,10 @@ def test_the_operators_are_what_torch_expects_of_one():
         rope.rotate: (random(3, 16), random(3, 8), random(3, 4), random(3, 4), False),
         swiglu.swiglu: (x, x + 1),
         swiglu.swiglu_backward_: (x, x + 1, x + 2),
+        rms_norm.rms_norm_backward_onto_: (x + 1, x, weight, EPS, x + 2),
+        rope.rotate_onto_: (random(3, 16), random(3, 8), random(3, 4), random(3, 4), False),
+        swiglu.swiglu_onto_: (x, x + 1),
+        swiglu.swiglu_backward_onto_: (x, x + 1, x + 2),
         nf4_dequantize.nf4_dequantize: nf4_arguments(*nf4((6, 32)), torch.bfloat16),
         cross_entropy.cross_entropy_: (x + 3, torch.tensor([0, 7, 2]), 1.0),
     }
@@ -295,6 +323,7 @@ def test_the_gradients_of_the_norm_and_of_rope_are_those_of_float64():
 
 
 COMPILE = """
+import re
 from itertools import product
 import triton
 from triton.backends.compiler import GPUTarget
@@ -320,6 +349,10 @@ for kernel in (rms_norm._rms_norm_kernel, rms_norm._rms_norm_backward_kernel, ro
         compiled = triton.compile(ASTSource(kernel, signature, known), GPUTarget("cuda", capability, 32),
                                   {"enable_fp_fusion": kernel is not nf4_dequantize._dequantize_kernel})
         assert compiled.asm["cubin"], (kernel, capability)
+        # A row of 150,000 tokens has more than 2^31 entries of 14,336 a token: no offset is computed in 32 bits.
+        for program in re.findall(r"(%\\w+) = tt.get_program_id", compiled.asm["ttir"]):
+            uses = [line for line in compiled.asm["ttir"].splitlines() if re.search(program + r"\\b(?! = tt)", line)]
+            assert uses and all("arith.extsi" in line and "to i64" in line for line in uses), (kernel, uses)
         print(capability, "compiled")
 """
 

@@ -17,11 +17,13 @@ from peft import PeftModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from common.data.batches import collate
 from common.machine.collectives import all_reduce_sum, init_distributed, shut_down_distributed
 from common.machine.device import Machine
 from common.machine.layout import Layout
 from common.machine.processes import rank, world_size
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -29,6 +31,8 @@ from common.model.optimizer import build_optimizer
 from common.model.sharding import clip_grad_norm, shard_layers
 from common.plan.forecast import full_batch
 from common.recipe import Kernels, LoraSpec, ModelSpec, TrainSpec
+from common.tokens.labels import IGNORED
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 
 LAYERS, TOKENS, STEPS = 6, 768, 2
 POLICIES = {
@@ -38,6 +42,7 @@ POLICIES = {
     "keep attention": Policy(LAYERS, keep_attention=True),
     "none": Policy(LAYERS, LAYERS),
     "all at once": Policy(LAYERS, 2, keep_attention=True, offload=True),
+    "long rows": Policy(LAYERS, offload=True, tile=256, by_head=True),
 }
 LORA = LoraSpec(8, 16)
 
@@ -51,6 +56,8 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
     for name, policy in list(POLICIES.items())[:policies]:
         model = attach_lora(load_4bit(ModelSpec(folder), machine, layout=layout), LORA)
         use_lean_layers(model, kernels)
+        if policy.tile:
+            model.set_attn_implementation(PACKED_ATTENTION)
         checkpoint_activations(model, policy)
         shard_layers(model, layout)
         optimizer = build_optimizer(model.train(), TrainSpec(TOKENS, 2, 4e-3))
@@ -59,7 +66,7 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
         for step in range(STEPS):
             rows = torch.randint(10, 900, (6, TOKENS), generator=generator)
             own = rows.chunk(count)[rank()]
-            batches = [batch_of(row) for row in own]  # a micro-batch each
+            batches = [batch_of(row, packed=policy.tile > 0) for row in own]  # a micro-batch each
             scale = len(rows) * (TOKENS - 1)
             total = sum(backward(model, batch, scale, dtype) for batch in batches[:-1])
             with (
@@ -76,7 +83,11 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
     shut_down_distributed()
 
 
-def batch_of(row: Tensor) -> dict[str, Any]:
+def batch_of(row: Tensor, *, packed: bool) -> dict[str, Any]:
+    if packed:
+        labels = [IGNORED, *row[1:].tolist()]
+        packed_row = {"input_ids": row.tolist(), "labels": labels, "seq_lengths": [TOKENS // 4] * 4}
+        return collate([packed_row], 0, padding_free=True)
     batch = full_batch(TOKENS, TOKENS, padding_free=False) | {"input_ids": row[None], "labels": row[None]}
     batch["trained_positions"] = torch.arange(TOKENS - 1)
     batch["position_ids"] = torch.arange(TOKENS // 4).repeat(1, 4)  # several examples: attention needs a mask

@@ -164,7 +164,7 @@ def test_without_the_waits_it_is_noticed(model, expected, monkeypatch, wait):
             offloaded = decoder_layers(model)[0].offloaded_inputs
             loss = model(input_ids=batch_of(2, 24), labels=batch_of(2, 24)).loss
             if wait == "synchronize":  # left in its middle
-                offloaded._start_return(2)
+                offloaded.start_return(2)
                 offloaded.finish()
             else:
                 loss.backward()

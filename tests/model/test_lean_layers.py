@@ -1,5 +1,6 @@
 """Lean decoder layers beside stock ones: same losses, same gradients, same files."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.model import attention
 from common.model import lean_layers as modules
-from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
+from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers, watch_recompute
+from common.model.held_adapters import held_adapters
 from common.model.lean_layers import is_lean, unsupported_reason, use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
@@ -27,6 +29,7 @@ from common.run.artefacts import save_adapter
 from common.run.trainer_config import build_trainer
 from common.tokens.labels import IGNORED
 from recipes.tiny import RECIPE as TINY_RECIPE
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch
 from tests.run.test_training import prepare, split
@@ -261,3 +264,134 @@ def test_a_run_whose_layers_are_not_what_was_planned_does_not_start(recipe, kern
     wanted = replace(recipe, train=replace(recipe.train, kernels=other))
     with pytest.raises(UserError, match=f"the layers are not {other}, as TrainSpec.kernels says: remove the call"):
         build_trainer(model, tokenizer, rows, wanted, plan, Path(recipe.out))
+
+
+# Long rows: layers in tiles ----------------------------------------------------------------------------------------
+
+LENGTHS = [60, 21, 7, 40]  # of the examples of a packed row: with tiles of 32 tokens they end inside of tiles
+WAYS = {
+    "every layer": Policy(3),
+    "tiles": Policy(3, tile=32),
+    "tiles, offload": Policy(3, tile=32, offload=True),
+    "by head": Policy(3, tile=32, by_head=True),
+    "by head, keep attention": Policy(3, tile=32, by_head=True, keep_attention=True),
+    "by head, offload": Policy(3, tile=48, by_head=True, offload=True),
+    "by head, one tile": Policy(3, tile=1000, by_head=True),
+}
+
+
+def packed_row():
+    """A row of several examples in which not every token is trained."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, 1000, (sum(LENGTHS),), generator=generator)
+    labels = torch.where(torch.rand(len(ids), generator=generator) < 0.4, IGNORED, ids)
+    labels[torch.tensor([0, *LENGTHS[:-1]]).cumsum(0)] = IGNORED
+    return {"input_ids": ids.tolist(), "labels": labels.tolist(), "seq_lengths": LENGTHS}
+
+
+def of_packed_row(model, policy):
+    """The loss and the gradients; the layers are seen to recompute as the policy says."""
+    checkpoint_activations(model.train(), policy)
+    batch = collate([packed_row()], 0, padding_free=model.config._attn_implementation == attention.PACKED_ATTENTION)
+    with watch_recompute(model) as watch:
+        loss = model(**batch).loss
+        loss.backward()
+    watch.verify(policy)
+    return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def packed(folder, lora=LORA, bits=16):
+    model = adapted(folder, "lean", lora, bits)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    return model
+
+
+@pytest.mark.parametrize("case", [*ARCHITECTURES, "mistral with a window"])
+def test_every_way_of_a_long_row_gives_the_gradients_of_the_stock_layers_in_float64(case, folders, small_model):
+    folder = folders.get(case) or small_model("mistral", num_hidden_layers=3, sliding_window=16)
+    stock = copy.deepcopy(adapted(folder, "stock", bits=16)).double()
+    expected = of_packed_row(stock, POLICIES["none"])
+    assert {gradient.dtype for gradient in expected[1].values()} == {torch.float64}
+    for way, policy in WAYS.items():
+        loss, gradients = of_packed_row(packed(folder), policy)
+        assert loss == pytest.approx(expected[0], rel=1e-6), way
+        for name, gradient in expected[1].items():
+            assert (gradients[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), (way, name)
+
+
+@pytest.mark.parametrize(
+    ("lora", "bits"),
+    [
+        (LoraSpec(rank=3, alpha=3), 4),
+        (LoraSpec(rank=4, alpha=8, target_modules=("q_proj", "v_proj")), 4),
+        (LoraSpec(rank=4, alpha=8, target_modules=("down_proj", "up_proj", "k_proj")), 4),
+        (LoraSpec(rank=4, alpha=8, target_modules=("o_proj",)), 16),
+    ],
+    ids=["4 bit", "q and v", "k, up and down", "o"],
+)
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])  # with biases, and with norms of heads
+def test_other_adapters_and_4_bits_give_the_same_in_tiles(folders, architecture, lora, bits):
+    expected = of_packed_row(packed(folders[architecture], lora, bits), WAYS["every layer"])
+    assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["tiles"]), expected)
+    assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["by head"]), expected)
+
+
+def test_adapters_that_are_held_give_the_same_bits_in_tiles(folders):
+    model = packed(folders["qwen3"], bits=4)
+    expected = of_packed_row(model, WAYS["by head"])
+    model.zero_grad()
+    held_adapters(model).hold()
+    got = of_packed_row(model, WAYS["by head"])
+    assert held_adapters(model).tensors()
+    assert all(torch.equal(got[1][name], gradient) for name, gradient in expected[1].items())
+
+
+def test_after_tiles_a_model_computes_as_before_bit_for_bit(folders):
+    model = packed(folders["llama"], bits=4)
+    found = []
+    for way in ("every layer", "by head, offload", "every layer"):
+        model.zero_grad()
+        found.append(of_packed_row(model, WAYS[way]))
+    assert found[0][0] == found[2][0]
+    assert all(torch.equal(found[2][1][name], gradient) for name, gradient in found[0][1].items())
+
+
+def test_logits_and_held_out_loss_are_the_same_in_tiles(folders):
+    """Without gradients nothing may be written over, and without labels the last norm belongs to the model."""
+    model = packed(folders["qwen3"])
+    batch = collate([packed_row()], 0, padding_free=True)
+    found = []
+    for way in ("every layer", "by head"):
+        checkpoint_activations(model.eval(), WAYS[way])
+        with torch.no_grad():
+            inputs = {name: value for name, value in batch.items() if name not in ("labels", "trained_positions")}
+            found.append((model(**batch).loss, model(**inputs).logits))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+def test_tiles_are_refused_where_the_layers_cannot():
+    with pytest.raises(ValueError, match="layers in tiles all recompute"):
+        Policy(3, 1, tile=32)
+    with pytest.raises(ValueError, match="layers in tiles all recompute"):
+        Policy(3, by_head=True)
+
+
+def test_layers_that_become_lean_later_compute_in_tiles_then(folders):
+    """As in a recipe's story, where train makes them lean."""
+    expected = of_packed_row(packed(folders["llama"]), WAYS["by head"])
+    model = adapted(folders["llama"], "stock", bits=16)
+    model.set_attn_implementation(attention.PACKED_ATTENTION)
+    checkpoint_activations(model.train(), WAYS["by head"])
+    use_lean_layers(model, "lean")
+    model(**collate([packed_row()], 0, padding_free=True)).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, expected[1][name])
+
+
+def test_tiles_are_refused_with_dropout_and_with_an_attention_that_has_a_mask(folders):
+    for dropout, implementation in ((0.1, attention.PACKED_ATTENTION), (0.0, "sdpa")):
+        model = adapted(folders["llama"], "stock", LoraSpec(4, 8, dropout=dropout))
+        model.set_attn_implementation(implementation)
+        with pytest.raises(ValueError, match="only lean layers with packed attention can compute in tiles"):
+            checkpoint_activations(model, WAYS["tiles"])

@@ -102,6 +102,15 @@ def test_every_policy_gathers_twice_and_gives_the_same_losses(steps):
 
 
 @pytest.mark.slow
+def test_long_rows_in_tiles_give_the_losses_of_one_process_and_of_rows_without_tiles(steps):
+    (first, *_, long_rows), (*_, alone) = steps(2, "lean", 7), steps(1, "lean", 7)
+    assert long_rows["policy"] == alone["policy"] == "long rows"
+    assert long_rows["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert long_rows["losses"] == pytest.approx(first["losses"], abs=1e-5)
+    assert long_rows["gathers"] == 2 * fully_sharded.LAYERS
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kernels"), [(2, "lean"), (3, "lean"), (2, "stock")])
 def test_sharded_layers_give_the_losses_of_one_process(steps, processes, kernels):
     for one, many in zip(steps(1, kernels), steps(processes, kernels), strict=True):

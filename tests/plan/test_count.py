@@ -15,6 +15,7 @@ from common.data.batches import collate
 from common.machine.device import GIB
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED_ATTENTION
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
@@ -24,7 +25,7 @@ from common.model.preference_loss import answer_likelihoods, preference_loss
 from common.model.weight_streaming import stream_weights
 from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import Forecast, Setting, preference_entries
+from common.plan.forecast import SHORT_EXAMPLE_TOKENS, Forecast, Setting, preference_entries
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -48,6 +49,7 @@ from common.recipe import (
     Recipe,
     TrainSpec,
 )
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32
 
 LLAMA, QWEN3 = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
@@ -93,7 +95,12 @@ def forecasts(small_model):
 
 
 def allocated_in_a_real_step(
-    recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1, on_host: int = 0
+    recipe: Recipe,
+    policy: Policy,
+    tokens: int = TOKENS,
+    rows: int = 1,
+    on_host: int = 0,
+    attention: str = "sdpa",
 ) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
@@ -101,6 +108,7 @@ def allocated_in_a_real_step(
     """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
+    model.set_attn_implementation(attention)
     stream_weights(model, on_host)
     checkpoint_activations(model, policy)
     model.train()
@@ -110,7 +118,7 @@ def allocated_in_a_real_step(
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
     length = tokens // rows
-    batch = several_examples_a_row(length, rows)
+    batch = packed_row(length) if attention == PACKED_ATTENTION else several_examples_a_row(length, rows)
     if recipe.preference is not None:
         batch |= preference_entries(batch["labels"].shape, recipe.preference)
     held = held_adapters(model)  # as the trainer
@@ -134,6 +142,15 @@ def several_examples_a_row(length: int, rows: int) -> dict[str, Any]:
     row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
     batch = collate([row] * rows, pad_token_id=0)
     return batch | {"trained_positions": torch.zeros(length * rows, dtype=torch.int64)}
+
+
+def packed_row(length: int) -> dict[str, Any]:
+    """A micro-batch of packed attention with as many examples as a plan assumes, every token trained."""
+    examples = length // SHORT_EXAMPLE_TOKENS + 1
+    lengths = [length // examples] * (examples - 1)
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
+    batch = collate([row], pad_token_id=0, padding_free=True)
+    return batch | {"trained_positions": torch.zeros(length, dtype=torch.int64)}
 
 
 def peak_in(profiler: profile) -> int:
@@ -214,6 +231,28 @@ def test_a_pass_without_gradients_is_counted_as_it_runs(preference_forecasts, ro
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_forward(forecast.recipe, rows)
     print(f"{rows} rows: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+LONG_ROWS = {
+    "tiles": Policy(LAYERS, tile=128),
+    "tiles, offload": Policy(LAYERS, tile=128, offload=True),
+    "by head": Policy(LAYERS, tile=128, by_head=True),
+    "by head, keep attention": Policy(LAYERS, tile=128, by_head=True, keep_attention=True),
+    "by head, offload": Policy(LAYERS, tile=160, by_head=True, offload=True),  # the last tile is shorter
+}
+
+
+@pytest.mark.parametrize("policy", LONG_ROWS)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_long_rows_in_tiles_are_counted_as_they_run(forecasts, architecture, policy, monkeypatch):
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    recipe = forecasts[architecture, "lean"].recipe
+    forecast = Forecast(recipe, Setting(torch.float32, PACKED_ATTENTION, triton=False))
+    step = forecast.step(TOKENS, LONG_ROWS[policy])
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(recipe, LONG_ROWS[policy], attention=PACKED_ATTENTION)
+    print(f"{architecture}, {policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
 
 

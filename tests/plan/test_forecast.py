@@ -4,9 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from common.kernels import tiles
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
+from common.plan.ledger import Ledger
+from common.plan.planner import TILES
 from common.plan.speed import KNOWN_GPUS, speed_of
 from common.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec
@@ -45,7 +48,8 @@ EXTRAS = [{}, {"keep_attention": True}, {"offload": True}, {"keep_attention": Tr
 @pytest.mark.parametrize(
     "policy",
     [Policy(12, 12), Policy(12), Policy(12, 1), Policy(12, 5), Policy(12, 11), Policy(12, 5, True), Policy(12, 0, True)]
-    + [Policy(12, kept, offload=True) for kept in (0, 5, 9)],
+    + [Policy(12, kept, offload=True) for kept in (0, 5, 9)]
+    + [Policy(12, tile=512), Policy(12, tile=600, by_head=True, offload=True)],
     ids=str,
 )
 def test_a_few_layers_give_the_bytes_of_twelve(twelve, policy):
@@ -99,6 +103,37 @@ def test_a_pass_without_gradients_computes_half_and_takes_less_than_any_step(who
     # A layer: forward, and as much again for the gradients of its inputs; adapters a little more. The head: forward,
     # and its gradient with it, which is there in a forward pass without gradients only where it is wanted.
     assert flops[0] / flops[1] == pytest.approx(1 / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("policy", [Policy(3, tile=256), Policy(3, tile=300, by_head=True, offload=True)], ids=str)
+def test_three_tiles_give_the_step_of_all_of_them(policy, monkeypatch):
+    """A plan computes the first two tiles and the last one; here also every one of the eight, and of the seven."""
+    forecast = Forecast(cut(3))
+    few = forecast.count(2048, policy, True)
+    split = tiles.split
+    monkeypatch.setattr(Ledger, "split", lambda _, tokens, size: split(tokens, size))
+    every = forecast.count(2048, policy, True)
+    assert len(few.segment("backward 1").events) < len(every.segment("backward 1").events)
+    assert few.peak() == every.peak()
+    for one, other in zip(few.segments, every.segments, strict=True):
+        assert (one.name, one.rise, one.net, one.work.launches) == (
+            other.name,
+            other.rise,
+            other.net,
+            other.work.launches,
+        )
+        assert one.work.flops == other.work.flops
+        assert one.work.table.sum(0) == pytest.approx(other.work.table.sum(0), rel=1e-12)
+
+
+def test_tiles_add_no_matmul_and_little_time(whole):
+    """What recomputes is as much as without tiles: the MLP's own forward pass is nobody's in a recompute."""
+    plain = whole.step(16_384, Policy(32, offload=True))
+    for tile, by_head in TILES:
+        step = whole.step(16_384, Policy(32, offload=True, tile=tile, by_head=by_head))
+        for one, other in zip(step.segments, plain.segments, strict=True):
+            assert one.work.flops == pytest.approx(other.work.flops, rel=1e-9), one.name
+        assert step.seconds(whole.speed) == pytest.approx(plain.seconds(whole.speed), rel=0.01)
 
 
 def test_offload_of_one_or_two_layers_is_refused(twelve):

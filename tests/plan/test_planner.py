@@ -141,3 +141,40 @@ def test_host_memory_is_a_limit_too():
     assert needed > 0
     assert planner_for(RECIPE, 6, SHARDED, host_bytes=needed).choose().host_bytes <= needed
     assert planner_for(RECIPE, 6, SHARDED, host_bytes=GIB // 10).choose() is None
+
+
+@pytest.mark.slow  # two searches over long rows
+def test_a_row_that_fits_no_other_way_is_computed_in_tiles_and_a_shorter_one_as_ever():
+    """Mistral 7B on 10 GiB: the longest row without tiles is about 23,000 tokens."""
+    recipe = replace(edited(seq_len=16_384), model=ModelSpec(MISTRAL))
+    assert planner_for(recipe, 10).choose().policy.tile == 0
+    shared = planner_for(replace(recipe, train=replace(recipe.train, seq_len=28_672)), 10)
+    option = shared.choose()
+    assert option.policy.tile and option.policy.kept == 0
+    assert shared.fits(option)
+    assert not shared.fits(shared.exact(1, Policy(32, offload=True))[0])
+    in_words = make_plan(shared, option).text
+    assert f"in tiles of {option.policy.tile:,} tokens" in in_words and "GiB in host memory" in in_words
+
+
+def test_with_stock_layers_or_a_policy_that_keeps_all_there_are_no_tiles():
+    assert planner_for(edited(kernels="stock"), 24).policies_in_tiles("auto") == []
+    assert planner_for(edited(), 24).policies_in_tiles("none") == []
+    tiles = planner_for(edited(), 24).policies_in_tiles("every layer")
+    assert tiles and not any(policy.offload for policy in tiles)
+
+
+@pytest.mark.parametrize("way", [0, 2])
+def test_the_longest_row_in_tiles_is_told_from_short_ones_and_fits(way):
+    shared = planner_for(RECIPE, 12)
+    policy = shared.policies_in_tiles("offload")[way]
+    longest = shared.longest_row(policy)
+    fitting, longer = (shared.forecast.step(tokens, policy).peak() for tokens in (longest, longest + 512))
+    assert fitting <= shared.card.budget < longer
+
+
+def test_the_host_bounds_the_longest_row():
+    policy = planner_for(RECIPE, 24).policies_in_tiles("offload")[-1]
+    # 32 inputs of 4,096 numbers in 16 bits a token: 256 KiB
+    shared = planner_for(RECIPE, 24, host_bytes=8 * GIB)
+    assert shared.longest_row(policy) == 8 * GIB // (256 << 10)

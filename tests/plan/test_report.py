@@ -9,7 +9,17 @@ from common.model.activation_checkpointing import Policy
 from common.plan.card import Card
 from common.plan.picture import POINTS, curve, draw_plan, phases
 from common.plan.planner import Planner
-from common.plan.report import CHOICE, EVERY_LAYER, NO_CHECKPOINTING, OFFLOAD, OVERHEAD, TEXT_WIDTH, build_report
+from common.plan.report import (
+    BY_HEAD,
+    CHOICE,
+    EVERY_LAYER,
+    IN_TILES,
+    NO_CHECKPOINTING,
+    OFFLOAD,
+    OVERHEAD,
+    TEXT_WIDTH,
+    build_report,
+)
 from common.plan.report_json import write_json
 from common.plan.step import KINDS
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
@@ -68,6 +78,7 @@ def test_only_rows_that_offload_need_host_memory(mixture):
 
 def test_the_longest_row_is_longer_with_the_boundaries_on_the_host(planner, mixture):
     assert 2048 < mixture.longest[EVERY_LAYER] < mixture.longest[OFFLOAD]
+    assert mixture.longest[OFFLOAD] < mixture.longest[IN_TILES] < mixture.longest[BY_HEAD]
     assert mixture.positions == 40_960
 
 
@@ -77,6 +88,9 @@ def test_the_text_names_the_choice_the_card_and_the_longest_row(mixture):
     assert "the first 33 of 40 layers recompute" in text
     assert f"peak on {CARD.name}" in text and "GiB for the step" in text
     assert f"{mixture.longest[OFFLOAD]:,} tokens" in text and "40,960 positions" in text
+    # The inputs of 40 layers, 5,120 numbers in 16 bits a token
+    waits = 40 * 2 * 5120 * mixture.longest[BY_HEAD] / GIB
+    assert f"{mixture.longest[BY_HEAD]:,} tokens, {waits:.1f} GiB in host memory" in text
     assert "modelled, not measured: RTX 4090" in text and "4-bit weights" in text
 
 
@@ -95,8 +109,10 @@ def test_weights_of_16_bits_are_called_so(mixture):
 
 
 def test_a_row_longer_than_the_model_reaches_is_marked(mixture):
-    assert "more than the model's positions" not in mixture.text()
-    assert replace(mixture, positions=2048).text().count("more than the model's positions") == 2
+    assert "more than the model's positions" not in replace(mixture, positions=1 << 20).text()
+    longer = [tokens > 20_000 for tokens in mixture.longest.values()]
+    assert 0 < sum(longer) < len(longer) == 4
+    assert replace(mixture, positions=20_000).text().count("more than the model's positions") == sum(longer)
 
 
 def test_a_model_that_leaves_no_room_for_a_row_has_no_longest_row(mixture):

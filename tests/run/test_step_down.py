@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.data.batches import collate
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
+from common.model.attention import PACKED_ATTENTION
+from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.recipe import LoraSpec, ModelSpec, UserError
 from common.run.step_down import StepDown
 from common.run.trainer_config import build_trainer
 from common.run.training import train
+from common.tokens.labels import IGNORED
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import FP32
 from tests.machine.test_out_of_memory import OF_GPU, OTHERS
 from tests.run.test_training import adapter, prepare, split
@@ -309,3 +314,60 @@ def test_what_a_failed_step_left_in_host_memory_is_dropped(two_rows):
     step_down.compute(failing(torch.OutOfMemoryError("CUDA out of memory")), [batch], 1, backward=True)
     assert step_down.taken == ["step 1: each micro-batch in 2 parts"]
     assert left() is None
+
+
+def test_long_rows_take_smaller_tiles_before_micro_batches_are_cut_in_half(small_llama, capsys):
+    """A model in tiles whose memory never suffices: every lever in turn, and the last gradients are right."""
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 8))
+    use_lean_layers(model, "lean")
+    model.set_attn_implementation(PACKED_ATTENTION)
+    rows = [{"input_ids": [7] * n, "labels": [IGNORED] + [7] * (n - 1), "seq_lengths": [n]} for n in (9, 12)]
+    batch = collate(rows, 0, padding_free=True)
+    failures = iter([True] * 5)
+
+    def compute(part):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+        loss = model(**part, num_items_in_batch=19).loss
+        loss.backward()
+        return loss.detach()
+
+    policy = Policy(2, tile=2048)
+    checkpoint_activations(model.train(), policy)
+    down = StepDown(model, policy)
+    down.compute(compute, [batch], 1, backward=True)
+    assert [less.removeprefix("step 1: every layer recomputes, ") for less in down.taken] == [
+        "in tiles of 2,048 tokens, attention's backward by key/value head",
+        "in tiles of 1,024 tokens, attention's backward by key/value head",
+        "in tiles of 512 tokens, attention's backward by key/value head",
+        "step 1: each micro-batch in 2 parts",
+        "layer inputs in host memory, in tiles of 512 tokens, attention's backward by key/value head",
+    ]
+    got = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    checkpoint_activations(model, Policy(2, 2))
+    model.zero_grad()
+    model(**batch, num_items_in_batch=19).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_single_row_that_cannot_be_cut_is_computed_in_tiles_at_last(small_llama):
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 8))
+    use_lean_layers(model, "lean")
+    model.set_attn_implementation(PACKED_ATTENTION)
+    batch = collate([{"input_ids": [7] * 9, "labels": [7] * 9, "seq_lengths": [9]}], 0, padding_free=True)
+    down = StepDown(model, Policy(2, offload=True))
+
+    def fail(_):
+        raise torch.OutOfMemoryError("CUDA out of memory, injected")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        down.compute(fail, [batch], 1, backward=True)
+    assert down.policy == Policy(2, offload=True, tile=512, by_head=True)
+    model.set_attn_implementation("sdpa")  # with a mask there are no tiles
+    down = StepDown(model, Policy(2, offload=True))
+    checkpoint_activations(model, down.policy)
+    with pytest.raises(torch.OutOfMemoryError):
+        down.compute(fail, [batch], 1, backward=True)
+    assert down.policy == Policy(2, offload=True)
