@@ -13,6 +13,9 @@ from torch.nn.functional import logsigmoid
 from common.data.batches import EXAMPLE_IDS, KL, PREFERENCE_ENTRIES, REFERENCE, SIGNS, Batch
 from common.recipe import PreferenceSpec
 
+# ORPO's odds have no number for an answer of probability 1, whose NLL fp32 rounds to 0. Half a unit in its last place.
+MOST_CERTAIN = -(2.0**-25)
+
 
 class Likelihoods(NamedTuple):
     """Of each example's answer: its log-likelihood in nats, float64 (examples,), and its number of tokens."""
@@ -69,7 +72,8 @@ def _of_pairs(scores: Tensor, ratios: Tensor, spec: PreferenceSpec) -> Tensor:
     if spec.loss == "ipo":
         return (margins - 1 / (2 * beta)).square()
     if spec.loss == "orpo":
-        log_odds = scores - torch.log(-torch.expm1(scores))
+        sure = scores.clamp(max=MOST_CERTAIN)
+        log_odds = sure - torch.log(-torch.expm1(sure))
         return -beta * logsigmoid(log_odds[0::2] - log_odds[1::2])
     logits, smoothing = beta * margins - spec.value("gamma"), spec.value("label_smoothing")
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
