@@ -79,7 +79,9 @@ class _LeanAttention(nn.Module):
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
         group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         weight, eps, one_plus = _read_norm(norm)
-        query, key, value, hidden = rms_norm_lora_linears(hidden_states.flatten(0, 1), weight, eps, *group, one_plus)
+        query, key, value, hidden = rms_norm_lora_linears(
+            hidden_states.flatten(0, 1), weight, eps, *group, one_plus=one_plus
+        )
         if hasattr(self, "q_norm"):
             query, key = _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm)
         query, key = rope(query, key, cos, sin)
@@ -120,7 +122,7 @@ class _LeanMLP(nn.Module):
             return output
         group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         weight, eps, one_plus = _read_norm(norm)
-        gate, up, hidden = rms_norm_lora_linears(hidden_states.flatten(0, 1), weight, eps, *group, one_plus)
+        gate, up, hidden = rms_norm_lora_linears(hidden_states.flatten(0, 1), weight, eps, *group, one_plus=one_plus)
         (linear,), copies = self.held.read(self, self.input_groups[1], hidden.dtype)
         residual = hidden if norm_after is None else None
         output = swiglu_lora_linear_add(gate, up, linear, residual, copies, IS_GELU[type(self.act_fn)])
