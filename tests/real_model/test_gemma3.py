@@ -88,7 +88,7 @@ def test_it_goes_on_as_stock_transformers_does(gemma):
         got = lean.generate(**arguments)
     expected = stock_model(gemma, 16).generate(**arguments)
     assert torch.equal(got, expected)
-    assert "Paris" in tokenizer.decode(got[0])
+    assert "the capital of the country of France" in tokenizer.decode(got[0])  # it is a base model of 270 million
 
 
 @pytest.fixture(scope="module")
