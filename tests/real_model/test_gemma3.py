@@ -1,6 +1,6 @@
 """Gemma 3 270M with real weights: beside stock transformers, and beside llama.cpp.
 
-Its norms multiply by up to several hundred, and its embedding has 262,144 rows: small random models show neither.
+Its norms multiply by up to 1,657, and its embedding has 262,144 rows: small random models show neither.
 """
 
 from pathlib import Path
@@ -88,7 +88,7 @@ def test_it_goes_on_as_stock_transformers_does(gemma):
         got = lean.generate(**arguments)
     expected = stock_model(gemma, 16).generate(**arguments)
     assert torch.equal(got, expected)
-    assert "Paris" in tokenizer.decode(got[0])
+    assert "the capital of the country of France" in tokenizer.decode(got[0])  # it is a base model of 270 million
 
 
 @pytest.fixture(scope="module")
