@@ -11,10 +11,10 @@ from common.sources.formats import LABEL_KEYS
 from common.sources.learn_flags import is_flag_text
 from common.sources.source_row import BadRow, Row, readable
 
-Turns = tuple[Message, ...]
 
-
-def read_two_answers(fields: Row, keys: tuple[str, ...], notes: Notes) -> tuple[Turns, Turns]:
+def read_two_answers(
+    fields: Row, keys: tuple[str, ...], notes: Notes
+) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """Returns two conversations: one with the better answer, one with the worse one. Raises BadRow.
 
     keys: of the format; the last two are those of the answers, and a third one before them is the prompt's. Without it
@@ -92,7 +92,7 @@ def read_rating(fields: Row) -> bool:
     return ratings.pop()
 
 
-def _read_prompt(fields: Row, key: str, notes: Notes) -> tuple[Turns, bool]:
+def _read_prompt(fields: Row, key: str, notes: Notes) -> tuple[tuple[Message, ...], bool]:
     """The messages of the prompt, and whether they are a text in the row."""
     value = fields[key]
     if isinstance(value, dict) and "messages" in value:  # OpenAI's input
@@ -107,7 +107,7 @@ def _read_prompt(fields: Row, key: str, notes: Notes) -> tuple[Turns, bool]:
     return (Message("user", user_text(fields, key)),), True
 
 
-def _read_side(fields: Row, key: str, notes: Notes) -> Turns:
+def _read_side(fields: Row, key: str, notes: Notes) -> tuple[Message, ...]:
     """An answer: a text, a message, or a list of messages, which may be a whole conversation."""
     value = fields[key]
     refuse_messages_as_text(value, key)
@@ -117,23 +117,23 @@ def _read_side(fields: Row, key: str, notes: Notes) -> Turns:
     return read_messages(value, key, notes) if are_messages(value) else (read_answer(value, {}, key, key, notes),)
 
 
-def _read_whole(fields: Row, key: str, notes: Notes) -> Turns:
+def _read_whole(fields: Row, key: str, notes: Notes) -> tuple[Message, ...]:
     value = fields[key]
     if isinstance(value, str) and not MESSAGES_AS_TEXT.match(value):
         raise BadRow(f"{key} is a text, and there is no prompt: add the prompt, or write it as a list of messages")
     return read_messages(value, key, notes)
 
 
-def _is_whole(side: Turns) -> bool:
+def _is_whole(side: tuple[Message, ...]) -> bool:
     """Whether it is a conversation, and not what follows a prompt."""
     return side[0].role != "assistant"
 
 
-def _before_last_answer(messages: Turns) -> Turns:
+def _before_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     return messages[: max((i for i, message in enumerate(messages) if message.role == "assistant"), default=0)]
 
 
-def _refuse_other_prompt(prompt: Turns, side: Turns, key: str, *, is_text: bool) -> None:
+def _refuse_other_prompt(prompt: tuple[Message, ...], side: tuple[Message, ...], key: str, *, is_text: bool) -> None:
     """Raises BadRow unless a whole conversation says the prompt too, which stands in the row a second time then."""
     if is_text:
         is_there = any(m.role == "user" and m.content.strip() == prompt[0].content.strip() for m in side)

@@ -72,6 +72,5 @@ def contradictions(sources: Sequence[Examples], used: Mask) -> list[str]:
     count = int(np.isin(opposites, hashes).sum())
     if not count:
         return []
-    return [
-        f"  warning: {count:,} examples contradict others: what is the better answer in one is the worse one in another"
-    ]
+    examples = "1 example contradicts" if count == 1 else f"{count:,} examples contradict"
+    return [f"  warning: {examples} another one: what is the better answer here is the worse one there"]

@@ -20,7 +20,7 @@ from common.recipe import DataSpec, ModelSpec
 from common.run.resume import hash_rows
 from common.sources.fingerprint import file_states
 from tests.conftest import ROOT, TINY, TRAIN
-from tests.sources.test_other_kind import data
+from tests.sources.test_other_kind import data as data_of
 from tests.test_structure import MODULES, imports
 
 
@@ -176,7 +176,7 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_", "drift_source"}  # of which no row is made
     assert others.keys() | {"source", "sources", "kind"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
-    names |= {folder_of(data(source, loss), tokenizer) for loss in (None, "dpo", "kto")}  # each another kind
+    names |= {folder_of(data_of(source, loss), tokenizer) for loss in (None, "dpo", "kto")}  # each another kind
     assert len(names) == len(others) + 3
 
 
