@@ -12,7 +12,6 @@ Both start from the same adapter, in fp32, on the same 4-bit weights, so only th
 losses may part is derived (allowed_difference).
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -36,8 +35,9 @@ U = 2**-24  # half of the distance of two neighbouring fp32 numbers, relative
 # A number on its way to a gradient goes through this many additions, one after the other: 4 layers, forward and
 # backward, 4 products of matrices each, whose sums have 192 to 512 terms.
 ADDITIONS = 4 * 2 * 4 * 350
+LARGEST = 210.0  # nats of an answer: 30 tokens of a vocabulary of 1,024, each as likely as any other, have 208
 
-# Ours, in a process of its own. Beside what a run leaves it writes the rows of its steps and how long the reference took.
+# Ours, in a process of its own. It also writes the rows of its steps, and how long the reference took.
 RUN_OURS = """
 import json, sys, time
 from dataclasses import replace
@@ -92,9 +92,7 @@ def write_examples(loss: str, path: Path, tokenizer: Any) -> dict[tuple[int, ...
     for number, pair in enumerate(map(json.loads, lines)):
         prompt = [{"role": "user", "content": pair["prompt"]}]
         answers = {name: [{"role": "assistant", "content": pair[name]}] for name in ("chosen", "rejected")}
-        ids = {
-            name: tokenizer.apply_chat_template(prompt + answer)["input_ids"] for name, answer in answers.items()
-        }
+        ids = {name: tokenizer.apply_chat_template(prompt + answer)["input_ids"] for name, answer in answers.items()}
         if loss == "dpo":
             key, example = (*ids["chosen"], *ids["rejected"]), {"prompt": prompt, **answers}
         else:
@@ -195,9 +193,6 @@ def allowed_difference(step: int, grad_norm: float, parameters: int) -> float:
     relative = U * ADDITIONS**0.5
     moved = step * LEARNING_RATE * parameters**0.5 * relative
     return BETA * 4 * LARGEST * relative + moved * grad_norm
-
-
-LARGEST = 200.0  # nats: an answer of 30 tokens of a vocabulary of 1,024, each as likely as any other, has 208
 
 
 def compare(loss: str, steps: int, repeats: int = 1, *, precompute: bool = False) -> dict[str, Any]:

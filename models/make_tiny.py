@@ -150,7 +150,7 @@ def write_general(folder: Path) -> None:
 
 
 def write_preferences(folder: Path) -> None:
-    """Writes preferences.jsonl and held_out_preferences.jsonl, pairs of a better and a worse answer; no prompt is in both."""
+    """Writes preferences.jsonl and held_out_preferences.jsonl, better and worse answers; no prompt is in both."""
     rng = Random(8)
     pairs: dict[str, dict[str, str]] = {}
     while len(pairs) < TRAIN_PAIRS + HELD_OUT_ROWS:

@@ -13,7 +13,7 @@ from common.run import train
 RECIPE = Recipe(
     # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct: preferences come after instructions.
     model=ModelSpec("meta-llama/Meta-Llama-3-8B-Instruct"),
-    # 62k pairs of answers, the better one by a judge's score (UltraFeedback, arXiv:2310.01377); yours: docs/preferences.md
+    # 62k pairs, the better one by a judge's score (UltraFeedback, arXiv:2310.01377); yours: docs/preferences.md
     data=DataSpec("trl-lib/ultrafeedback_binarized"),
     # The reference is the model as the run begins. After a run of your own on the same base, with its rank and alpha:
     # LoraSpec(rank=16, alpha=32, start_from="outputs/llama3-8b")

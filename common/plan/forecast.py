@@ -118,9 +118,7 @@ class Forecast:
             copied = [max(1, i) for i in copied]
         return Part(step, copied)
 
-    def count(
-        self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1, *, gradients: bool = True
-    ) -> Step:
+    def count(self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1, *, gradients: bool = True) -> Step:
         """Counts the step of a model of `policy.layers` layers; gradients=False, as `forward`.
 
         It makes a new model each time: the first step may change one (bitsandbytes casts biases).
