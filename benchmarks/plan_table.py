@@ -21,7 +21,7 @@ from common.plan.planner import Planner
 from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec
 
-MODELS = ("mistral-7b", "llama3-8b", "qwen-14b")
+MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")
 CARDS = (24, 16, 12)  # GiB
 BASES = (
     "mistralai/Mistral-7B-Instruct-v0.3",

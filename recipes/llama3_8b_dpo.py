@@ -13,8 +13,8 @@ from common.run import train
 RECIPE = Recipe(
     # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct: preferences come after instructions.
     model=ModelSpec("meta-llama/Meta-Llama-3-8B-Instruct"),
-    # 62k pairs, the better one by a judge's score (UltraFeedback, arXiv:2310.01377); yours: docs/preferences.md
-    data=DataSpec("trl-lib/ultrafeedback_binarized"),
+    # 62k pairs of answers, the better one by a judge's score (UltraFeedback, arXiv:2310.01377).
+    data=DataSpec("trl-lib/ultrafeedback_binarized"),  # yours: docs/preferences.md
     # The reference is the model as the run begins. After a run of your own on the same base, with its rank and alpha:
     # LoraSpec(rank=16, alpha=32, start_from="outputs/llama3-8b")
     lora=LoraSpec(rank=16, alpha=32),
@@ -25,7 +25,7 @@ RECIPE = Recipe(
     train=TrainSpec(
         seq_len=4096,  # tokens in a packed row, which holds whole pairs: 2,048 for each answer with its prompt
         rows_per_step=16,  # about 64k tokens
-        learning_rate=1e-5,  # peak, for alpha 32: a twentieth of instruction tuning's (docs/defaults.md)
+        learning_rate=1e-5,  # peak, for alpha 32: a twentieth of instruction tuning's: docs/defaults.md
         epochs=1,  # with more, chosen answers become less likely too: the report shows the rewards of both
     ),
     card_gib=24.0,

@@ -1,5 +1,6 @@
 import copy
 import importlib
+import inspect
 import pickle
 import re
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from common.model.config import load_config
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.recipe_fields import BROUGHT
 
-NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny"]
+NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo"]
 
 
 def train_spec(**values) -> TrainSpec:
@@ -168,6 +169,16 @@ def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
     assert (recipe.train.seq_len, recipe.train.rows_per_step, recipe.train.lr_schedule) == (2048, 16, "cosine")
+
+
+def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learning_rate():
+    sft, dpo = (importlib.import_module(f"recipes.{name}") for name in ("llama3_8b", "llama3_8b_dpo"))
+    assert inspect.getsource(sft.main) == inspect.getsource(dpo.main)  # the same story
+    assert (dpo.RECIPE.model, dpo.RECIPE.lora) == (sft.RECIPE.model, sft.RECIPE.lora)
+    # A pair of conversations, each as long as a row there.
+    assert dpo.RECIPE.train == replace(sft.RECIPE.train, seq_len=2 * sft.RECIPE.train.seq_len, learning_rate=1e-5)
+    assert (dpo.RECIPE.preference, dpo.RECIPE.data.kind) == (PreferenceSpec("dpo", beta=0.1), "pairs")
+    assert dpo.RECIPE.data.eval_rows > 0
 
 
 @pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b"])
