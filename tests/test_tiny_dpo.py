@@ -2,10 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
+from time import perf_counter
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.run.generation import generate as stock
 from models.tiny_world import OPENINGS, PREFERRED_OPENING
+from recipes import tiny_dpo
 from recipes.tiny_dpo import RECIPE, main
 from tests.conftest import ROOT
 from tests.test_tiny import HELD_OUT_PAIRS, preferences
@@ -22,12 +28,6 @@ def in_style(answers: list[str]) -> list[bool]:
 
 @pytest.mark.slow  # a minute: all of the recipe
 def test_answers_change_their_style_and_keep_their_content(tmp_path, monkeypatch):
-    from dataclasses import replace
-    from time import perf_counter
-
-    from common.run import generate as stock
-    from recipes import tiny_dpo
-
     answers: list[list[str]] = []
 
     def generate(*arguments: object) -> list[str]:
@@ -47,14 +47,12 @@ def test_answers_change_their_style_and_keep_their_content(tmp_path, monkeypatch
     assert sum(right) >= 0.95 * len(pairs)
     entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     held_out = [entry["eval_rewards/accuracies"] for entry in entries if "eval_rewards/accuracies" in entry]
-    assert held_out[0] == 0.5 and held_out[-1] >= 0.95
+    assert abs(held_out[0] - 0.5) <= 0.1  # ties, up to rounding: the model is its own reference
+    assert held_out[-1] >= 0.95
 
 
 def test_the_base_model_prefers_neither_answer():
     """By its own likelihoods, whatever the reference: half of the held-out pairs, within two standard deviations."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(ROOT / RECIPE.model.name)
     model = AutoModelForCausalLM.from_pretrained(ROOT / RECIPE.model.name, dtype=torch.float32)
     likelier = 0
