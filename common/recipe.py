@@ -48,11 +48,19 @@ Keep = Literal["last", "best"]
 AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
 
 
-class UserError(Exception):
+class _OneLine(Exception):
+    """An exception whose message says it all."""
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that a notebook, or IPython, shows in the place of the traceback; it asks an exception for them."""
+        return [f"error: {self}"]
+
+
+class UserError(_OneLine):
     """An error that the user can correct. It is shown as one line without a traceback, and the exit status is 2."""
 
 
-class Stopped(Exception):
+class Stopped(_OneLine):
     """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number.
 
     can_go_on: whether steps are left to train.
@@ -61,6 +69,9 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int, *, can_go_on: bool = True) -> None:
         super().__init__(message)
         self.signal_number, self.can_go_on = signal_number, can_go_on
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def require(condition: bool, message: str) -> None:
@@ -338,6 +349,10 @@ class TrainSpec(_Spec):
     checkpointing: Checkpointing = "auto"
     # How the decoder layers compute: "lean" with our fused operators, "stock" as transformers and PEFT do.
     kernels: Kernels = "lean"
+    # Decoder layers whose frozen weights wait in host memory and are copied to the card beside the computation, spread
+    # over the model. "auto": as few as must, where nothing fits otherwise. 0: none. A number: so many, 3 at least,
+    # because there is always room for two on the card.
+    weights_on_host: int | Literal["auto"] = "auto"
     # On several GPUs: "never" gives each the whole model (DDP), "always" shards the decoder layers over them (FSDP2),
     # "auto" shards only a model that does not fit whole.
     sharding: Sharding = "auto"
@@ -388,6 +403,16 @@ class TrainSpec(_Spec):
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")
         require_one_of(self.kernels, Kernels, "TrainSpec.kernels")
         require_one_of(self.sharding, Sharding, "TrainSpec.sharding")
+        on_host = self.weights_on_host
+        require(
+            on_host == "auto" or not isinstance(on_host, str) and (on_host == 0 or on_host > 2),
+            f'TrainSpec.weights_on_host is {on_host!r}; give "auto", 0, or 3 and more: two are always on the card',
+        )
+        require(
+            on_host in ("auto", 0) or self.sharding != "always",
+            f"TrainSpec.weights_on_host is {on_host}, of layers that are whole, and sharding='always' shares them out; "
+            "leave one of the two out",
+        )
 
 
 # What each loss takes where the spec says None.

@@ -81,6 +81,12 @@ def test_a_copied_recipe_is_found_without_registration(project):
     assert (project / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("typed", ["my-bot", "my_bot"])
+def test_a_recipe_has_one_folder_however_its_name_is_typed(project, typed):
+    shutil.copy(project / "recipes" / "tiny.py", project / "recipes" / "my_bot.py")
+    assert "outputs/my-bot" in refused(recipes("report", typed, cwd=project))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -100,6 +100,8 @@ def _step_of(model: nn.Module, resident: ResidentMemory, ledger: Ledger) -> Step
         ledger.segments(),
         resident.sharded_per_layer,
         resident.shard_on_host,
+        resident.streamed_per_layer,
+        resident.streamed_per_layer,
     )
 
 

@@ -22,7 +22,7 @@ from common.plan.count import count_forward, count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
 from common.plan.mixed_layers import find_mixed_layers
-from common.plan.speed import SPEEDS, Speed
+from common.plan.speed import KNOWN_GPUS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS, Step
 from common.recipe import PreferenceSpec, Recipe
@@ -44,7 +44,7 @@ class Forecast:
     """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
-        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0], layout: Layout = ONE_PROCESS
+        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers
@@ -57,22 +57,22 @@ class Forecast:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
         Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention
-        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards wait in host
-        memory.
+        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards, or weights,
+        wait in host memory.
 
         Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
         are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_shards_on_host(on_host)
+        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_shards_on_host(on_host)
+        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
 
     @property
     def packs(self) -> bool:

@@ -5,19 +5,20 @@ Memory is counted (common.plan.forecast), not estimated. Time is a roofline esti
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy
-from common.model.config import refuse_more_positions
+from common.model.config import load_config, refuse_more_positions
+from common.model.weight_streaming import RING_SLOTS
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
 from common.plan.step import GRADIENTS, Step, lagrange_weights, peak_between
-from common.recipe import Recipe, rows_per_process
+from common.recipe import Recipe, UserError, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
@@ -35,9 +36,10 @@ class Option:
     policy: Policy
     peak: int  # bytes
     seconds_per_token: float
-    on_host: int = 0  # layers whose shards wait in host memory
+    on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
     host_bytes: int = 0  # in host memory
     link_bytes_per_token: float = 0.0  # to and from the host, and to and from other cards
+    instead: str = ""  # another way to run it that the plan did not take, in words
 
 
 class Planner:
@@ -54,6 +56,7 @@ class Planner:
         self.recipe, self.seq_len, self.layout = recipe, recipe.train.seq_len, layout
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
+        refuse_more_layers(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
         self.layers = self.forecast.layers
         other_stream = self.forecast.gathered_layer_bytes()
@@ -65,25 +68,34 @@ class Planner:
         # In full rows, which is all that an attention with a mask can be counted in.
         self.counted_tokens = self.seq_len, self.seq_len * max(2, MAX_MICRO_BATCH_TOKENS // self.seq_len)
 
-    def choose(self) -> Option | None:
+    def choose(self, *, streams: bool = True) -> Option | None:
         """The fastest option that fits, under the recipe's own policy if it names one. None when not even one row fits.
 
-        Of several cards that share a model, the option that sends least, among those that are about as fast.
+        Of several cards that share a model, the option that sends least, among those that are about as fast. Weights
+        of whole layers stream where nothing fits otherwise. streams=False: not even then, unless the recipe says so.
         """
-        most_on_host = self.offload_choices()[-1]
-        leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=most_on_host)
+        choices = self.offload_choices()
+        if self.layout.sharded or choices[0]:
+            return self._choose_among(choices)
+        return self._choose_among([0]) or (self._choose_among(choices[1:]) if streams else None)
+
+    def _choose_among(self, choices: Sequence[int]) -> Option | None:
+        """choices: how many layers may have their shards, or weights, in host memory; ascending."""
+        if not choices:
+            return None
+        leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=choices[-1])
         if sum(leanest.resident.values()) > self.card.budget:
             return None  # no need to search
-        for option in self._rank(option for option in self._candidates() if option):
+        for option in self._rank(option for option in self._candidates(choices) if option):
             exact, _ = self.exact(option.rows, option.policy, option.on_host)
             if self.fits(exact):
-                return self._move_shards_to_card(exact)
+                return self._move_layers_to_card(exact, choices)
         return None
 
-    def _candidates(self) -> Iterator[Option | None]:
+    def _candidates(self, choices: Sequence[int]) -> Iterator[Option | None]:
         """For each micro-batch and each number of layers on the host the options worth comparing; None for a misfit."""
         wanted = self.recipe.train.checkpointing
-        for rows, on_host in product(self._micro_batch_rows(), self.offload_choices()):
+        for rows, on_host in product(self._micro_batch_rows(), choices):
             if wanted != "auto":
                 named = self.interpolate(rows, Policy.named(wanted, self.layers), on_host)
                 yield named if self.fits(named) else None
@@ -101,10 +113,17 @@ class Planner:
         return [rows for rows in range(1, self.rows_here + 1) if self.rows_here % rows == 0 and rows <= most]
 
     def offload_choices(self) -> list[int]:
-        """How many layers the search lets have their shards in host memory: every eighth of all, ascending."""
-        if not self.layout.sharded:
-            return [0]
-        return sorted({self.layers * eighths // 8 for eighths in range(9)})
+        """How many layers the search lets have their shards, or weights, in host memory, ascending.
+
+        Every eighth of all, or the one number that the recipe names.
+        """
+        eighths = {self.layers * eighths // 8 for eighths in range(9)}
+        wanted = self.recipe.train.weights_on_host
+        if self.layout.sharded:
+            return sorted(eighths)
+        if wanted != "auto":
+            return [wanted]
+        return [0, *sorted(count for count in eighths if count > RING_SLOTS)]
 
     def keep_most_layers(self, rows: int, on_host: int = 0, **extras: bool) -> Option | None:
         """The option in which the most layers keep their activations. None where recomputing every layer does not fit.
@@ -128,18 +147,20 @@ class Planner:
     def _rank(self, options: Iterable[Option]) -> list[Option]:
         """The options from best to worst: the fastest first.
 
-        Where cards share a model, those that the model of time cannot tell from the fastest come first, the one that
-        sends least at their head; options that send as much stay in the order of their times.
+        Where cards share a model, or weights stream, those that the model of time cannot tell from the fastest come
+        first, the one that sends least at their head; options that send as much stay in the order of their times.
         """
         by_time = sorted(options, key=lambda option: option.seconds_per_token)
-        if not self.layout.sharded or not by_time:
+        if not by_time or not self.layout.sharded and not by_time[0].on_host:
             return by_time
         slow = TIME_TOLERANCE * by_time[0].seconds_per_token
         return sorted(by_time, key=lambda option: (option.seconds_per_token > slow, _traffic_class(option)))
 
-    def _move_shards_to_card(self, option: Option) -> Option:
+    def _move_layers_to_card(self, option: Option, choices: Sequence[int]) -> Option:
         """The option with as few layers on the host as fit; the search tries eighths only."""
-        low, high = 0, option.on_host
+        low, high = min(choices), option.on_host
+        if not self.layout.sharded and len(choices) > 1:
+            low = min(high, RING_SLOTS + 1)
         while low < high:
             middle = (low + high) // 2
             fewer, _ = self.exact(option.rows, option.policy, middle)
@@ -227,6 +248,13 @@ class Planner:
             else:
                 high = middle - 1
         return 256 * low
+
+
+def refuse_more_layers(recipe: Recipe) -> None:
+    """Raises UserError where the recipe lets the weights of more layers stream than the model has."""
+    layers, wanted = load_config(recipe.model).num_hidden_layers, recipe.train.weights_on_host
+    if wanted != "auto" and wanted > layers:
+        raise UserError(f"TrainSpec.weights_on_host is {wanted}, and the model has {layers} layers")
 
 
 def _traffic_class(option: Option) -> int:

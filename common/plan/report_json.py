@@ -47,6 +47,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
                 "peak_on_card_bytes": row.peak,
                 "parts_bytes": {_key(kind): size for kind, size in row.parts.items()},
                 "fits": row.fits,
+                "streamed_layers": row.streamed,
                 "host_memory_bytes": row.step.host_peak(),
                 "seconds_per_token": row.seconds_per_token,
                 "relative_time_per_token": row.relative_time,

@@ -47,6 +47,8 @@ def splice_layers(parts: Sequence[Part]) -> Step:
         segments,
         last.sharded_per_layer,
         last.shard_on_host,
+        last.streamed_per_layer,
+        last.streamed_at_most,
     )
 
 

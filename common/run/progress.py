@@ -1,7 +1,6 @@
 """What a run shows while it goes on, and keeps of it: the progress line, metrics.jsonl."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
-from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
+from common.machine.slow_work import (
+    LINE_SECONDS,
+    called_in_thread,
+    format_duration,
+    seconds_between_statuses,
+    show_status,
+)
 from common.run.metrics_file import MetricsFile
 from common.run.preference_metrics import HELD_OUT, in_words, taken_from
 
 
 class ProgressReport(TrainerCallback):
-    """Writes metrics.jsonl, and shows a progress line: after each step on a terminal, elsewhere every `every` seconds.
+    """Writes metrics.jsonl, and shows a progress line: after each step on a terminal, every second in a notebook,
+    elsewhere every `every` seconds.
 
     Inside `without_silence` no longer time passes between two lines: the last step's line is shown, or the micro-batch
     that a slow step is at.
@@ -98,7 +104,7 @@ class ProgressReport(TrainerCallback):
             f"peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
         is_last = state.global_step == state.max_steps
-        if is_last or sys.stdout.isatty() or time.perf_counter() - self.shown_at >= self.every:
+        if is_last or time.perf_counter() - self.shown_at >= seconds_between_statuses(self.every):
             self._show(line, keep=is_last)
         else:
             self.waiting_line = line

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -114,7 +114,7 @@ def _lengths(rows: Dataset, name: str) -> list[int]:
 
 def _with_columns(rows: Dataset, columns: Columns) -> Dataset:
     for name, values in columns.items():
-        rows = rows.add_column(name, values)
+        rows = rows.add_column(name, values, feature=List(Value("float64")))  # its lists may all be empty
     return rows
 
 

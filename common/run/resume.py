@@ -44,6 +44,7 @@ RESUME_IGNORES = {  # the result does not depend on them
     "DataSpec.drift_source",
     "DataSpec.kind",  # follows from PreferenceSpec.loss
     "TrainSpec.checkpointing",
+    "TrainSpec.weights_on_host",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
     "TrainSpec.sample_answers",

@@ -21,9 +21,10 @@ from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
 from common.model.start_adapter import started_from
+from common.model.weight_streaming import leave_ring_to_processes, stream_weights
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
-from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError
+from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError, require
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import warn_of_capacity
 from common.run.checkpoints import step_of_checkpoint
@@ -53,8 +54,13 @@ def train(
     """Trains, evaluates, and leaves the adapter and the files that tell of the run in recipe.out.
 
     Returns what run.json says under "metrics". Raises UserError when the numbers go wrong or the memory runs out, and
-    Stopped after a signal.
+    where no folder is named, and Stopped after a signal.
     """
+    require(
+        bool(recipe.out),
+        "the run has no folder: write @story above the recipe's main (from common.run import story), which gives it "
+        "one when Python calls it, or name one: Recipe(out='outputs/mine')",
+    )
     folder, written = Path(recipe.out), recipe
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
@@ -117,6 +123,8 @@ def make_layers_ready(model: PeftModel, kernels: Kernels, layout: Layout) -> Non
         with without_fsdp_classes(model):
             use_lean_layers(model, kernels)
     shard_layers(model, layout)
+    stream_weights(model, layout.streamed)
+    leave_ring_to_processes(model)
 
 
 def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None = None) -> tuple[Recipe, Plan]:

@@ -2,7 +2,14 @@
 
 import pytest
 
-from benchmarks.plan_table import activation_lines, plan_lines, policy_lines, published_lines
+from benchmarks.plan_table import (
+    activation_lines,
+    plan_lines,
+    policy_lines,
+    published_lines,
+    smallest_lines,
+    streaming_lines,
+)
 from tests.conftest import ROOT
 
 
@@ -11,4 +18,5 @@ def test_the_tables_of_plans_are_what_the_planner_says():
     memory, speed = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("memory.md", "speed.md"))
     missing = [line for line in activation_lines() if line not in speed]
     missing += [line for line in (*plan_lines(), *policy_lines(), *published_lines()) if line not in memory]
+    missing += [line for line in (*smallest_lines(), *streaming_lines()) if line not in memory]
     assert not missing, "python -m benchmarks.plan_table prints them: " + "\n".join(missing)

@@ -51,6 +51,7 @@ def test_a_batch_is_padded_with_tokens_that_do_not_count():
 
 def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
     """What torch's varlen_attn computes, example by example."""
+    scale = arguments.pop("scale", None)
     window, right = arguments.pop("window_size", (-1, 0))
     assert right == 0 and arguments in ({"enable_gqa": True}, {"is_causal": True})
     seen = torch.ones(longest, longest, dtype=torch.bool).tril()
@@ -63,6 +64,7 @@ def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
             *(states[start:end].transpose(0, 1) for states in (q, k, v)),
             attn_mask=seen[: end - start, : end - start],
             enable_gqa=True,
+            scale=scale,
         ).transpose(0, 1)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]

@@ -117,6 +117,18 @@ def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
     }
 
 
+def test_pairs_are_kept_with_their_signs(source, small_llama, capsys):
+    pairs = [{"prompt": f"Question {n}", "chosen": f"Yes {n}", "rejected": "No"} for n in range(40)]
+    Path(source).write_text("\n".join(map(json.dumps, pairs)))
+    first, again = (load(data_of(source, "dpo"), small_llama) for _ in range(2))
+    assert "taken from .cache/rows/" in capsys.readouterr().out
+    assert again.kind == "pairs" and again.train.column_names[-1] == "signs"
+    assert (again.train.to_list(), again.evaluation.to_list()) == (first.train.to_list(), first.evaluation.to_list())
+    assert [part.input_ids for part in again.example.conversations()] == [
+        part.input_ids for part in first.example.conversations()
+    ]
+
+
 @pytest.mark.parametrize("named", ["{}", "{}/*.jsonl", "{0}/a.jsonl {0}/b.jsonl"])
 def test_rows_of_several_files_are_kept_until_one_of_them_changes(named, source, small_llama, capsys, tmp_path):
     lines = Path(source).read_text().splitlines(keepends=True)

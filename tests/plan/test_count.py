@@ -21,6 +21,7 @@ from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
 from common.model.preference_loss import answer_likelihoods, preference_loss
+from common.model.weight_streaming import stream_weights
 from common.plan import ledger, operators
 from common.plan.count import count_step
 from common.plan.forecast import Forecast, Setting, preference_entries
@@ -81,6 +82,7 @@ def recipe_for(
 def forecasts(small_model):
     """Of models that are large enough for their activations to outweigh what torch allocates beside."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": LAYERS}
+    sizes["sliding_window_pattern"] = LAYERS  # of Gemma: of these layers only the last one sees everything
     folders = {name: str(small_model(name, initializer_range=0.05, **sizes)) for name in ARCHITECTURES}
     setting = Setting(torch.float32, "sdpa", triton=False)  # on a CPU the operators run as their references
     return {
@@ -90,13 +92,16 @@ def forecasts(small_model):
     }
 
 
-def allocated_in_a_real_step(recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1) -> int:
+def allocated_in_a_real_step(
+    recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1, on_host: int = 0
+) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
-    rows: of the micro-batch, each as long as the others, in which the tokens lie.
+    rows: of the micro-batch, each as long as the others, in which the tokens lie. on_host: layers whose weights stream.
     """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
+    stream_weights(model, on_host)
     checkpoint_activations(model, policy)
     model.train()
     optimizer = build_optimizer(model, recipe.train)

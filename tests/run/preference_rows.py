@@ -78,12 +78,17 @@ def made_plan(recipe: Recipe, micro_batch_rows: int = 2) -> Plan:
     return Plan(micro_batch_rows, recipe.train.most_rows_per_step // micro_batch_rows, Layout(), Policy(2, 1), "a test")
 
 
-def prepare_by_hand(recipe: Recipe, micro_batch_rows: int = 2, rows: Rows | None = None):
+def prepare_by_hand(
+    recipe: Recipe,
+    micro_batch_rows: int = 2,
+    rows: Rows | None = None,
+    layout: Layout = Layout(),  # noqa: B008 - frozen
+):
     """A recipe's story up to training."""
     Path(recipe.out).mkdir(parents=True, exist_ok=True)
     assert recipe.preference is not None
     plan, tokenizer = made_plan(recipe, micro_batch_rows), load_tokenizer(recipe.model)
-    model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora, recipe.train.seed)
+    model = attach_lora(load_4bit(recipe.model, FP32, layout=layout), recipe.lora, recipe.train.seed)
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     return model, tokenizer, rows or made_rows(recipe.preference), recipe, plan

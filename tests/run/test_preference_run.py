@@ -22,7 +22,7 @@ from common.run.report import write_report
 from common.run.training import train
 from tests.conftest import FP32
 from tests.machine.test_processes import CPU, launcher
-from tests.run.preference_rows import Exact, answers_of, made_recipe, made_rows, prepare_by_hand
+from tests.run.preference_rows import Exact, answers_of, made_recipe, made_rows, pack_by_hand, prepare_by_hand
 from tests.run.test_training import adapter
 
 
@@ -213,6 +213,28 @@ def test_a_step_without_finite_numbers_is_skipped_and_not_counted(small_llama, t
     assert all(entry["rewards/margins"] == entry["rewards/margins"] for entry in entries if "loss" in entry)  # no NaN
 
 
+@pytest.mark.parametrize("bits", [4, 16])
+def test_the_reference_is_what_training_computes_before_the_first_step(bits, small_llama, tmp_path):
+    """Rewards of 0, so a loss of log 2: other numbers in evaluation than in training would be a reward of nothing."""
+    recipe = made_recipe(small_llama, tmp_path / "run", PreferenceSpec("dpo", beta=5.0), max_steps=1)
+    train(*prepare_by_hand(replace(recipe, model=replace(recipe.model, bits=bits))))
+    before, first, _ = read_metrics(Path(recipe.out))
+    assert before["eval_loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert abs(first["rewards/chosen"]) < 1e-4
+
+
+def test_rows_of_single_answers_have_nothing_for_kto_to_compare_with(small_llama, tmp_path):
+    """z is then 0, in training and held out, and the run goes on."""
+    spec = PreferenceSpec("kto")
+    recipe = made_recipe(small_llama, tmp_path / "run", spec)
+    answers = [answer for row in answers_of(made_rows(spec).train) for answer in row]
+    rows = Rows(pack_by_hand(answers[:12], 1), pack_by_hand(answers[12:15], 1), [], kind="rated")
+    train(*prepare_by_hand(recipe, rows=rows))
+    assert [entry["kl"] for entry in read_metrics(Path(recipe.out)) if "kl" in entry] == [0.0] * 3
+    assert load_held_out_rows(Path(recipe.out))["kl_reference"][:] == [[]] * 3
+
+
 SCRIPT = """
 import sys
 from dataclasses import replace
@@ -229,15 +251,15 @@ from tests.run.preference_rows import made_recipe, prepare_by_hand
 folder, out, loss, sharded = sys.argv[1:]
 init_distributed()
 recipe = made_recipe(Path(folder), Path(out), PreferenceSpec(loss), max_steps=3)
-model, tokenizer, rows, recipe, plan = prepare_by_hand(recipe, 1)
 layout = Layout(world_size(), sharded=sharded == "sharded" and world_size() > 1)
+model, tokenizer, rows, recipe, plan = prepare_by_hand(recipe, 1, layout=layout)
 plan = replace(plan, accumulation=4 // world_size(), layout=layout)
 train(model, tokenizer, rows, recipe, plan)
 shut_down_distributed()
 """
 
 
-@pytest.mark.slow  # 40 s: five runs, each with torch's start
+@pytest.mark.slow  # 80 s: six runs, each with torch's start
 @pytest.mark.parametrize(("loss", "sharded"), [("dpo", "whole"), ("kto", "whole"), ("kto", "sharded")])
 def test_two_processes_learn_what_one_does(loss, sharded, small_llama, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
