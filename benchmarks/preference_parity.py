@@ -88,6 +88,7 @@ def write_examples(loss: str, path: Path, tokenizer: Any) -> dict[tuple[int, ...
     Returns each example by the token ids of its conversation, or of a pair's two conversations, one after the other.
     """
     found: dict[tuple[int, ...], dict[str, Any]] = {}
+    example: dict[str, Any]
     lines = (REPOSITORY / RECIPE.data.source).read_text().splitlines()
     for number, pair in enumerate(map(json.loads, lines)):
         prompt = [{"role": "user", "content": pair["prompt"]}]
