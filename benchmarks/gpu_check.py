@@ -42,7 +42,8 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
     python = [sys.executable, "-m"]
 
     def bench(model: str, tokens: int, *flags: str, goes_on: bool = resume) -> list[str]:
-        out = str(results / f"bench_{model.replace('-', '_')}_{tokens}.json")
+        kind = "bench_dpo" if "--dpo" in flags else "bench"
+        out = str(results / f"{kind}_{model.replace('-', '_')}_{tokens}.json")
         command = [*python, "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--rounds", "1"]
         return [*command, *flags, *peer_flags, *(["--resume"] if goes_on else []), "--out", out]
 
@@ -74,6 +75,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
     bench_both("llama3-8b", 4096)
     commands["profile"] = profile_command(results, "llama3-8b", 4096)
     commands["dryrun"] = [*python, "recipes", "dryrun", "llama3-8b"]
+    commands["bench-dpo-llama3-8b-4096"] = bench("llama3-8b", 4096, "--dpo")
     for tokens in (2048, 8192):
         bench_both("llama3-8b", tokens)
     commands["longest-llama3-8b"] = longest_row(
