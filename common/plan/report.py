@@ -72,6 +72,10 @@ class PlanReport:
             )
         if not self.plan.checkpointing.recomputed:
             return "why: the fastest that fits; no layer needs to recompute"
+        leanest = self.row(OFFLOAD)
+        if self.plan.layout.streamed and not leanest.fits:
+            over = f"; with all weights on the card even the leanest policy would be {room_on(self.card, leanest)}"
+            return f"why: the fastest that fits{over}"
         over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
         least = ", and of about as fast ones it sends the least between cards and host" * self.plan.layout.sharded
         return f"why: the fastest that fits{least}{over}"

@@ -202,6 +202,7 @@ def test_the_report_shows_the_lever_beside_plans_without_it():
     assert line.split()[-12:] == ["0", "of", "32"] * 3 + [str(on_host), "of", "32"]
     assert report.row(EVERY_LAYER).parts[WEIGHTS] > report.row(CHOICE).parts[WEIGHTS]
     assert not report.row(EVERY_LAYER).fits and report.row(CHOICE).fits
+    assert "with all weights on the card even the leanest policy would be 0." in text
     assert max(map(len, text.splitlines())) <= 120
     shared = planner_for(RECIPE, 24)
     assert "stream" not in build_report(shared, choose_or_explain(shared)).text()
