@@ -7,7 +7,7 @@ Memory is counted (common.plan.forecast), not estimated. Time is a roofline esti
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache
 from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
@@ -68,6 +68,7 @@ class Planner:
         self.bucket_bytes = 0
         if layout.processes > 1 and not layout.sharded:
             self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[GRADIENTS]
+        self.pass_seconds_per_token = cache(self._pass_seconds_per_token)
         # In full rows, which is all that an attention with a mask can be counted in.
         self.counted_tokens = self.seq_len, self.seq_len * max(2, MAX_MICRO_BATCH_TOKENS // self.seq_len)
 
@@ -216,7 +217,7 @@ class Planner:
         host = round(sum(weight * count.host_peak() for weight, count in pairs))
         sent = sum(weight * count.link_bytes() for weight, count in pairs)
         peak = peak_between(counts, weights) + self.bucket_bytes
-        seconds_per_token = seconds / tokens + self.pass_seconds_per_token
+        seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
         return Option(rows, policy, peak, seconds_per_token, on_host, host, sent / tokens)
 
     def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
@@ -224,7 +225,8 @@ class Planner:
         tokens, accumulates = rows * self.seq_len, rows < self.rows_here
         step = self.forecast.step(tokens, policy, rows=rows, accumulates=accumulates, on_host=on_host)
         seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
-        peak, seconds_per_token = step.peak() + self.bucket_bytes, seconds / tokens + self.pass_seconds_per_token
+        peak = step.peak() + self.bucket_bytes
+        seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
         option = Option(rows, policy, peak, seconds_per_token, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step
 
@@ -247,8 +249,7 @@ class Planner:
         """Bytes at the worst moment of a forward pass without gradients, beside what a step keeps."""
         return self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host).peak() + self.bucket_bytes
 
-    @cached_property
-    def pass_seconds_per_token(self) -> float:
+    def _pass_seconds_per_token(self, on_host: int = 0) -> float:
         """Of what a loss with a reference computes without gradients, for each token that is trained; else 0.
 
         Before the first step each row once. KTO computes it with answers to other prompts too, and these again in each
@@ -256,10 +257,10 @@ class Planner:
         """
         if not self.needs_reference:
             return 0.0
-        rated, rows = self.recipe.data.kind == "rated", self.reference_rows()
+        rated, rows = self.recipe.data.kind == "rated", self.reference_rows(on_host)
         passes = 2 / self.recipe.train.epochs + 1 if rated else 1 / self.recipe.train.epochs
         tokens = rows * self.seq_len
-        return passes * self.forecast.forward(tokens, rows=rows).seconds(self.forecast.speed) / tokens
+        return passes * self.forecast.forward(tokens, rows=rows, on_host=on_host).seconds(self.forecast.speed) / tokens
 
     def longest_row(self, policy: Policy, on_host: int = 0) -> int:
         """Tokens of the longest single row that fits card and host, a multiple of 256. 0 where none fits.

@@ -29,7 +29,7 @@ def test_the_reference_is_computed_with_the_largest_micro_batch_that_fits_withou
 @pytest.mark.parametrize("loss", ["simpo", "orpo"])
 def test_a_loss_without_a_reference_has_no_pass(loss):
     planner = planner_for(RECIPES[loss], 24)
-    assert (planner.reference_rows(), planner.pass_seconds_per_token) == (0, 0.0)
+    assert (planner.reference_rows(), planner.pass_seconds_per_token()) == (0, 0.0)
     assert planner_for(RECIPE, 24).reference_rows() == 0
 
 
@@ -42,10 +42,19 @@ def test_the_passes_are_in_the_modelled_time(loss, epochs, passes):
     planner = planner_for(replace(RECIPES[loss], train=replace(RECIPE.train, epochs=epochs)), 24)
     option, step = planner.exact(1, Policy(32, 32))
     of_step = step.seconds(planner.forecast.speed, planner.rows_here) / planner.seq_len
-    assert option.seconds_per_token == pytest.approx(of_step + planner.pass_seconds_per_token, rel=1e-12)
+    assert option.seconds_per_token == pytest.approx(of_step + planner.pass_seconds_per_token(), rel=1e-12)
     assert planner.interpolate(1, Policy(32, 32)).seconds_per_token == pytest.approx(option.seconds_per_token, rel=0.02)
     # A step is a forward pass, a backward pass of as many matmuls, and what is not a matmul.
-    assert 2 < of_step / (planner.pass_seconds_per_token / passes) < 2.4
+    assert 2 < of_step / (planner.pass_seconds_per_token() / passes) < 2.4
+
+
+def test_weights_that_stream_cross_the_link_in_the_pass_too():
+    planner = planner_for(RECIPES["dpo"], 24)
+    whole, streamed = (planner.forecast.forward(2048, on_host=layers) for layers in (0, 32))
+    assert whole.link_bytes() == 0 < streamed.link_bytes()
+    assert streamed.peak() < whole.peak()
+    # Weights cross the link in 0.1 s, and 16,384 tokens take longer than that to compute.
+    assert planner.pass_seconds_per_token(32) >= planner.pass_seconds_per_token()
 
 
 @pytest.fixture(scope="module")
