@@ -15,6 +15,7 @@ from tests.real_model.conftest import SYSTEM, real_recipe
 from tests.run.test_training import prepare
 from tests.test_tiny import HELD_OUT_PAIRS, PAIRS, preferences
 
+STEPS = 12
 SHORT = 150  # characters of question and both answers: about 100 tokens with the template's
 
 
@@ -32,8 +33,8 @@ def _answer(text: Any) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-@pytest.mark.slow  # thirty steps
-def test_the_real_model_prefers_one_style_after_thirty_steps_and_drifts_little(real_model, tmp_path):
+@pytest.mark.slow  # two minutes: seconds a step, and the held-out pairs twice
+def test_the_real_model_prefers_one_style_after_twelve_steps_and_drifts_little(real_model, tmp_path):
     recipe = real_recipe(real_model, tmp_path, seq_len=192)
     drift = tmp_path / "general.jsonl"
     drift.write_text("".join(line + "\n" for line in (ROOT / "data" / "general.jsonl").read_text().splitlines()[:4]))
@@ -45,7 +46,7 @@ def test_the_real_model_prefers_one_style_after_thirty_steps_and_drifts_little(r
             drift_source=str(drift),
         ),
         preference=PreferenceSpec("dpo"),
-        train=replace(recipe.train, learning_rate=5e-4),
+        train=replace(recipe.train, learning_rate=5e-4, max_steps=STEPS),
     )
     train(*prepare(recipe))
     held_out = [entry["eval_rewards/accuracies"] for entry in read_metrics(Path(recipe.out)) if "eval_loss" in entry]
