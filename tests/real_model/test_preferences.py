@@ -15,11 +15,12 @@ from tests.real_model.conftest import SYSTEM, real_recipe
 from tests.run.test_training import prepare
 from tests.test_tiny import HELD_OUT_PAIRS, PAIRS, preferences
 
-SHORT = 130  # characters of question and both answers: about 90 tokens with the template's
+STEPS = 12
+SHORT = 150  # characters of question and both answers: about 100 tokens with the template's
 
 
 def write_pairs(path: Path, name: str, count: int) -> str:
-    """The path of a file with the first pairs of data/tiny that are short enough for a row of 128 tokens."""
+    """The path of a file with the first pairs of data/tiny that are short enough for a row of 192 tokens."""
     short = [pair for pair in preferences(name) if sum(map(len, pair.values())) <= SHORT][:count]
     assert len(short) == count
     lines = [{**pair, "prompt": [SYSTEM, {"role": "user", "content": pair["prompt"]}]} for pair in short]
@@ -32,9 +33,9 @@ def _answer(text: Any) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-@pytest.mark.slow  # thirty steps
-def test_the_real_model_prefers_one_style_after_thirty_steps_and_drifts_little(real_model, tmp_path):
-    recipe = real_recipe(real_model, tmp_path, seq_len=160)
+@pytest.mark.slow  # two minutes: seconds a step, and the held-out pairs twice
+def test_the_real_model_prefers_one_style_after_twelve_steps_and_drifts_little(real_model, tmp_path):
+    recipe = real_recipe(real_model, tmp_path, seq_len=192)
     drift = tmp_path / "general.jsonl"
     drift.write_text("".join(line + "\n" for line in (ROOT / "data" / "general.jsonl").read_text().splitlines()[:4]))
     recipe = replace(
@@ -45,7 +46,7 @@ def test_the_real_model_prefers_one_style_after_thirty_steps_and_drifts_little(r
             drift_source=str(drift),
         ),
         preference=PreferenceSpec("dpo"),
-        train=replace(recipe.train, learning_rate=5e-4),
+        train=replace(recipe.train, learning_rate=5e-4, max_steps=STEPS),
     )
     train(*prepare(recipe))
     held_out = [entry["eval_rewards/accuracies"] for entry in read_metrics(Path(recipe.out)) if "eval_loss" in entry]
