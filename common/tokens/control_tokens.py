@@ -18,7 +18,9 @@ def with_control(tokenizer: PreTrainedTokenizerFast, own_text: str) -> PreTraine
     tokenizer where nothing is to be marked, otherwise a copy with the same ids.
     """
     added = tokenizer.added_tokens_decoder.values()
-    missing = [t for t in added if not t.special and t.content in own_text and t.content not in _OWN_WORDS]
+    candidates = (t for t in added if not t.special and t.content not in _OWN_WORDS)
+    # White space is for everybody, also where it is an added token, as Gemma's line breaks are.
+    missing = [t for t in candidates if t.content in own_text and t.content.strip()]
     if not missing:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)

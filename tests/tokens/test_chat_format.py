@@ -1,5 +1,6 @@
 """Golden renderings and masks. TRL's wheel holds the templates of the real models: tests read them there."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from common.conversations.conversation import Conversation, Message
 from common.recipe import UserError
 from common.sources.source_row import BadRow
 from common.tokens.chat_format import IGNORED, ChatFormat
+from common.tokens.control_tokens import with_control
 from tests.conftest import ROOT
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -268,3 +270,13 @@ def test_a_prompt_of_a_model_without_a_template_is_its_text(tokenizer):
     bare.chat_template = None
     ids = bare("Once upon a time", add_special_tokens=False)["input_ids"]
     assert ChatFormat(bare).last_message(ids) == "Once upon a time"
+
+
+def test_a_line_break_that_is_an_added_token_is_no_control_token(tokenizer):
+    """As Gemma's: its template writes line breaks, and so does every message."""
+    marked = copy.deepcopy(tokenizer)
+    marked.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("\n", "<|turn|>")])
+    found = with_control(marked, "<|turn|>user\n")
+    assert not found.added_tokens_decoder[found.convert_tokens_to_ids("\n")].special
+    assert found.backend_tokenizer.get_added_tokens_decoder()[found.convert_tokens_to_ids("<|turn|>")].special
+    assert with_control(marked, "user\n") is marked
