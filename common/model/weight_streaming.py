@@ -95,9 +95,9 @@ class WeightRing:
         if self.copies.stream is not None:
             for slot in self.slots:  # a model may be dropped while a copy is under way
                 slot.record_stream(self.copies.stream)
+        self.tensors = [streamed_tensors(layer)[0] for layer in layers]
         for number, layer in enumerate(layers):
-            for tensor in streamed_tensors(layer)[0]:
-                tensor.lie_in(self.slots[number % RING_SLOTS])
+            self._lie_in_slot(number)
             layer.weight_ring = self  # type: ignore[assignment]
             layer.register_forward_pre_hook(partial(self._before_forward, number), prepend=True)
             layer.register_forward_hook(partial(self._after_forward, number))
@@ -108,10 +108,21 @@ class WeightRing:
         Then the copy of the layer that follows begins. It waits for what was computed so far: the layer that had its
         slot before is done by then. A number that no layer has is none.
         """
+        self._lie_in_slot(number)
         self._load(number)
         self.copies.wait()
         if 0 <= following < len(self.blocks) and following % RING_SLOTS != number % RING_SLOTS:
             self._load(following)
+
+    def _lie_in_slot(self, number: int) -> None:
+        """Makes the layer's weights be those in its slot, where they are not: at first, and after a model.to(device).
+
+        accelerate calls that before it wraps the model, and on a CPU it copies, because cpu:0 is not cpu.
+        """
+        tensors, slot = self.tensors[number], self.slots[number % RING_SLOTS]
+        if getattr(tensors[0].owner, tensors[0].name).data_ptr() != slot.data_ptr():
+            for tensor in tensors:
+                tensor.lie_in(slot)
 
     def _load(self, number: int) -> None:
         place = number % RING_SLOTS

@@ -26,6 +26,7 @@ from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import Policy
 from common.model.held_adapters import held_adapters
 from common.model.sharding import gather_adapter, gather_states_when_saved, is_sharded, load_adapter_shards
+from common.model.weight_streaming import weight_ring
 from common.recipe import Keep
 from common.run.artefacts import save_adapter
 from common.run.best import HeldOutDecisions, best_step, held_out_losses
@@ -238,7 +239,7 @@ class Trainer(SFTTrainer):
     # Sharded layers. The stock trainer knows only those that accelerate sharded.
 
     def _move_model_to_device(self, model: PeftModel, device: torch.device) -> None:
-        if not self.is_sharded:  # shards are where they belong, some of them in host memory
+        if not self.is_sharded and weight_ring(model) is None:  # all is where it belongs, some of it in host memory
             super()._move_model_to_device(model, device)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -389,3 +389,15 @@ def test_processes_do_not_send_what_lies_in_the_ring(folders):
     assert len(ignored) == 3 * 7
     assert ignored < {name for name, _ in model.named_parameters()}
     assert not any("lora_" in name or "norm" in name or "bias" in name for name in ignored)
+
+
+def test_a_model_that_is_moved_to_its_own_device_streams_on(folders):
+    """As accelerate does before it wraps a model for several processes: cpu:0 is another device than cpu, a copy."""
+    model = adapted(folders["llama"])
+    expected = train_step(model, POLICIES["some layers"])
+    with PoisonedClock():
+        stream_weights(model, 4)
+        train_step(model, POLICIES["some layers"])
+        model.to("cpu:0")
+        assert_same_bits(train_step(model, POLICIES["some layers"]), expected)
+        weight_ring(model).finish()
