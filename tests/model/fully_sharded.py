@@ -2,9 +2,9 @@
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.model.fully_sharded FOLDER lean|stock 6 float32
 
-Prints a line of JSON for each of the first 6 policies, and with 0 for long rows in tiles: the losses of STEPS steps; of the last micro-batch and optimizer
-step the bytes that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was
-gathered.
+Prints a line of JSON for each of the first 6 policies, and with 0 for long rows in tiles: the losses of STEPS steps; of
+the last micro-batch and optimizer step the bytes that torch's allocator gave out beyond what was there, at the worst
+moment, and how often a layer was gathered.
 """
 
 import json
