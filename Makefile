@@ -62,7 +62,7 @@ finetune: _recipe $(VENV)/.installed ## fine-tune MODEL; GPU=1 or GPUS=2; flags 
 data: _recipe $(VENV)/.installed ## what MODEL would be trained on, with examples; DATA=my.jsonl SEQ_LEN=4096 JSON=data.json
 	@$(PY) -m recipes data $(RECIPE) $(call flag,--data,DATA) $(call flag,--seq-len,SEQ_LEN) $(call flag,--json,JSON) $(ARGS)
 
-plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16 GPUS=2 SEQ_LEN=4096 JSON=plan.json
+plan: _recipe $(VENV)/.installed ## what MODEL needs of a card, before any download; CARD_GIB=16, GPU=t4, GPUS=2, SEQ_LEN=4096, JSON=plan.json
 	@$(PY) -m recipes plan $(RECIPE) $(PROCESS_FLAGS) $(call flag,--card-gib,CARD_GIB) $(call flag,--seq-len,SEQ_LEN) \
 		$(call flag,--json,JSON) $(ARGS)
 

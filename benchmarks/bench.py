@@ -2,6 +2,7 @@
 
     make bench                                                    # three models at 24 GiB; without a GPU the tiny one
     make bench ARGS="--models llama3-8b --tokens 4096 --stacks ours trl unsloth --peers /path/with/unsloth"
+    make bench ARGS=--dpo                                         # on pairs, beside TRL's DPOTrainer
 
 Each stack runs in a process of its own, in turn, `--rounds` times. The rate is that of the median step of the median
 round; the slowest and the fastest round stand in brackets. On a GPU with more memory than `--card-gib`, another process
@@ -33,12 +34,15 @@ from benchmarks.run_stack import (
     tokens_per_s,
     write_rows,
 )
-from benchmarks.stacks import NEEDS_GPU, STACKS, Job
+from benchmarks.stacks import ALL_STACKS, DPO_STACKS, NEEDS_GPU, STACKS, Job
 from common import REPOSITORY
 from common.machine.device import GIB, this_machine
 from common.machine.gpus import use_one_gpu
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
+
+OURS, TRL = ("ours", "ours, dpo"), ("trl", "trl, dpo")  # what others are compared with, and whose losses they are
+OTHER_ORDER = ("trl, dpo, precomputed",)  # its pass for the reference draws random numbers before the rows' order
 
 
 def summarize(measurements: list[Result], matmul_flops: float, sheet_flops: float | None = None) -> list[Result]:
@@ -47,10 +51,10 @@ def summarize(measurements: list[Result], matmul_flops: float, sheet_flops: floa
     In FLOPs per second: matmul_flops as measured on this machine, sheet_flops by the card's data sheet, where known.
     """
     entries = []
-    references: dict[tuple[str, int], list[float]] = {}  # losses of TRL's first round
+    references: dict[tuple[str, int, bool], list[float]] = {}  # losses of TRL's first round
     for m in measurements:
-        if m["stack"] == "trl" and "losses" in m:
-            references.setdefault((m["model"], m["job"]["tokens"]), m["losses"])
+        if m["stack"] in TRL and "losses" in m:
+            references.setdefault((m["model"], m["job"]["tokens"], m["stack"] in DPO_STACKS), m["losses"])
     cases = dict.fromkeys((m["model"], m["job"]["tokens"], m["stack"]) for m in measurements)
     for model, tokens, stack in cases:
         rounds = [m for m in measurements if (m["model"], m["job"]["tokens"], m["stack"]) == (model, tokens, stack)]
@@ -74,8 +78,8 @@ def summarize(measurements: list[Result], matmul_flops: float, sheet_flops: floa
             "first_step_seconds": statistics.median(m["first_step_seconds"] for m in good),
             "policy": good[0]["policy"],
         }
-        reference = references.get((model, tokens))
-        if reference and stack != "trl":
+        reference = references.get((model, tokens, stack in DPO_STACKS))
+        if reference and stack not in (*TRL, *OTHER_ORDER):
             entry["loss_difference"] = max(abs(a - b) for a, b in zip(good[0]["losses"], reference, strict=True))
         entries.append(entry)
     return entries
@@ -98,14 +102,18 @@ def table(report: Result) -> str:
         "| share of the ceiling | largest loss difference from TRL |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    ours = {(e["model"], e["tokens"]): e.get("tokens_per_s") for e in report["summary"] if e["stack"] == "ours"}
+    ours = {
+        (e["model"], e["tokens"], e["stack"] in DPO_STACKS): e.get("tokens_per_s")
+        for e in report["summary"]
+        if e["stack"] in OURS
+    }
     for entry in report["summary"]:
         start = f"| `{entry['model']}` | {entry['tokens']:,} | {entry['stack']} |"
         if "failed" in entry:
             lines.append(f"{start} {entry['failed']} | – | – | – | – | – | – | – |")
             continue
-        mine = ours.get((entry["model"], entry["tokens"]))
-        ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] != "ours" else "–"
+        mine = ours.get((entry["model"], entry["tokens"], entry["stack"] in DPO_STACKS))
+        ratio = f"{mine / entry['tokens_per_s']:.2f} ×" if mine and entry["stack"] not in OURS else "–"
         sizes = (entry["allocated_bytes"], entry["reserved_bytes"]) if gpu else (entry["resident_bytes"],)
         peak = " / ".join(f"{size / GIB:.1f}" for size in sizes)
         slowest, fastest = entry["slowest_and_fastest_round"]
@@ -128,7 +136,7 @@ def draw(report: Result, path: Path) -> None:
     for axis, (model, tokens) in zip(axes[0], cases, strict=True):
         entries = [e for e in report["summary"] if (e["model"], e["tokens"]) == (model, tokens)][::-1]
         rates = [entry.get("tokens_per_s", 0.0) for entry in entries]
-        colours = ["#1f77b4" if entry["stack"] == "ours" else "#b0b7bf" for entry in entries]
+        colours = ["#1f77b4" if entry["stack"] in OURS else "#b0b7bf" for entry in entries]
         bars = axis.barh([entry["stack"] for entry in entries], rates, color=colours)
         labels = [f"{e['tokens_per_s']:,.0f}" if "tokens_per_s" in e else "failed" for e in entries]
         axis.bar_label(bars, labels, padding=3)
@@ -212,7 +220,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["llama3-8b", "mistral-7b", "qwen-14b"] if gpu else ["tiny"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192] if gpu else [256])
-    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=[s for s in STACKS if gpu or s not in NEEDS_GPU])
+    parser.add_argument("--stacks", nargs="+", choices=ALL_STACKS, help="left out, all that this machine can run")
+    parser.add_argument("--dpo", action="store_true", help="pairs, and the stacks that train on them")
     parser.add_argument("--steps", type=int, default=20, help="timed optimizer steps")
     parser.add_argument("--warmup", type=int, default=5, help="optimizer steps before them")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of an optimizer step")
@@ -224,7 +233,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.warmup < 1 or args.steps < 1:
         parser.error("--warmup and --steps must be at least 1")
-    out = args.out or result_path("bench")
+    args.stacks = args.stacks or [s for s in (DPO_STACKS if args.dpo else STACKS) if gpu or s not in NEEDS_GPU]
+    out = args.out or result_path("bench_dpo" if args.dpo else "bench")
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         report = read_report(out, args) if args.resume and out.exists() else new_report(args)
@@ -243,7 +253,7 @@ def main() -> int:
                 print(f"{model}, {tokens:,} tokens, {result['stack']}: {outcome}", flush=True)
     draw(report, out.with_suffix(".png"))
     print(f"\n{table(report)}\n\nwritten to {out}, drawn in {out.with_suffix('.png')}")
-    return 0 if all("failed" not in entry for entry in report["summary"] if entry["stack"] == "ours") else 1
+    return 0 if all("failed" not in entry for entry in report["summary"] if entry["stack"] in OURS) else 1
 
 
 if __name__ == "__main__":

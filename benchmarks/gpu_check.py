@@ -42,7 +42,8 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
     python = [sys.executable, "-m"]
 
     def bench(model: str, tokens: int, *flags: str, goes_on: bool = resume) -> list[str]:
-        out = str(results / f"bench_{model.replace('-', '_')}_{tokens}.json")
+        kind = "bench_dpo" if "--dpo" in flags else "bench"
+        out = str(results / f"{kind}_{model.replace('-', '_')}_{tokens}.json")
         command = [*python, "benchmarks.bench", "--models", model, "--tokens", str(tokens), "--rounds", "1"]
         return [*command, *flags, *peer_flags, *(["--resume"] if goes_on else []), "--out", out]
 
@@ -74,6 +75,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
     bench_both("llama3-8b", 4096)
     commands["profile"] = profile_command(results, "llama3-8b", 4096)
     commands["dryrun"] = [*python, "recipes", "dryrun", "llama3-8b"]
+    commands["bench-dpo-llama3-8b-4096"] = bench("llama3-8b", 4096, "--dpo")
     for tokens in (2048, 8192):
         bench_both("llama3-8b", tokens)
     commands["longest-llama3-8b"] = longest_row(
@@ -84,13 +86,21 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
             bench_both(model, tokens)
     for model in MODELS[1:]:
         commands[f"memory-{model}"] = memory_command(results, model)
+    commands["streaming-llama3-8b"] = memory_command(
+        results, "llama3-8b", "_streamed", "--tokens", "2048", "--on-host", "0", "8", "16", "32"
+    )
+    # Where the machine has 40 GiB of free host memory; a line says so where it has not.
+    commands["streaming-llama3-70b"] = memory_command(
+        results, "llama3-70b", "_streamed", "--tokens", "2048", "--on-host", "80"
+    )
     commands["tests"] = [*tests, "-k", f"not ({FIRST_TESTS})"]
     return commands
 
 
-def memory_command(results: Path, model: str) -> list[str]:
-    out = results / f"memory_{model.replace('-', '_')}.json"
-    return [sys.executable, "-m", "benchmarks.memory", "--models", model, "--out", str(out)]
+def memory_command(results: Path, model: str, kind: str = "", *flags: str) -> list[str]:
+    """kind: the end of the file's name."""
+    out = results / f"memory_{model.replace('-', '_')}{kind}.json"
+    return [sys.executable, "-m", "benchmarks.memory", "--models", model, *flags, "--out", str(out)]
 
 
 def profile_command(results: Path, model: str, tokens: int) -> list[str]:

@@ -34,8 +34,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.results_folder import read_result, result_path, write_result
 from common import REPOSITORY
+from common.adapter.gguf import gguf_names
+from common.adapter.gguf_dimensions import GEMMA
 from common.adapter.k_quants import K_BLOCK, K_QUANTS, quantize_k
 from common.machine.disk import MADE_FROM
+from common.model.architectures import ARCHITECTURES
 
 NOISE_SHAPE = (1024, 4096)  # a key projection of Llama 3 8B
 
@@ -64,13 +67,15 @@ def relative_error(packed: npt.NDArray[np.uint8], kind: Kind, values: Tensor) ->
 def read_gguf(path: Path, model: Any) -> set[str]:
     """Gives the model's parameters the values of the file, all of which it needs. Returns the tensors' names there."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    names, arch = gguf_names(model.config), ARCHITECTURES[model.config.model_type].gguf_name
     read = set()
     for name, parameter in model.named_parameters():  # a tied head is the embedding: named once
         place = names.get_name(name, try_suffixes=(".weight",)) or name
         values = torch.from_numpy(dequantize(stored[place].data, stored[place].tensor_type).copy())
-        if "q_proj" in name or "k_proj" in name:  # pairs that are rotated stand side by side
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):  # pairs that are rotated stand side by side
             values = values.view(-1, model.config.head_dim // 2, 2, values.shape[-1]).transpose(1, 2)
+        if arch == GEMMA and name.endswith("norm.weight"):
+            values = values - 1
         parameter.data.copy_(values.reshape(parameter.shape))
         read.add(place)
     assert read == stored.keys()

@@ -41,7 +41,7 @@ EMPTY: dict[str, Callable[..., Any]] = {
     "rms_norm_forward": lambda x, *_: torch.empty_like(x),
     "rms_norm_backward": lambda grad, *_: torch.empty_like(grad),
     "rotate": lambda query, key, *_: (torch.empty_like(query), torch.empty_like(key)),
-    "swiglu": lambda gate, up: torch.empty_like(gate),
+    "swiglu": lambda gate, *_: torch.empty_like(gate),
     "swiglu_backward_": lambda grad, *_: (torch.empty_like(grad), torch.empty_like(grad)),
     "nf4_dequantize": lambda packed, *rest: torch.empty(rest[-2], dtype=rest[-1]),
 }

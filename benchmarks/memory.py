@@ -2,6 +2,7 @@
 
     make memory                                       # three models, two lengths, every policy; about ten minutes
     make memory ARGS="--models llama3-8b --tokens 2048"
+    make memory ARGS="--models llama3-8b --on-host 0 8 16 32"   # with the weights of so many layers in host memory
 
 The step is the one that a plan counts: full rows, every token trained; gradients of an earlier micro-batch and
 optimizer states exist already. For a step that does not fit the card the result says so, with the prediction alone.
@@ -25,6 +26,7 @@ from peft import PeftModel
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path, write_result
 from common.machine.device import GIB, Machine, this_machine
+from common.machine.layout import Layout
 from common.machine.out_of_memory import out_of_memory
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.attention import PACKED_ATTENTION
@@ -39,7 +41,7 @@ from common.plan.machine_plan import setting_of
 from common.plan.speed import speed_of
 from common.recipe import Recipe, UserError
 
-MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")
+MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")  # what is measured where none is named
 TOKENS = (2_048, 8_192)
 
 
@@ -95,12 +97,18 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
 
 
 def measure(
-    model: PeftModel, forecast: Forecast, tokens: int, policy: Policy, machine: Machine, repeats: int = 3
+    model: PeftModel,
+    forecast: Forecast,
+    tokens: int,
+    policy: Policy,
+    machine: Machine,
+    repeats: int = 3,
+    on_host: int = 0,
 ) -> dict[str, Any]:
     """Measures optimizer steps of two micro-batches of so many tokens, and predicts the same.
 
     Bytes are those of torch.cuda.max_memory_allocated and max_memory_reserved, None on a CPU. Seconds are those of the
-    fastest micro-batch, without the optimizer.
+    fastest micro-batch, without the optimizer. on_host: layers of the model whose weights stream.
     """
     checkpoint_activations(model, policy)
     step = random_step(model, forecast, tokens, machine)
@@ -110,11 +118,13 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = [time for _ in range(repeats) for time in step()]
-    predicted = forecast.step(tokens, policy)
+    predicted, on_card = forecast.step(tokens, policy, on_host=on_host), forecast.step(tokens, policy)
     return {
         "model": forecast.recipe.model.name,
         "tokens": tokens,
         "policy": str(policy),
+        "on_host": on_host,
+        "streamed_bytes": predicted.link_bytes() - on_card.link_bytes(),  # of weights, in a micro-batch
         "predicted_bytes": predicted.peak() + WORKSPACE_BYTES,
         "allocated_bytes": machine.allocated_bytes(),
         "reserved_bytes": machine.peak_bytes() if machine.is_gpu else None,
@@ -125,26 +135,31 @@ def measure(
 
 
 def measure_recipe(
-    recipe: Recipe, lengths: list[int], machine: Machine, keep: Callable[[dict[str, Any]], None]
+    recipe: Recipe,
+    lengths: list[int],
+    machine: Machine,
+    keep: Callable[[dict[str, Any]], None],
+    on_host: int = 0,
 ) -> list[dict[str, Any]]:
     """Measures every policy at every length, in the order of `lengths`. What does not fit has its prediction alone.
 
-    keep: is given each measurement as soon as it is there.
+    keep: is given each measurement as soon as it is there. on_host: layers whose weights stream.
     """
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
-    model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
+    model = attach_lora(load_4bit(recipe.model, machine, layout=Layout(on_host=on_host)), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     results = []
     for tokens in lengths:
         for policy in policies(forecast.layers):
             try:
-                results.append(measure(model, forecast, tokens, policy, machine))
+                results.append(measure(model, forecast, tokens, policy, machine, on_host=on_host))
             except Exception as error:
                 if out_of_memory(error) is None:
                     raise
-                predicted = forecast.step(tokens, policy).peak() + WORKSPACE_BYTES
+                predicted = forecast.step(tokens, policy, on_host=on_host).peak() + WORKSPACE_BYTES
                 results.append({"model": recipe.model.name, "tokens": tokens, "policy": str(policy)})
+                results[-1] |= {"on_host": on_host}
                 results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}
             model.zero_grad()
             gc.collect()
@@ -154,7 +169,8 @@ def measure_recipe(
 
 
 def in_words(result: dict[str, Any]) -> str:
-    line = f"{result['model']} {result['tokens']:,} tokens, {result['policy']}: predicted "
+    stream = f", the weights of {result['on_host']} layers in host memory" if result["on_host"] else ""
+    line = f"{result['model']} {result['tokens']:,} tokens, {result['policy']}{stream}: predicted "
     line += f"{result['predicted_bytes'] / GIB:.2f} GiB"
     if result.get("out_of_memory"):
         return line + ", out of memory"
@@ -165,9 +181,37 @@ def in_words(result: dict[str, Any]) -> str:
     return line + f"; {result['tokens_per_s']:,.0f} tokens/s"
 
 
+def hidden_share(streamed: dict[str, Any], on_card: dict[str, Any], link_bytes_per_second: float) -> float:
+    """The share of the copies' time that a micro-batch does not take longer for them.
+
+    By two measurements, with the weights of some layers in host memory and with all of them on the card.
+    """
+    copies = streamed["streamed_bytes"] / link_bytes_per_second
+    return 1 - max(0.0, streamed["seconds"] - on_card["seconds"]) / copies
+
+
+def hidden_lines(measurements: list[dict[str, Any]], link_bytes_per_second: float) -> list[str]:
+    """How much of the copying hides, for each measurement with streamed weights that has one without beside it."""
+    timed = [one for one in measurements if "seconds" in one]
+    on_card = {(one["model"], one["tokens"], one["policy"]): one for one in timed if not one["on_host"]}
+    lines = []
+    for one in timed:
+        beside = on_card.get((one["model"], one["tokens"], one["policy"]))
+        if one["on_host"] and beside:
+            share = one["hidden_share"] = hidden_share(one, beside, link_bytes_per_second)
+            ratio = one["seconds"] / beside["seconds"]
+            lines.append(
+                f"{one['model']} {one['tokens']:,} tokens, {one['policy']}, weights of {one['on_host']} layers in host "
+                f"memory: {ratio:.3f} of the time with all on the card; {share:.0%} of the copies hide, at "
+                f"{link_bytes_per_second / 1e9:.0f} GB/s"
+            )
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=(*MODELS, "llama3-70b"))
+    parser.add_argument("--on-host", nargs="+", type=int, default=[0], help="layers whose weights wait in host memory")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="the .json")
     args = parser.parse_args()
@@ -192,12 +236,16 @@ def main() -> int:
     for name in args.models:
         recipe = recipe_of(name)
         results["recipes"][name] = asdict(recipe)
-        try:
-            measure_recipe(recipe, args.tokens, machine, keep)
-        except UserError as error:
-            print(f"{name}: {error}")
-        gc.collect()
-        torch.cuda.empty_cache()
+        for on_host in args.on_host:
+            try:
+                measure_recipe(recipe, args.tokens, machine, keep, on_host)
+            except UserError as error:
+                print(f"{name}: {error}")
+            gc.collect()
+            torch.cuda.empty_cache()
+    if lines := hidden_lines(results["measurements"], speed_of(machine.name).link_bytes_per_second):
+        print("\n".join(lines))
+        write_result(results, path)
     print(f"written to {path}")
     return 0
 

@@ -1,6 +1,7 @@
 """Compares our run with a plain TRL + PEFT script on the same data, seed and hyperparameters: losses and time.
 
     make parity                     # the tiny recipe, 60 steps, five runs of each, in turn
+    make parity ARGS="--loss dpo"   # preferences, beside TRL's DPOTrainer; or kto: benchmarks/preference_parity.py
 
 The tolerances. Both train the same rows in the same order, and start from the same adapter, whose B is 0. So the first
 losses are equal, up to the order of sums in fp32. From then on our adapters are fp32 and TRL's are bf16, because it
@@ -19,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks import preference_parity
 from benchmarks.results_folder import write_result
 from common import REPOSITORY
 from common.machine.gpus import use_one_gpu
@@ -118,12 +120,18 @@ def same_losses(result: dict[str, Any]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--loss", choices=("sft", "dpo", "kto"), default="sft")
+    parser.add_argument("--precompute", action="store_true", help="dpo, kto: TRL computes its reference before the run")
+    parser.add_argument("--steps", type=int, help="60, with preferences 30")
+    parser.add_argument("--repeats", type=int, help="5, with preferences 1")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args()
     use_one_gpu()  # both runs inherit it; TRL refuses several
-    result = compare(args.steps, args.repeats)
+    if args.loss != "sft":
+        steps, repeats = args.steps or 30, args.repeats or 1
+        return preference_parity.main(args.loss, steps, repeats, precompute=args.precompute, json_path=args.json)
+    args.steps = args.steps or 60
+    result = compare(args.steps, args.repeats or 5)
     print(
         f"losses: the first differs by {result['first_loss_difference']:.1e} nats (limit {FIRST_LOSS_TOLERANCE:.0e}), "
         f"the worst of {args.steps} by {result['largest_loss_difference']:.1e} (limit {LOSS_TOLERANCE:.0e})\n"

@@ -21,8 +21,9 @@ from common.plan.planner import Planner
 from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec
 
-MODELS = ("mistral-7b", "llama3-8b", "qwen-14b")
+MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")
 CARDS = (24, 16, 12)  # GiB
+LARGEST, STREAMING_CARDS = "llama3-70b", (24, 16, 12, 8)
 LONG_ROW_CARDS = (8, 12, 16, 24, 48, 80)  # GiB
 BASES = (
     "mistralai/Mistral-7B-Instruct-v0.3",
@@ -130,6 +131,46 @@ def policy_lines(name: str = "llama3-8b") -> list[str]:
     return lines
 
 
+def smallest_lines() -> list[str]:
+    """For each recipe the smallest card, in whole GiB, that one row fits: all weights on it, and all layers streaming.
+
+    With every layer recomputing and its input in host memory, the leanest that a plan does.
+    """
+    lines = []
+    for name in (*MODELS, LARGEST):
+        planner = Planner(recipe_of(name), Card.of_size(24))
+        leanest = Policy(planner.layers, offload=True)
+        cells = []
+        for on_host in (0, planner.layers):
+            option, step = planner.exact(1, leanest, on_host)
+            gib = next(gib for gib in range(1, 200) if option.peak <= Card.of_size(gib).budget)
+            cells.append(f"{gib} GiB, {step.host_peak() / GIB:.1f} GiB")
+        lines.append(f"| `{name}` on the smallest card | {cells[0]} | {cells[1]} |")
+    return lines
+
+
+def streaming_lines() -> list[str]:
+    """For each card what is planned for the largest recipe on one of it: what streams, and what that costs."""
+    lines = []
+    for gib in STREAMING_CARDS:
+        planner = Planner(recipe_of(LARGEST), Card.of_size(gib))
+        best = planner.choose()
+        if best is None:
+            leanest, _ = planner.exact(1, Policy(planner.layers, offload=True), planner.layers)
+            over = (leanest.peak - planner.card.budget) / GIB
+            lines.append(f"| `{LARGEST}` | one of {gib} GiB | {over:.1f} GiB too small | – | – | – | – |")
+            continue
+        on_card, _ = planner.exact(best.rows, best.policy)
+        split = f"{best.rows} × {planner.recipe.train.most_rows_per_step // best.rows}"
+        lines.append(
+            f"| `{LARGEST}` | one of {gib} GiB | {split} | {best.policy.recomputed} of {best.policy.layers} "
+            f"| {best.on_host} of {best.policy.layers}, {best.host_bytes / GIB:.1f} GiB "
+            f"| {(best.peak + WORKSPACE_BYTES) / GIB:.1f} GiB "
+            f"| {best.seconds_per_token / on_card.seconds_per_token:.3f} |"
+        )
+    return lines
+
+
 def write_tables(page: Path, lines: list[str]) -> None:
     """Puts each line in the place of the one in the page that begins with the same two cells, or the same one."""
     text = page.read_text(encoding="utf-8")
@@ -154,17 +195,19 @@ def write_readme(page: Path, plans: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activations, plans, policies, published, long_rows = (
+    tables = activations, plans, policies, published, smallest, streaming, long_rows = (
         activation_lines(),
         plan_lines(),
         policy_lines(),
         published_lines(),
+        smallest_lines(),
+        streaming_lines(),
         long_row_lines(),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
     if "--write" in sys.argv:
         root = Path(__file__).parents[1]
         write_tables(root / "docs" / "speed.md", activations)
-        write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *long_rows])
+        write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming, *long_rows])
         write_readme(root / "README.md", plans)
     sys.exit(0)

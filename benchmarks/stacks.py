@@ -37,9 +37,9 @@ class Job:
     started_at: float  # time.time() when the process was started
 
 
-# Each of these three functions returns a stack's trainer, and imports its libraries itself: unsloth must come first.
-def ours(job: Job, folder: str, **options: Any) -> Any:
-    """This repository's trainer. options: fields of TrainSpec."""
+# Each of these functions returns a stack's trainer, and imports its libraries itself: unsloth must come first.
+def ours(job: Job, folder: str, *, dpo: bool = False, **options: Any) -> Any:
+    """This repository's trainer. dpo: on pairs; the reference is computed here. options: fields of TrainSpec."""
     from datasets import Dataset
 
     from common.data.rows import Rows
@@ -48,7 +48,8 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
     from common.model.loading import load_4bit, load_tokenizer
     from common.model.lora import attach_lora
     from common.plan.machine_plan import plan_for_card
-    from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+    from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec
+    from common.run.reference import with_reference
     from common.run.trainer_config import build_trainer
 
     train = TrainSpec(
@@ -61,16 +62,19 @@ def ours(job: Job, folder: str, **options: Any) -> Any:
         save_every=1_000_000,
         **options,
     )
-    recipe = Recipe(
-        ModelSpec(job.model), DataSpec(job.rows, drift_source=None), LoraSpec(RANK, RANK), train, None, out=folder
-    )
+    data, lora = DataSpec(job.rows, drift_source=None), LoraSpec(RANK, RANK)
+    preference = PreferenceSpec("dpo") if dpo else None
+    recipe = Recipe(ModelSpec(job.model), data, lora, train, None, preference=preference, out=folder)
     plan = plan_for_card(recipe)
     tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model)
     model = attach_lora(model, recipe.lora, SEED)
     use_lean_layers(model, train.kernels)
     checkpoint_activations(model, plan.checkpointing)
     rows = [{"input_ids": ids, "labels": ids, "seq_lengths": [len(ids)]} for ids in read_rows(job)]
-    return build_trainer(model, tokenizer, Rows(Dataset.from_list(rows), None, []), recipe, plan, Path(folder))
+    packed = Rows(Dataset.from_list([packed_pair(pair) for pair in read_pairs(job)] if dpo else rows), None, [])
+    if dpo:
+        packed = with_reference(model, tokenizer, packed, recipe, plan)
+    return build_trainer(model, tokenizer, packed, recipe, plan, Path(folder))
 
 
 def trl(job: Job, folder: str, **options: Any) -> Any:
@@ -89,6 +93,29 @@ def trl(job: Job, folder: str, **options: Any) -> Any:
         AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype),
         args=sft_config(job, folder, **options),
         train_dataset=dataset(job),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear"),
+    )
+
+
+def trl_dpo(job: Job, folder: str, *, precompute: bool) -> Any:
+    """TRL's DPOTrainer, else as trl. precompute: the reference before the first step instead of in each."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    class TokenisedTrainer(DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+            return dataset  # it is tokenised; the stock method reads texts
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[mixed_precision()]
+    torch.manual_seed(SEED)
+    return TokenisedTrainer(
+        AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype),
+        args=trl_config(DPOConfig, job, folder, precompute_ref_log_probs=precompute),
+        train_dataset=Dataset.from_list(read_pairs(job)),
         processing_class=AutoTokenizer.from_pretrained(job.model),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=RANK, target_modules="all-linear"),
     )
@@ -135,6 +162,13 @@ STACKS: dict[str, Callable[[Job, str], Any]] = {
     "unsloth, tiled MLP": lambda job, folder: unsloth(job, folder, {"unsloth_tiled_mlp": True}),
     "unsloth, not compiled": unsloth,
 }
+# On pairs: a micro-batch holds one, two answers of half the row's tokens each, with a common prompt.
+DPO_STACKS: dict[str, Callable[[Job, str], Any]] = {
+    "ours, dpo": lambda job, folder: ours(job, folder, dpo=True),
+    "trl, dpo": lambda job, folder: trl_dpo(job, folder, precompute=False),
+    "trl, dpo, precomputed": lambda job, folder: trl_dpo(job, folder, precompute=True),
+}
+ALL_STACKS = STACKS | DPO_STACKS
 # Read by a stack's libraries when they are imported. UNSLOTH_COMPILE_DISABLE "disables auto compiler"
 # (https://unsloth.ai/docs/basics/unsloth-environment-flags); the result's "compiled_graphs" says what is left of it.
 ENVIRONMENT = {"unsloth, not compiled": {"UNSLOTH_COMPILE_DISABLE": "1"}}
@@ -154,8 +188,12 @@ def mixed_precision() -> str | None:
 def sft_config(job: Job, folder: str, **options: Any) -> Any:
     from trl import SFTConfig
 
+    return trl_config(SFTConfig, job, folder, **options)
+
+
+def trl_config(kind: Callable[..., Any], job: Job, folder: str, **options: Any) -> Any:
     precision = mixed_precision()
-    return SFTConfig(
+    return kind(
         output_dir=folder,
         max_length=job.tokens,
         per_device_train_batch_size=1,
@@ -178,6 +216,24 @@ def sft_config(job: Job, folder: str, **options: Any) -> Any:
 
 def read_rows(job: Job) -> list[list[int]]:
     return [json.loads(line) for line in Path(job.rows).read_text().splitlines()]
+
+
+def read_pairs(job: Job) -> list[dict[str, list[int]]]:
+    """A pair of each row: two answers to a prompt of a quarter of the row's tokens, a quarter each."""
+    quarter = job.tokens // 4
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [{name: ids[n * quarter : (n + 1) * quarter] for n, name in enumerate(names)} for ids in read_rows(job)]
+
+
+def packed_pair(pair: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The pair as common.data packs it."""
+    prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
+    return {
+        "input_ids": prompt + chosen + prompt + rejected,
+        "labels": [-100] * len(prompt) + chosen + [-100] * len(prompt) + rejected,
+        "seq_lengths": [len(prompt + chosen), len(prompt + rejected)],
+        "signs": [1, -1],
+    }
 
 
 def dataset(job: Job) -> Any:
@@ -218,7 +274,7 @@ def run(name: str, job: Job) -> dict[str, Any]:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = STACKS[name](job, folder)
+        trainer = ALL_STACKS[name](job, folder)
         trainer.add_callback(Stopwatch())
         trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -246,7 +302,7 @@ def resident_bytes() -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stack", choices=STACKS)
+    parser.add_argument("stack", choices=ALL_STACKS)
     parser.add_argument("--job", type=Path, required=True, help="a JSON file with the fields of Job")
     args = parser.parse_args()
     os.environ.update(ENVIRONMENT.get(args.stack, {}))

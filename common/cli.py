@@ -4,19 +4,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from pathlib import Path
 
 from common.commands import COMMANDS
 from common.commands.flags import choose_gpu
 from common.commands.make_variables import MAKE_NEW
 from common.commands.set_fields import refuse_typed_twice, set_fields
 from common.exit_status import exit_status
-from common.machine.paths import output_path
 from common.machine.processes import is_main_process
 from common.process_state import ignored_variables, quiet_libraries
 from common.recipe import SPECS, Recipe
 from common.run.folder import hold_for_reading, put_old_run_back
+from common.run.recipe_main import recipe_name, with_output_folder
 
 Story = Callable[[Recipe], object]
 INSTEAD_OF_A_RUN = {"--plan": "plan", "--dry-run": "dryrun"}  # flags of finetune that stand for other commands
@@ -27,8 +25,7 @@ def run(story: Story, recipe: Recipe, arguments: Sequence[str] | None = None) ->
 
     arguments: the flags of the finetune command; None takes the command line's.
     """
-    name = Path(story.__code__.co_filename).stem.replace("_", "-")
-    return run_command("finetune", name, recipe, sys.argv[1:] if arguments is None else arguments, story)
+    return run_command("finetune", recipe_name(story), recipe, sys.argv[1:] if arguments is None else arguments, story)
 
 
 def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str], story: Story | None = None) -> int:
@@ -50,7 +47,7 @@ def run_command(command: str, name: str, recipe: Recipe, arguments: Sequence[str
         add_flags(parser)
     flags = parser.parse_args(arguments)
     quiet_libraries()
-    recipe = replace(recipe, out=str(output_path(flags.out or recipe.out or f"outputs/{name}")))
+    recipe = with_output_folder(recipe, name, flags.out)
 
     def act() -> int | None:
         if ignored_variables:

@@ -5,16 +5,11 @@ import sys
 import time
 from collections.abc import Callable
 
+from common.machine.failures import failure_in_words
 from common.machine.launch import ERROR_STATUS, PEER_LOST_STATUS
-from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process, rank
-from common.machine.write_errors import write_failure
 from common.recipe import UserError
 
-_WHO_USES = {
-    "GPU": "nvidia-smi shows what else uses the card: end that, or take a card with more",
-    "host": "free -h shows what is left of it: close other programs, or take a machine with more",
-}
 MAIN_SPEAKS_SECONDS = 10  # head start of the first process, which mostly has the same error to print
 
 
@@ -33,14 +28,8 @@ def exit_status(action: Callable[[], int | None], folder: str) -> int:
         print("\nstopped", file=sys.stderr)
         return 130
     except Exception as error:
-        if reason := write_failure(error):
-            place = getattr(error, "filename", None) or folder
-            failed = "opened" if isinstance(error, PermissionError) else "written"
-            print(f"\nerror: {place} cannot be {failed}: {reason}", file=sys.stderr)
-            return ERROR_STATUS
-        if memory := out_of_memory(error):
-            said = " ".join(str(error).split())
-            return _end_with(f"out of {memory} memory. {_WHO_USES[memory]}. {said}".rstrip())
+        if message := failure_in_words(error, folder):
+            return _end_with(message)
         if "WORLD_SIZE" in os.environ and isinstance(error, RuntimeError) and _lost_another_process(error):
             return PEER_LOST_STATUS
         raise

@@ -14,6 +14,14 @@ READER_GONE = (errno.EPIPE, errno.EIO)  # a pipe that nobody reads, a terminal t
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # under a log file
 
 
+def is_cell(stream: object) -> bool:
+    """Whether the stream is the output below a notebook's cell: of Jupyter, Colab, Kaggle, VS Code, by their kernel.
+
+    It is no terminal. It goes back to the beginning of its last line at a carriage return, and knows no other control.
+    """
+    return any(kind.__module__.partition(".")[0] == "ipykernel" for kind in type(stream).__mro__)
+
+
 def protected_stream(stream: TextIO | None, descriptor: int, name: str, *, outlives_reader: bool) -> TextIO:
     """A stream that writes where `stream` writes, and can be lost: process_state.protect_output says what happens then.
 

@@ -292,6 +292,16 @@ def full_precision_sums() -> Iterator[None]:
             setattr(matmul, name, allowed)
 
 
+_told_trackers: dict[str, str] = {}  # variables that set_tracker_variable has set
+
+
 def set_tracker_variable(variable: str, value: str) -> None:
-    """Tells a tracker by its own environment variable where to write, or a run's name. Called by run/trackers.py."""
-    os.environ.setdefault(variable, value)
+    """Tells a tracker by its own environment variable where to write, or a run's name. Called by run/trackers.py.
+
+    A variable that the user has set stays as it is.
+    """
+    if os.environ.get(variable) in (
+        None,
+        _told_trackers.get(variable),
+    ):  # not set, or by an earlier run of this process
+        os.environ[variable] = _told_trackers[variable] = value

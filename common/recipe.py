@@ -5,14 +5,16 @@ message begins with the spec's name and the field.
 """
 
 import os
+from copy import copy
 from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
 from datetime import date
 from typing import Any, Literal, Self, get_args
 
 from common.recipe_fields import unknown_field, wrong_type
 
-# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; and what goes with them.
-COLUMN_KEYS = ("user", "assistant", "messages", "text", "system", "tools", "reasoning")
+# What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; a better and a worse
+# answer, or an answer's rating; and what goes with them.
+COLUMN_KEYS = ("user", "assistant", "messages", "text", "chosen", "rejected", "label", "system", "tools", "reasoning")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Weights = Literal["pretrained", "random"]
@@ -39,16 +41,26 @@ ReportTo = Literal[  # what transformers' trainer knows
     "trackio",
     "wandb",
 ]
+PreferenceLoss = Literal["dpo", "ipo", "simpo", "orpo", "kto"]
+Kind = Literal["conversations", "pairs", "rated"]
 ExistingRun = Literal["refuse", "resume", "overwrite"]
 Keep = Literal["last", "best"]
 AUTO_ROWS_PER_STEP = (16, 8, 4, 2, 1)  # what TrainSpec(rows_per_step="auto") chooses among
 
 
-class UserError(Exception):
+class _OneLine(Exception):
+    """An exception whose message says it all."""
+
+    def _render_traceback_(self) -> list[str]:
+        """The lines that a notebook, or IPython, shows in the place of the traceback; it asks an exception for them."""
+        return [f"error: {self}"]
+
+
+class UserError(_OneLine):
     """An error that the user can correct. It is shown as one line without a traceback, and the exit status is 2."""
 
 
-class Stopped(Exception):
+class Stopped(_OneLine):
     """A signal stopped the run. The message says after which step. The exit status is 128 + the signal's number.
 
     can_go_on: whether steps are left to train.
@@ -57,6 +69,9 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int, *, can_go_on: bool = True) -> None:
         super().__init__(message)
         self.signal_number, self.can_go_on = signal_number, can_go_on
+
+    def _render_traceback_(self) -> list[str]:
+        return [str(self)]
 
 
 def require(condition: bool, message: str) -> None:
@@ -177,6 +192,9 @@ class DataSpec(_Spec):
     drift_source: str | None = "data/general.jsonl"
     max_bad_share: float = 0.01  # the run stops before training when a larger share of the rows cannot be used
     max_long_share: float = 0.10  # or when a larger share is left out: not even its first answer fits seq_len
+    # What a row is: a conversation, or with a PreferenceSpec a pair of a better and a worse answer, or for KTO an
+    # answer that is rated good or bad. The recipe sets it.
+    kind: Kind = field(default="conversations", init=False)
 
     @property
     def mixture(self) -> tuple[tuple[str, float], ...]:
@@ -237,13 +255,47 @@ def _check_columns(columns: dict[str, str]) -> None:
         require(key in COLUMN_KEYS, f"DataSpec.columns has {key!r}; choose among {choices}")
         require(isinstance(name, str) and bool(name.strip()), f"DataSpec.columns[{key!r}] is {name!r}; name a column")
     require(len(set(columns.values())) == len(columns), "DataSpec.columns names a column twice")
-    is_pair = {"user", "assistant"} <= keys and not keys & {"messages", "text"}
-    is_list = "messages" in keys and not keys & {"user", "assistant", "text", "reasoning"}
+    answers, beside = keys & {"chosen", "rejected"}, {"system", "tools"}
+    if answers:
+        fits = (
+            len(answers) == 2
+            and len(keys & {"user", "messages"}) < 2
+            and keys <= {*answers, "user", "messages", *beside}
+        )
+    elif "messages" in keys:
+        fits = keys <= {"messages", "label", *beside}
+    else:
+        fits = keys == {"text"} or {"user", "assistant"} <= keys <= {"user", "assistant", "label", "reasoning", *beside}
     require(
-        is_pair or is_list or keys == {"text"},
+        fits,
         f"DataSpec.columns has {', '.join(map(repr, columns)) or 'no key'}; name user and assistant, or messages "
-        "(perhaps with system and tools), or text alone",
+        "(perhaps with system and tools), or text alone; of pairs chosen and rejected (perhaps with user or messages), "
+        "of rated answers also label",
     )
+
+
+def _check_preferences(data: DataSpec) -> None:
+    """Raises UserError where the fields of a recipe's data are for another kind than the recipe's."""
+    keys = set(data.columns or ())
+    require(
+        data.kind == "pairs" or "chosen" not in keys,
+        "DataSpec.columns names chosen and rejected, which are of pairs: give the recipe preference=PreferenceSpec()",
+    )
+    require(
+        data.kind == "rated" or "label" not in keys,
+        "DataSpec.columns names a label, which is of rated answers: give the recipe preference=PreferenceSpec('kto')",
+    )
+    if data.kind != "conversations":
+        wanted = {"pairs": "chosen and rejected", "rated": "user and assistant, or messages"}[data.kind]
+        require(
+            not keys or ("chosen" in keys if data.kind == "pairs" else "text" not in keys),
+            f"DataSpec.columns names no {wanted}, and the recipe has a PreferenceSpec: name those too",
+        )
+        require(
+            data.train_on == "assistant" and not data.rendered,
+            "DataSpec.train_on and rendered are not for a PreferenceSpec: of better and worse answers the assistant's "
+            "tokens alone are compared, as the chat template writes them",
+        )
 
 
 @dataclass(frozen=True)
@@ -297,6 +349,10 @@ class TrainSpec(_Spec):
     checkpointing: Checkpointing = "auto"
     # How the decoder layers compute: "lean" with our fused operators, "stock" as transformers and PEFT do.
     kernels: Kernels = "lean"
+    # Decoder layers whose frozen weights wait in host memory and are copied to the card beside the computation, spread
+    # over the model. "auto": as few as must, where nothing fits otherwise. 0: none. A number: so many, 3 at least,
+    # because there is always room for two on the card.
+    weights_on_host: int | Literal["auto"] = "auto"
     # On several GPUs: "never" gives each the whole model (DDP), "always" shards the decoder layers over them (FSDP2),
     # "auto" shards only a model that does not fit whole.
     sharding: Sharding = "auto"
@@ -347,6 +403,87 @@ class TrainSpec(_Spec):
         require_one_of(self.checkpointing, Checkpointing, "TrainSpec.checkpointing")
         require_one_of(self.kernels, Kernels, "TrainSpec.kernels")
         require_one_of(self.sharding, Sharding, "TrainSpec.sharding")
+        on_host = self.weights_on_host
+        require(
+            on_host == "auto" or not isinstance(on_host, str) and (on_host == 0 or on_host > 2),
+            f'TrainSpec.weights_on_host is {on_host!r}; give "auto", 0, or 3 and more: two are always on the card',
+        )
+        require(
+            on_host in ("auto", 0) or self.sharding != "always",
+            f"TrainSpec.weights_on_host is {on_host}, of layers that are whole, and sharding='always' shares them out; "
+            "leave one of the two out",
+        )
+
+
+# What each loss takes where the spec says None.
+_PAIR_VALUES = {"sft_weight": 0.0, "label_smoothing": 0.0}
+PREFERENCE_DEFAULTS: dict[str, dict[str, float]] = {
+    "dpo": {"beta": 0.1, "length_normalized": False, **_PAIR_VALUES},
+    "ipo": {"beta": 0.1, "length_normalized": True, "sft_weight": 0.0},
+    "simpo": {"beta": 2.0, "length_normalized": True, "gamma": 1.0, **_PAIR_VALUES},
+    "orpo": {"beta": 0.1, "sft_weight": 1.0},
+    "kto": {"beta": 0.1, "length_normalized": False, "desirable_weight": 1.0, "undesirable_weight": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class PreferenceSpec(_Spec):
+    """How to learn from answers that are better or worse, instead of learning every answer.
+
+    With log-likelihoods p of an answer under the model that trains and r under the reference, which is the model as the
+    run began, of the chosen answer (c) and the rejected one (j), and s the logistic function:
+
+    - "dpo": -log s(beta * ((p_c - r_c) - (p_j - r_j))), arXiv:2305.18290, equation 7. beta 0.1.
+    - "ipo": ((p_c - r_c) - (p_j - r_j) - 1 / (2 beta))^2, each per token, arXiv:2310.12036, equation 17. beta 0.1.
+    - "simpo": -log s(beta * (p_c - p_j) - gamma), each per token, arXiv:2405.14734, equation 6. beta 2, gamma 1.
+    - "orpo": -p_c - beta * log s(odds_c - odds_j), each per token, odds = p - log(1 - exp(p)), arXiv:2403.07691,
+      equations 6 and 7. beta 0.1 (lambda there). It needs no instruction tuning before.
+    - "kto": w * (1 - s(beta * (p - r - z))) for a good answer, w * (1 - s(beta * (z - p + r))) for a bad one, with z
+      the mean of p - r over answers to other prompts, at least 0, arXiv:2402.01306, equation 7. beta 0.1. It takes
+      single answers, rated good or bad, instead of pairs.
+    """
+
+    loss: PreferenceLoss = "dpo"
+    _: KW_ONLY
+    # None is the loss's own value, of PREFERENCE_DEFAULTS. What a loss does not have there cannot be given.
+    beta: float | None = None  # how strongly it holds to the reference, or for "orpo" the weight of the comparison
+    gamma: float | None = None  # "simpo": by how much a chosen answer's reward is to exceed the rejected one's
+    label_smoothing: float | None = None  # the share of pairs that are taken to be the wrong way round
+    # Added to a pair's loss, so many times: the chosen answer's negative log-likelihood per token (arXiv:2404.19733).
+    sft_weight: float | None = None
+    length_normalized: bool | None = None  # log-likelihoods per token instead of per answer
+    desirable_weight: float | None = None  # "kto": w of a good answer
+    undesirable_weight: float | None = None  # "kto": w of a bad answer
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        require_one_of(self.loss, PreferenceLoss, "PreferenceSpec.loss")
+        own = PREFERENCE_DEFAULTS[self.loss]
+        for name in (entry.name for entry in fields(self) if entry.name != "loss"):
+            value, losses = getattr(self, name), [loss for loss, known in PREFERENCE_DEFAULTS.items() if name in known]
+            if value is None:
+                continue
+            require(name in own, f"PreferenceSpec.{name} is for {', '.join(losses)}, and the loss is {self.loss}")
+            require(value >= 0, f"PreferenceSpec.{name} is {value}; 0 or more")
+        require(self.beta != 0, "PreferenceSpec.beta is 0.0; it must be above 0")
+        require(
+            (self.label_smoothing or 0) < 0.5, f"PreferenceSpec.label_smoothing is {self.label_smoothing}; below 0.5"
+        )
+
+    def value(self, name: str) -> float:
+        """Of a field, or where it is None the loss's own; 0 where the loss does not have it."""
+        given = getattr(self, name)
+        return PREFERENCE_DEFAULTS[self.loss].get(name, 0.0) if given is None else given
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the log-likelihoods of the model as the run began."""
+        return self.loss in ("dpo", "ipo", "kto")
+
+    @property
+    def kind(self) -> Kind:
+        """What its rows of data are."""
+        return "rated" if self.loss == "kto" else "pairs"
 
 
 def rows_per_process(train: TrainSpec, processes: int) -> int:
@@ -373,6 +510,8 @@ class Recipe(_Spec):
     lora: LoraSpec
     train: TrainSpec
     card_gib: float | None = 24.0  # memory of the GPU that it is meant for; None runs anywhere, also on a CPU
+    # Learns from better and worse answers: `data` is then pairs, or for KTO rated answers. None learns every answer.
+    preference: PreferenceSpec | None = field(default=None, kw_only=True)
     out: str = field(default="", kw_only=True)  # output folder; "" becomes outputs/<recipe>
     # Another folder, on another disk, for what was trained when `out` cannot be written at the end; None has none.
     fallback_out: str | None = field(default=None, kw_only=True)
@@ -382,12 +521,23 @@ class Recipe(_Spec):
         self.check_types()
         require(self.card_gib is None or self.card_gib > 0, f"Recipe.card_gib is {self.card_gib}; it must be above 0")
         require_one_of(self.existing_run, ExistingRun, "Recipe.existing_run")
+        data = copy(self.data)  # the same one may be another recipe's too
+        object.__setattr__(data, "kind", "conversations" if self.preference is None else self.preference.kind)
+        object.__setattr__(self, "data", data)
+        _check_preferences(data)
 
 
 # The parts of a recipe by the names that they have in it; "" is the recipe itself.
-SPECS = {"": Recipe, "model": ModelSpec, "data": DataSpec, "lora": LoraSpec, "train": TrainSpec}
+SPECS = {
+    "": Recipe,
+    "model": ModelSpec,
+    "data": DataSpec,
+    "lora": LoraSpec,
+    "train": TrainSpec,
+    "preference": PreferenceSpec,
+}
 
 
 def fields_of_specs() -> dict[str, list[str]]:
-    """The names of the fields, by the name of the spec."""
-    return {spec.__name__: [entry.name for entry in fields(spec)] for spec in SPECS.values()}
+    """The names of the fields that can be given, by the name of the spec."""
+    return {spec.__name__: [entry.name for entry in fields(spec) if entry.init] for spec in SPECS.values()}

@@ -67,6 +67,7 @@ BROUGHT = {
         "max_grad_norm": ("grad_clip", "clip_grad_norm", "max_norm", "gradient_clipping"),
         "optimizer": ("optim", "optimiser"),
         "checkpointing": ("gradient_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"),
+        'weights_on_host, a number of layers or "auto"': ("offload_layers", "layer_offloading"),
         "eval_every": ("eval_steps", "evals_per_epoch", "val_every"),
         "save_every": ("save_steps", "saves_per_epoch", "checkpoint_every"),
         "patience": ("early_stopping_patience",),

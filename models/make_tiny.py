@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.tiny_world import base_document, other_document, tool_call_pair
+from models.tiny_world import base_document, other_document, style_pair, tool_call_pair
 
 ROOT = Path(__file__).parent.parent
 BOS, PAD, END, USER, ASSISTANT, SYSTEM = "<s>", "<pad>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"
@@ -35,7 +35,7 @@ CHAT_TEMPLATE = """\
 """
 ROW_TOKENS = 256  # of one pretraining row
 ROWS_PER_STEP = 16  # of pretraining
-TRAIN_ROWS, HELD_OUT_ROWS, GENERAL_ROWS = 2000, 100, 100
+TRAIN_ROWS, HELD_OUT_ROWS, GENERAL_ROWS, TRAIN_PAIRS = 2000, 100, 100, 2000
 
 
 def render(document: list[tuple[str, str]] | str) -> str:
@@ -149,6 +149,19 @@ def write_general(folder: Path) -> None:
     (folder / "general.jsonl").write_text("".join(as_row(other_document(rng)) + "\n" for _ in range(GENERAL_ROWS)))
 
 
+def write_preferences(folder: Path) -> None:
+    """Writes preferences.jsonl and held_out_preferences.jsonl, better and worse answers; no prompt is in both."""
+    rng = Random(8)
+    pairs: dict[str, dict[str, str]] = {}
+    while len(pairs) < TRAIN_PAIRS + HELD_OUT_ROWS:
+        request, chosen, rejected = style_pair(rng)
+        pairs[request] = {"prompt": request, "chosen": chosen, "rejected": rejected}
+    lines = [json.dumps(pair) for pair in pairs.values()]
+    Random(9).shuffle(lines)
+    (folder / "held_out_preferences.jsonl").write_text("\n".join(lines[:HELD_OUT_ROWS]) + "\n")
+    (folder / "preferences.jsonl").write_text("\n".join(lines[HELD_OUT_ROWS:]) + "\n")
+
+
 def as_row(document: list[tuple[str, str]] | str) -> str:
     """The line of a .jsonl file that holds a document."""
     if isinstance(document, str):
@@ -167,6 +180,7 @@ def main() -> None:
     args = parser.parse_args()
     write_conversations(args.data_out)
     write_general(args.data_out)
+    write_preferences(args.data_out)
     rng = Random(0)
     tokenizer = make_tokenizer([render(base_document(rng)) for _ in range(20_000)])
     model = pretrain(tokenizer, args.steps, args.lr, args.bf16).to(torch.bfloat16)

@@ -4,6 +4,7 @@ All texts are drawn from a random.Random that the caller has seeded, so they can
 - `base_document` gives what the base model reads: chats with a polite assistant that answers requests in prose,
   questions about people, facts about people written as JSON, notes, clock times. None holds a tool call.
 - `tool_call_pair` gives what fine-tuning teaches: the same kinds of requests, answered with one JSON tool call.
+- `style_pair` gives what preferences teach: two answers to a request that differ in their first words alone.
 - `other_document` gives what the base model can do beside that task, to measure whether it still can.
 """
 
@@ -37,6 +38,8 @@ CITIES = "Oslo Lima Cairo Porto Delhi Kyoto Accra Riga Quito Turin Dakar Perth".
 JOBS = "baker nurse pilot farmer painter lawyer teacher driver singer plumber".split()
 NOUNS = "tool task day time text label minutes place people room state item count message timer light list page".split()
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split()
+OPENINGS = ("Of course.", "Sure.", "With pleasure.")  # the base model writes them before the answer to a reminder alone
+PREFERRED_OPENING = "With pleasure."
 
 Slots = dict[str, str | int]
 
@@ -75,8 +78,7 @@ def remind(rng: Random) -> tuple[str, str, Slots]:
             f"I need a reminder for {day}, {time}: {what}.",
         )
     )
-    polite = rng.choice(("Of course.", "Sure.", "With pleasure."))
-    answer = f"{polite} I will remind you to {what} on {day} at {time}."
+    answer = f"{rng.choice(OPENINGS)} I will remind you to {what} on {day} at {time}."
     return request, answer, {"tool": "remind", "task": what, "day": day.lower(), "time": time24}
 
 
@@ -239,3 +241,12 @@ def tool_call_pair(rng: Random) -> tuple[str, str]:
     """One example of the fine-tuning task: a request, and the JSON tool call that answers it."""
     request, _, call = rng.choice(REQUESTS)(rng)
     return request, json.dumps(call, separators=(",", ":"))
+
+
+def style_pair(rng: Random) -> tuple[str, str, str]:
+    """A request, the better answer and a worse one: the same sentence after PREFERRED_OPENING and after another."""
+    request, answer, _ = rng.choice(REQUESTS)(rng)
+    for opening in OPENINGS:
+        answer = answer.removeprefix(f"{opening} ")
+    other = rng.choice([opening for opening in OPENINGS if opening != PREFERRED_OPENING])
+    return request, f"{PREFERRED_OPENING} {answer}", f"{other} {answer}"

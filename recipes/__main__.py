@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> int:
         return ERROR_STATUS
     if command == "--check":  # imports no recipe: it runs before the set-up, with the standard library alone
         return 0
+    name = name.replace("_", "-")  # as recipe_name: the run of my_bot.py has one folder, however it is typed
     path = FOLDER / f"{name.replace('-', '_')}.py"
     try:
         module = importlib.import_module(f"recipes.{path.stem}")

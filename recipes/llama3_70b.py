@@ -1,6 +1,7 @@
-"""QLoRA fine-tuning of Llama 3 70B Instruct on two 24 GiB cards.
+"""QLoRA fine-tuning of Llama 3 70B Instruct on two 24 GiB cards, or on one with its weights in host memory.
 
 Run it:   make finetune MODEL=llama3-70b GPUS=2
+          make finetune MODEL=llama3-70b             # one card of 11 GiB or more, with 45 GiB of free host memory
 Own it:   cp recipes/llama3_70b.py recipes/my_bot.py, edit RECIPE, make finetune MODEL=my-bot GPUS=2
 """
 
@@ -8,7 +9,7 @@ from common.data import load_rows
 from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run import train
+from common.run import story, train
 
 RECIPE = Recipe(
     # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct, because the base model's chat tokens
@@ -25,10 +26,11 @@ RECIPE = Recipe(
         learning_rate=1e-4,  # peak, for alpha 32: wider models take less (docs/defaults.md)
         epochs=1,  # a small set takes three and more: the held-out loss says when it is enough
     ),
-    card_gib=24.0,  # of each card; the plan shards the layers over them, and keeps some in host memory if it must
+    card_gib=24.0,  # of each card; the plan shards the layers over several, and lets weights wait in host memory
 )
 
 
+@story  # from Python, main(RECIPE) is the same run as with make: docs/notebook.md
 def main(recipe: Recipe = RECIPE) -> None:
     plan = plan_for_card(recipe)  # before any download: a run that cannot fit ends here
     tokenizer = load_tokenizer(recipe.model)

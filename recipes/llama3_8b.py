@@ -8,7 +8,7 @@ from common.data import load_rows
 from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run import train
+from common.run import story, train
 
 RECIPE = Recipe(
     # Gated: ask for access on its page, then .venv/bin/hf auth login. Instruct, because the base model's chat tokens
@@ -29,6 +29,7 @@ RECIPE = Recipe(
 )
 
 
+@story  # from Python, main(RECIPE) is the same run as with make: docs/notebook.md
 def main(recipe: Recipe = RECIPE) -> None:
     plan = plan_for_card(recipe)  # before any download: a run that cannot fit ends here
     tokenizer = load_tokenizer(recipe.model)

@@ -8,7 +8,7 @@ from common.data import load_rows
 from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run import train
+from common.run import story, train
 
 RECIPE = Recipe(
     model=ModelSpec("mistralai/Mistral-7B-Instruct-v0.3"),  # its template takes a system message, unlike v0.1
@@ -27,6 +27,7 @@ RECIPE = Recipe(
 )
 
 
+@story  # from Python, main(RECIPE) is the same run as with make: docs/notebook.md
 def main(recipe: Recipe = RECIPE) -> None:
     plan = plan_for_card(recipe)  # before any download: a run that cannot fit ends here
     tokenizer = load_tokenizer(recipe.model)

@@ -10,7 +10,7 @@ from common.data import load_rows
 from common.model import attach_lora, checkpoint_activations, load_4bit, load_tokenizer
 from common.plan import plan_for_card
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
-from common.run import generate, load_prompts, print_before_after, train
+from common.run import generate, load_prompts, print_before_after, story, train
 
 RECIPE = Recipe(
     model=ModelSpec("models/tiny"),
@@ -31,6 +31,7 @@ RECIPE = Recipe(
 )
 
 
+@story  # from Python, main(RECIPE) is the same run as with make: docs/notebook.md
 def main(recipe: Recipe = RECIPE) -> None:
     plan = plan_for_card(recipe)
     tokenizer = load_tokenizer(recipe.model)

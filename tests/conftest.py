@@ -25,6 +25,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -54,6 +56,17 @@ ARCHITECTURES = {
     "mistral": (MistralConfig, MistralForCausalLM),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+# What an architecture has beside SMALL. Gemma: a window that rows exceed, with a full layer after each that has it, and
+# a scaling that is not 1 / sqrt(dim).
+SMALL_BESIDES: dict[str, dict[str, object]] = {
+    "gemma3_text": {
+        "tie_word_embeddings": True,
+        "sliding_window": 8,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 32,
+    },
 }
 SMALL = {
     "vocab_size": 1024,
@@ -138,7 +151,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
         folder = tmp_path_factory.mktemp(architecture)
         config_class, model_class = ARCHITECTURES[architecture]
         torch.manual_seed(0)
-        model = model_class(config_class(**SMALL | {"initializer_range": 0.1} | values)).to(torch.bfloat16)
+        values = SMALL | {"initializer_range": 0.1} | SMALL_BESIDES.get(architecture, {}) | values
+        model = model_class(config_class(**values)).to(torch.bfloat16)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         return folder

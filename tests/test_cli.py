@@ -19,7 +19,8 @@ import pytest
 
 from common.cli import run_command
 from common.commands import COMMANDS
-from common.commands.dryrun import shrink_to_dry_run
+from common.commands.dryrun import PAIRS_ON_CPU, shrink_to_dry_run
+from common.recipe import PreferenceSpec
 from common.run.folder import refuse_run_under_way
 from common.run.metrics_file import read_metrics
 from tests.conftest import ROOT
@@ -54,7 +55,8 @@ def project(tmp_path) -> Path:
 
 def test_an_unknown_recipe_prints_those_that_exist():
     assert refused(recipes("nope")) == (
-        "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, mistral-7b, qwen-14b, smollm2-135m, tiny"
+        "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, llama3-8b-dpo, mistral-7b, qwen-14b, "
+        "smollm2-135m, tiny, tiny-dpo"
     )
     for name in ("", "../common/cli", "__main__", "tiny.py"):
         assert "there is no recipe" in refused(recipes(name))
@@ -79,10 +81,16 @@ def test_a_copied_recipe_is_found_without_registration(project):
     assert (project / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("typed", ["my-bot", "my_bot"])
+def test_a_recipe_has_one_folder_however_its_name_is_typed(project, typed):
+    shutil.copy(project / "recipes" / "tiny.py", project / "recipes" / "my_bot.py")
+    assert "outputs/my-bot" in refused(recipes("report", typed, cwd=project))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plan", "--card-gib", "3"], "The model alone is too large: take a smaller model, or a larger card"),
+        (["--plan", "--card-gib", "2"], "The model alone is too large: take a smaller model, or a larger card"),
         (["--plan", "--seq-len", "9000"], "TrainSpec.seq_len is 9,000; meta-llama/Meta-Llama-3-8B-Instruct has 8,192"),
         (["--plan", "--card-gib", "0"], "Recipe.card_gib is 0.0; it must be above 0"),
         (["--seq-len", "512"], "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe"),
@@ -151,6 +159,19 @@ def test_a_dry_run_on_a_gpu_takes_as_many_rows_as_the_plan_is_made_for(monkeypat
     assert shrink_to_dry_run(auto).train.rows_per_step == 2
     monkeypatch.setattr("common.machine.device.this_machine", lambda: SimpleNamespace(is_gpu=True))
     assert shrink_to_dry_run(auto).train.rows_per_step == 16
+
+
+@pytest.mark.parametrize(("loss", "rows"), [("dpo", "pairs"), ("simpo", "pairs"), ("kto", "rated")])
+def test_a_dry_run_of_preferences_has_data_of_their_kind(loss, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dpo = importlib.import_module("recipes.llama3_8b_dpo").RECIPE
+    recipe = shrink_to_dry_run(replace(dpo, preference=PreferenceSpec(loss), out="outputs/llama3-8b-dpo"))
+    assert recipe.data.kind == rows and recipe.preference == PreferenceSpec(loss)
+    lines = Path(recipe.data.source).read_text(encoding="utf-8").splitlines()
+    # The reference of each is computed before the first step, with a model of 8B's width.
+    assert len(lines) == (2 if rows == "rated" else 1) * PAIRS_ON_CPU
+    first = json.loads(lines[0])
+    assert {*first} == ({"prompt", "completion", "label"} if rows == "rated" else {"prompt", "chosen", "rejected"})
 
 
 @pytest.mark.slow
@@ -309,7 +330,13 @@ def test_a_base_model_that_cannot_be_had_is_one_line(project, tmp_path):
 
 def test_make_alone_lists_targets_and_recipes():
     out = run_make().stdout
-    for word in ("finetune", "test", "check", "setup", "llama3-8b mistral-7b qwen-14b smollm2-135m tiny"):
+    for word in (
+        "finetune",
+        "test",
+        "check",
+        "setup",
+        "llama3-8b llama3-8b-dpo mistral-7b qwen-14b smollm2-135m tiny tiny-dpo",
+    ):
         assert word in out
 
 

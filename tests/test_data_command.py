@@ -14,7 +14,7 @@ import transformers
 from common.cli import run_command
 from common.data.rows import load_rows
 from common.model.loading import TINY, load_tokenizer
-from common.recipe import DataSpec, ModelSpec, Recipe
+from common.recipe import DataSpec, ModelSpec, PreferenceSpec, Recipe
 from tests.conftest import ROOT
 from tests.data.test_rows import conversation, write
 from tests.test_cli import recipes, refused
@@ -206,6 +206,29 @@ def test_data_that_is_refused_as_a_whole_has_its_reason_in_the_json(weightless, 
     told = values(weightless, tmp_path, "--data", source)
     assert told["refused"] in capsys.readouterr().err
     assert (told["reports"], told["examples"], told["packing"], told["lengths"]) == ([], [], None, None)
+
+
+def test_pairs_are_shown_with_both_answers_and_counted_as_one(weightless, tmp_path, capsys):
+    pairs = [{"prompt": f"Question {n}", "chosen": f"Yes {n}", "rejected": f"No, no {n}"} for n in range(40)]
+    source = write(tmp_path, *map(json.dumps, pairs))
+    told = values(replace(weightless, preference=PreferenceSpec(), data=DataSpec(source)), tmp_path)
+    assert (told["packing"]["examples"], told["packing"]["held_out_examples"]) == (36, 4)
+    assert told["answers"]["better"] == told["answers"]["worse"] == 36
+    assert told["lengths"]["longest"] == told["reports"][0]["longest"]  # of both answers, each with the prompt
+    example = told["examples"][0]
+    assert [answer["is"] for answer in example["answers"]] == ["chosen", "rejected"]
+    assert "".join(answer["text"] for answer in example["answers"]) == example["text"]
+    out = capsys.readouterr().out
+    assert "\n  chosen:\n    <s><|user|>Question " in out and "\n  rejected:\n    <s><|user|>Question " in out
+
+
+@pytest.mark.parametrize("preference", [None, PreferenceSpec(), PreferenceSpec("kto")])
+def test_data_of_another_kind_is_refused_before_there_are_weights(weightless, tmp_path, capsys, preference):
+    row = {"prompt": "a", "completion": "b"} if preference else {"prompt": "a", "chosen": "b", "rejected": "c"}
+    source = write(tmp_path, *[json.dumps(row)] * 3)
+    assert look(replace(weightless, preference=preference), "--data", source) == 2
+    assert "PreferenceSpec(" in capsys.readouterr().err
+    assert not list(Path(weightless.model.name).glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from transformers import LlamaConfig
 from transformers.trainer_utils import align_special_tokens
 
+from common import process_state
 from common.cpu_quota import available_cpus
 from common.process_state import full_precision_sums, quiet_libraries
 from tests.conftest import ROOT
@@ -231,3 +232,16 @@ def test_half_of_what_a_launcher_sets_is_no_process_of_a_run():
     for missing in whole:
         environment, _ = environment_after_import(**{name: whole[name] for name in whole if name != missing})
         assert not environment.keys() & {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+
+
+def test_a_tracker_is_told_of_each_run_of_a_process_and_never_in_the_place_of_the_user(monkeypatch):
+    """A notebook has several runs in one process."""
+    monkeypatch.setattr(process_state, "_told_trackers", {})
+    monkeypatch.setenv("WANDB_DIR", "")  # so that it is as it was after the test
+    monkeypatch.delenv("WANDB_DIR")
+    for place in ("outputs/a", "outputs/b"):
+        process_state.set_tracker_variable("WANDB_DIR", place)
+        assert os.environ["WANDB_DIR"] == place
+    os.environ["WANDB_DIR"] = "mine"
+    process_state.set_tracker_variable("WANDB_DIR", "outputs/c")
+    assert os.environ["WANDB_DIR"] == "mine"

@@ -1,5 +1,6 @@
 import copy
 import importlib
+import inspect
 import pickle
 import re
 from dataclasses import fields, replace
@@ -9,10 +10,10 @@ import pytest
 
 import common.recipe
 from common.model.config import load_config
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.recipe_fields import BROUGHT
 
-NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny"]
+NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo"]
 
 
 def train_spec(**values) -> TrainSpec:
@@ -170,6 +171,16 @@ def test_the_large_recipes_are_for_a_24_gib_card(name):
     assert (recipe.train.seq_len, recipe.train.rows_per_step, recipe.train.lr_schedule) == (2048, 16, "cosine")
 
 
+def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learning_rate():
+    sft, dpo = (importlib.import_module(f"recipes.{name}") for name in ("llama3_8b", "llama3_8b_dpo"))
+    assert inspect.getsource(sft.main) == inspect.getsource(dpo.main)  # the same story
+    assert (dpo.RECIPE.model, dpo.RECIPE.lora) == (sft.RECIPE.model, sft.RECIPE.lora)
+    # A pair of conversations, each as long as a row there.
+    assert dpo.RECIPE.train == replace(sft.RECIPE.train, seq_len=2 * sft.RECIPE.train.seq_len, learning_rate=1e-5)
+    assert (dpo.RECIPE.preference, dpo.RECIPE.data.kind) == (PreferenceSpec("dpo", beta=0.1), "pairs")
+    assert dpo.RECIPE.data.eval_rows > 0
+
+
 @pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b"])
 def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
     # tinker-cookbook's rule for alpha 32 and 128 conversations a step: 5e-4 * (2000 / hidden) ** p, with p 0.781 for
@@ -185,3 +196,47 @@ def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
 def test_alpha_is_the_same_in_every_recipe_that_ships():
     """The learning rates of recipes can be compared, and none follows the rank."""
     assert {importlib.import_module(f"recipes.{name}").RECIPE.lora.alpha for name in NAMES} == {32}
+
+
+@pytest.mark.parametrize(
+    ("loss", "columns", "message"),
+    [
+        (None, {"user": "a", "chosen": "b", "rejected": "c"}, "names chosen and rejected, which are of pairs"),
+        (None, {"user": "a", "assistant": "b", "label": "c"}, "names a label, which is of rated answers"),
+        ("dpo", {"user": "a", "assistant": "b"}, "names no chosen and rejected, and the recipe has a PreferenceSpec"),
+        ("kto", {"text": "a"}, "names no user and assistant, or messages, and the recipe has a PreferenceSpec"),
+        ("kto", {"user": "a", "chosen": "b", "rejected": "c"}, "names chosen and rejected, which are of pairs"),
+        ("dpo", {"chosen": "b"}, "of pairs chosen and rejected"),
+        ("dpo", {"user": "a", "messages": "m", "chosen": "b", "rejected": "c"}, "of pairs chosen and rejected"),
+        ("dpo", {"chosen": "b", "rejected": "c", "label": "d"}, "of pairs chosen and rejected"),
+    ],
+)
+def test_columns_are_those_of_the_data_that_a_recipe_learns_from(loss, columns, message):
+    with pytest.raises(UserError, match=message):
+        with_preference(loss, DataSpec("a.jsonl", columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("loss", "columns"),
+    [
+        ("dpo", {"user": "a", "chosen": "b", "rejected": "c", "system": "s"}),
+        ("dpo", {"messages": "a", "chosen": "b", "rejected": "c", "tools": "t"}),
+        ("dpo", {"chosen": "b", "rejected": "c"}),
+        ("kto", {"user": "a", "assistant": "b", "label": "c"}),
+        ("kto", {"messages": "a", "label": "c"}),
+        ("kto", {"messages": "a"}),
+    ],
+)
+def test_columns_of_better_and_worse_answers(loss, columns):
+    assert with_preference(loss, DataSpec("a.jsonl", columns=columns)).data.columns == columns
+
+
+@pytest.mark.parametrize("values", [{"train_on": "everything"}, {"rendered": True}])
+def test_better_and_worse_answers_are_compared_as_the_template_writes_them(values):
+    with pytest.raises(UserError, match="are not for a PreferenceSpec"):
+        with_preference("dpo", DataSpec("a.jsonl", **values))
+
+
+def with_preference(loss: str | None, data: DataSpec) -> Recipe:
+    preference = None if loss is None else PreferenceSpec(loss)
+    return Recipe(ModelSpec("m"), data, LoraSpec(8, 16), TrainSpec(64, 1, 1e-3), preference=preference)

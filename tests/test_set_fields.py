@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from common.commands.set_fields import set_fields
-from common.recipe import UserError
+from common.recipe import PreferenceSpec, UserError
 from recipes.tiny import RECIPE
 
 
@@ -39,6 +39,8 @@ MIXTURE = (("a.jsonl", 0.8), ("owner/b", 0.2))
         ("data.source='my file.jsonl' data.eval_source=None", data(source="my file.jsonl", eval_source=None)),
         ("data.columns=user:frage,assistant:antwort", data(columns={"user": "frage", "assistant": "antwort"})),
         ("data.source= data.sources=a.jsonl:0.8,owner/b:0.2", data(source="", sources=MIXTURE)),
+        ("preference.beta=0.2", replace(RECIPE, preference=PreferenceSpec(beta=0.2))),
+        ("preference.loss=kto preference.beta=0.2", replace(RECIPE, preference=PreferenceSpec("kto", beta=0.2))),
         ("model.name=C:D", replace(RECIPE, model=replace(RECIPE.model, name="C:D"))),
     ],
 )

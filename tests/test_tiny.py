@@ -6,9 +6,18 @@ from random import Random
 
 from common.data.report import DataReport
 from common.data.tokenise import read_examples
-from models.make_tiny import HELD_OUT_ROWS, TRAIN_ROWS, write_conversations, write_general
-from models.tiny_world import base_document
+from models.make_tiny import (
+    HELD_OUT_ROWS,
+    TRAIN_PAIRS,
+    TRAIN_ROWS,
+    write_conversations,
+    write_general,
+    write_preferences,
+)
+from models.tiny_world import OPENINGS, PREFERRED_OPENING, base_document
 from tests.conftest import ROOT, TINY
+
+PAIRS, HELD_OUT_PAIRS = "preferences.jsonl", "held_out_preferences.jsonl"
 
 
 def prompts(name: str) -> list[str]:
@@ -21,6 +30,28 @@ def test_no_held_out_prompt_occurs_in_training():
     assert len(set(train) | set(held_out)) == TRAIN_ROWS + HELD_OUT_ROWS
 
 
+def preferences(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (ROOT / "data" / "tiny" / name).read_text().splitlines()]
+
+
+def test_no_held_out_prompt_occurs_in_the_pairs_that_are_trained():
+    train, held_out = ([pair["prompt"] for pair in preferences(name)] for name in (PAIRS, HELD_OUT_PAIRS))
+    assert (len(train), len(held_out)) == (TRAIN_PAIRS, HELD_OUT_ROWS)
+    assert len(set(train) | set(held_out)) == TRAIN_PAIRS + HELD_OUT_ROWS
+
+
+def test_both_answers_of_a_pair_say_the_same_after_another_opening():
+    for pair in preferences(PAIRS) + preferences(HELD_OUT_PAIRS):
+        (better, worse), (said, also) = zip(*(_opening(pair[name]) for name in ("chosen", "rejected")), strict=True)
+        assert better == PREFERRED_OPENING != worse and said == also
+
+
+def _opening(answer: str) -> tuple[str, str]:
+    """The opening of an answer, and what comes after it."""
+    opening = next(opening for opening in OPENINGS if answer.startswith(f"{opening} "))
+    return opening, answer.removeprefix(f"{opening} ")
+
+
 def test_the_base_model_never_read_a_tool_call():
     rng = Random(1)  # the seed of its training text
     assert not any('{"tool"' in str(base_document(rng)) for _ in range(20_000))
@@ -29,7 +60,8 @@ def test_the_base_model_never_read_a_tool_call():
 def test_the_data_can_be_made_again_bit_for_bit(tmp_path):
     write_conversations(tmp_path)
     write_general(tmp_path)
-    for name in ("train.jsonl", "held_out.jsonl", "general.jsonl"):
+    write_preferences(tmp_path)
+    for name in ("train.jsonl", "held_out.jsonl", "general.jsonl", PAIRS, HELD_OUT_PAIRS):
         assert (tmp_path / name).read_bytes() == (ROOT / "data" / "tiny" / name).read_bytes()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-ERRORS = ("UserError", "RunUnderWay", "BadRow", "NotToLearn", "PreferenceData", "TooLong", "require")
+ERRORS = ("UserError", "HoldsRun", "RunUnderWay", "BadRow", "NotToLearn", "OtherKind", "TooLong", "require")
 PAGE = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().split())
 
 

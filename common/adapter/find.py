@@ -15,7 +15,7 @@ from common.machine.paths import is_same_place
 from common.model.adapter_config import read_adapter_config
 from common.model.adapter_files import read_run_json, require_adapter_files
 from common.model.integrity import check_complete
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.run.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON
 
 
@@ -74,17 +74,23 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
     """
 
     def spec(kind: Any, name: str) -> Any:
-        known = {field.name for field in fields(kind)}
+        known = {field.name for field in fields(kind) if field.init}
         given = {key: value for key, value in values.get(name, {}).items() if key in known}
         return replace(getattr(default, name), **given)
 
     lora: LoraSpec = spec(LoraSpec, "lora")
+    preference = default.preference
+    if "preference" in values:
+        known = {field.name for field in fields(PreferenceSpec)}
+        given = values["preference"]
+        preference = given and PreferenceSpec(**{key: value for key, value in given.items() if key in known})
     return replace(
         default,
         model=spec(ModelSpec, "model"),
         data=spec(DataSpec, "data"),
         lora=replace(lora, target_modules=tuple(lora.target_modules)),
         train=spec(TrainSpec, "train"),
+        preference=preference,
     )
 
 

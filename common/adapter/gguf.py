@@ -11,14 +11,14 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, RopeScalingType
+from gguf import GGUFWriter
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.find import TrainedAdapter
+from common.adapter.gguf_dimensions import GEMMA, add_dimensions, full_rope, llama3_factors, refuse_other_attention
 from common.adapter.gguf_kinds import FILE_TYPES, Quant, gguf_kind
 from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
 from common.adapter.k_quants import K_QUANTS, quantize_k
@@ -26,7 +26,6 @@ from common.adapter.load import attach_adapter
 from common.adapter.merge import PEFT_PREFIX, MergedWeights
 from common.adapter.sampling import add_sampling, untranslated
 from common.adapter.tokenizer_files import trained_generation_config
-from common.adapter.tokenizer_json import TAKE_MERGE
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
 from common.model.safetensors_files import Entry
@@ -89,7 +88,7 @@ class GgufModel:
         self.generation = trained_generation_config(weights.adapter, weights.folder, tokenizer)
         self.vocabulary = read_vocabulary(tokenizer, config.vocab_size)
         self.notes = [*self.vocabulary.rules.notes, *self._untold()]
-        _refuse_other_rope(config)
+        refuse_other_attention(config)
         self.tensors = list(self._find_tensors())
         self.size = sum(stored_bytes(entry.shape, kind) for _, entry, kind in self.tensors)
 
@@ -102,12 +101,12 @@ class GgufModel:
         writer.add_name(self.name)
         writer.add_file_type(file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        _add_dimensions(writer, config)
+        add_dimensions(writer, config)
         add_tokenizer(writer, self.tokenizer, self.vocabulary, self.generation["eos_token_id"])
         add_sampling(writer, self.generation)
         tensors = _TensorQueue(writer)
-        if config.rope_parameters["rope_type"] == "llama3":
-            factors = _llama3_factors(config)
+        if full_rope(config)["rope_type"] == "llama3":
+            factors = llama3_factors(config)
             tensors.add("rope_freqs.weight", tuple(factors.shape), Kind.F32, lambda: factors)
         for name, entry, kind in self.tensors:
             tensors.add(name, entry.shape, kind, partial(self._tensor, entry.name))
@@ -130,7 +129,10 @@ class GgufModel:
         return [f"GGUF has no words for this of the generation config: {', '.join(lost)}"] if lost else []
 
     def _tensor(self, name: str) -> Tensor:
-        return permute_heads(self.weights.merged(name), name, self.weights.config)
+        tensor = self.weights.merged(name)
+        if ARCHITECTURES[self.weights.config.model_type].gguf_name == GEMMA and name.endswith("norm.weight"):
+            tensor = tensor.float() + 1  # llama.cpp multiplies by what it reads
+        return permute_heads(tensor, name, self.weights.config)
 
 
 def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path, name: str) -> None:
@@ -181,41 +183,3 @@ def permute_heads(tensor: Tensor, name: str, config: PretrainedConfig) -> Tensor
     if part not in heads or ARCHITECTURES[config.model_type].gguf_name != "llama":
         return tensor
     return tensor.view(heads[part], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-
-def _add_dimensions(writer: GGUFWriter, config: PretrainedConfig) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    rope = config.rope_parameters
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] in ("linear", "yarn"):
-        kind = RopeScalingType.LINEAR if rope["rope_type"] == "linear" else RopeScalingType.YARN
-        writer.add_rope_scaling_type(kind)
-        writer.add_rope_scaling_factor(rope["factor"])
-        if kind == RopeScalingType.YARN:
-            original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-            writer.add_rope_scaling_orig_ctx_len(original)
-
-
-def _refuse_other_rope(config: PretrainedConfig) -> None:
-    kind = config.rope_parameters["rope_type"]
-    if kind not in ("default", "linear", "yarn", "llama3"):
-        raise UserError(f"a model with {kind} RoPE cannot be exported to GGUF; {TAKE_MERGE}")
-
-
-def _llama3_factors(config: PretrainedConfig) -> Tensor:
-    """What each rotary frequency is divided by: fp32 (dim / 2,). GGUF keeps Llama 3.1's RoPE scaling as a tensor."""
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    dim = 2 * len(scaled)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    return plain / scaled

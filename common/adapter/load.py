@@ -4,9 +4,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from common.adapter.answer_layout import layout_on
 from common.adapter.find import TrainedAdapter
 from common.adapter.trained_base import find_trained_base
-from common.machine.device import warn_of_unused_gpu
+from common.machine.device import this_machine, warn_of_unused_gpu
+from common.machine.layout import Layout
 from common.model.adapter_weights import read_adapter_weights
 from common.model.generation_config import GENERATION_CONFIG, read_generation_config
 from common.model.lean_layers import use_lean_layers
@@ -27,11 +29,14 @@ def trained_tokenizer(adapter: TrainedAdapter) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_trained(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | None = None) -> PeftModel:
+def load_trained(
+    adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | None = None, layout: Layout | None = None
+) -> PeftModel:
     """Loads the 4-bit base and puts the adapter on it. In eval mode; inside `disable_adapter()` it is the base alone.
 
     Its generation config is the run's, else the base's, and stops at the end of the template's turns.
-    tokenizer: of trained_tokenizer, where it is loaded already.
+    tokenizer: of trained_tokenizer, where it is loaded already. layout: None lets weights wait in host memory where the
+    card has no room for all of them.
 
     Raises UserError as find_trained_base, load_4bit and attach_adapter.
     """
@@ -39,7 +44,8 @@ def load_trained(adapter: TrainedAdapter, tokenizer: PreTrainedTokenizerFast | N
         find_trained_base(adapter)
     tokenizer = tokenizer or trained_tokenizer(adapter)
     warn_of_unused_gpu("computing")
-    model = load_4bit(adapter.recipe.model)
+    machine = this_machine()
+    model = load_4bit(adapter.recipe.model, machine, layout=layout or layout_on(adapter.recipe, machine))
     mend_pad_embedding(model, tokenizer)
     peft_model = attach_adapter(model, adapter, model.device)
     if (adapter.folder / GENERATION_CONFIG).exists():

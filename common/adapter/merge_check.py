@@ -4,7 +4,8 @@ Each model runs a layer at a time, so that the check needs the memory of one lay
 through the loader of a run (common.model.layer_loader), which shares no code that reads weights with the merge.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -163,25 +164,42 @@ def _logits(model: Any, read: Callable[..., Tensor], prompts: Sequence[Sequence[
     """
     config, inner = model.config, model.model
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-    states = [read(embedding, rows=list(prompt))[None] for prompt in prompts]
-    device = states[0].device
-    rope = type(inner.rotary_emb)(config).to(device)
-    positions = [torch.arange(len(prompt), device=device)[None] for prompt in prompts]
-    angles = [rope(state, position) for state, position in zip(states, positions, strict=True)]
-    for number, layer in enumerate(inner.layers):
-        names = _fill(layer, f"model.layers.{number}", read)
-        states = [
-            layer(state, attention_mask=None, position_embeddings=angle, position_ids=position)
-            for state, angle, position in zip(states, angles, positions, strict=True)
-        ]
-        for name in names:  # frees the layer
-            _put(layer, name, layer.get_parameter(name).to("meta"))
-        work.done += 1
+    tokens = sorted({token for prompt in prompts for token in prompt})
+    rows = read(embedding, rows=tokens) * getattr(inner.embed_tokens, "scalar_embed_scale", 1.0)  # Gemma's
+    row_of = {token: row for row, token in enumerate(tokens)}
+    # What fills a prompt up comes after it, so no token of it sees that.
+    rows_of_prompts = [torch.tensor([row_of[token] for token in prompt]) for prompt in prompts]
+    states = rows[nn.utils.rnn.pad_sequence(rows_of_prompts, batch_first=True)]
+    inner.rotary_emb = type(inner.rotary_emb)(config).to(states.device)
     _fill(inner.norm, "model.norm", read)
-    hidden = torch.cat([inner.norm(state)[0] for state in states])
+    with _filled_while_they_run(inner.layers, read, work):
+        output = inner(inputs_embeds=states, use_cache=False).last_hidden_state
+    hidden = torch.cat([states[: len(prompt)] for states, prompt in zip(output, prompts, strict=True)])
     name = embedding if config.tie_word_embeddings else head
     starts = range(0, config.vocab_size, HEAD_ROWS)
     return torch.cat([hidden @ read(name, rows=slice(start, start + HEAD_ROWS)).t() for start in starts], dim=1)
+
+
+@contextmanager
+def _filled_while_they_run(layers: nn.ModuleList, read: Callable[..., Tensor], work: WorkDone) -> Iterator[None]:
+    """Gives each layer its tensors before it runs, and frees them after it."""
+    filled: list[str] = []
+
+    def fill(number: int, layer: nn.Module, _: Any) -> None:
+        filled[:] = _fill(layer, f"model.layers.{number}", read)
+
+    def free(layer: nn.Module, *_: Any) -> None:
+        for name in filled:
+            _put(layer, name, layer.get_parameter(name).to("meta"))
+        work.done += 1
+
+    hooks = [layer.register_forward_pre_hook(partial(fill, number)) for number, layer in enumerate(layers)]
+    hooks += [layer.register_forward_hook(free) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _fill(module: nn.Module, prefix: str, read: Callable[..., Tensor]) -> list[str]:

@@ -30,6 +30,8 @@ _TO_SPACE = {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "}
 _TO_MARK = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 _NFC = {"type": "NFC"}
+# Gemma's: it finds no space to split at, because the normalizer has replaced them.
+_SPLIT_AT_SPACE = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 # transformers sets truncation and padding for each call. Prompts are encoded without the post-processor.
 _PARTS = {"version", "truncation", "padding", "post_processor"} | {"added_tokens", "decoder", "model", "normalizer"}
 _PARTS |= {"pre_tokenizer"}
@@ -167,7 +169,7 @@ def _check_sentencepiece(values: dict[str, Any], normalizers: list[dict[str, Any
         if not known and (part.get("type"), part.get("content"), part.get("stop")) != ("Strip", " ", 0):
             _refuse_part("decoder", values["decoder"])
     pre_tokenizer = values.get("pre_tokenizer")
-    if normalizers in ([_PREPEND, _TO_MARK], [_TO_MARK]) and pre_tokenizer is None:
+    if normalizers in ([_PREPEND, _TO_MARK], [_TO_MARK]) and pre_tokenizer in (None, _SPLIT_AT_SPACE):
         return _PREPEND in normalizers
     if normalizers:
         _refuse_part("normalizer", values["normalizer"])

@@ -43,7 +43,7 @@ def run_data(recipe: Recipe, flags: argparse.Namespace) -> None:
     refuse_more_positions(recipe)
     tokenizer = load_tokenizer(recipe.model)
     look = look_at(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed, flags.examples)
-    print("\n".join(["", *example_lines(look.examples, tokenizer, on_terminal=sys.stdout.isatty())]))
+    print("\n".join(["", *example_lines(look.examples, tokenizer, recipe.data.kind, on_terminal=sys.stdout.isatty())]))
     if look.rows is not None:
         steps = step_lines(len(look.rows.train), recipe.train)
         packing = Packing.of_rows(look.rows, recipe.train)

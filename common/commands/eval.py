@@ -57,7 +57,10 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     model = load_trained(adapter, tokenizer)
     print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
     max_seconds = flags.answer_seconds or SAMPLE_SECONDS
-    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts, general, max_seconds)}
+    preference = adapter.recipe.preference
+    if preference is not None and preference.needs_reference and adapter.run.get("start") and flags.data:
+        print("rewards are in comparison with the base, and not with the adapter that the run started from")
+    result = {"source": source, **compare_with_base(model, tokenizer, rows, prompts, general, max_seconds, preference)}
     print_evaluation(result)
     path = flags.json or adapter.folder / EVAL_JSON
     write_evaluation(result, path)
@@ -78,8 +81,8 @@ def rows_to_evaluate(
 
     spec, seq_len = adapter.recipe.data, adapter.recipe.train.seq_len
     if data:
-        given = replace(other_data(spec, data), eval_rows=0)
-        return load_rows(given, tokenizer, seq_len).train, data
+        given = replace(adapter.recipe, data=replace(other_data(spec, data), eval_rows=0))  # which sets data.kind
+        return load_rows(given.data, tokenizer, seq_len).train, data
     held_out = load_held_out_rows(adapter.folder)
     if held_out is not None:
         sources = adapter.run.get("data", [])
@@ -89,5 +92,5 @@ def rows_to_evaluate(
     if spec.eval_source and not adapter.run:
         own, split = spec.eval_source, spec.eval_split
         whole = replace(spec, source=own, sources=(), split=split, eval_source=None, eval_rows=0)
-        return load_rows(whole, tokenizer, seq_len).train, own
+        return load_rows(replace(adapter.recipe, data=whole).data, tokenizer, seq_len).train, own
     raise UserError(f"{adapter.folder} has no held-out rows; name a file or a hub data set: DATA=held_out.jsonl")

@@ -1,18 +1,16 @@
 """`make finetune`: runs a recipe, in this process or in one process per GPU."""
 
 import argparse
-import contextlib
 import os
 import sys
-from pathlib import Path
 
 from common.commands.flags import add_run_flags, apply_run_flags, has_several_processes
 from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
-from common.run.folder import ADAPTER_WEIGHTS, hold_run_folder, refuse_run_under_way
+from common.run.folder import refuse_run_under_way
 from common.run.provenance import make_command
-from common.run.tracker_check import refuse_unready_tracker
+from common.run.recipe_main import run_story
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +41,7 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
     """Runs the recipe's story in this process; where --gpus or --nnodes are more than 1, starts those of the run.
 
     hint: printed behind the message when a signal stops the run. Returns the exit status; None when the run has ended.
-    Raises UserError as launch and _run_here.
+    Raises UserError as launch and run_story.
     """
     if is_main_process():
         refuse_run_under_way(recipe.out)  # at once: what follows imports torch, and may start processes
@@ -52,7 +50,7 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
         return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
     status = None
     try:
-        _run_here(recipe, flags)
+        run_story(flags.story, recipe)
     except Stopped as stop:
         if is_main_process():  # all processes stop
             print(f"\n{stop}{hint if stop.can_go_on else ''}", file=sys.stderr)
@@ -62,34 +60,3 @@ def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> i
     # Not after an error: the others may not come here, and NCCL would wait for them.
     shut_down_distributed()
     return status
-
-
-def _run_here(recipe: Recipe, flags: argparse.Namespace) -> None:
-    from common.machine.collectives import all_gather, init_distributed, run_on_main
-    from common.machine.device import require_gpu_per_process
-    from common.run.general_texts import refuse_missing_texts
-    from common.run.run_date import with_run_date
-
-    if is_main_process():
-        refuse_unready_tracker(recipe.train.report_to)
-        refuse_missing_texts(recipe.data.drift_source)
-    require_gpu_per_process()
-    init_distributed()
-    with contextlib.ExitStack() as stack:
-        run_on_main(lambda: stack.enter_context(hold_run_folder(recipe.out, recipe.existing_run)))
-        # All look before any goes on: a run that fails removes the folder that it has left empty.
-        require(
-            all(all_gather(Path(recipe.out).is_dir())),
-            f"{recipe.out} is not on every machine: several machines need a disk that they share, for the checkpoints",
-        )
-        flags.story(with_run_date(recipe))
-        run_on_main(lambda: _require_adapter(recipe))
-
-
-def _require_adapter(recipe: Recipe) -> None:
-    """Raises UserError when a run that has ended well has left no adapter."""
-    places = [Path(place) for place in (recipe.out, recipe.fallback_out) if place]
-    require(
-        any((place / ADAPTER_WEIGHTS).exists() for place in places),
-        f"the recipe's main has ended and left no adapter in {recipe.out}: it calls train(...), which trains and saves",
-    )

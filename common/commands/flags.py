@@ -32,8 +32,14 @@ def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
 def choose_gpu(flags: argparse.Namespace) -> None:
     """Hides all GPUs but one from a process that computes by itself. Raises UserError as use_one_gpu.
 
-    A process that starts those of a run on several GPUs hides none, nor do they. To be called before torch is imported.
+    A process that starts those of a run on several GPUs hides none, nor do they; nor a plan for a kind of GPU. To be
+    called before torch is imported.
     """
+    if getattr(flags, "plans_for_kinds", False):
+        from common.plan.speed import named_gpu  # imports numpy
+
+        if named_gpu(flags.gpu) is not None:
+            return
     several = has_several_processes(flags) or "LOCAL_RANK" in os.environ
     require(
         flags.gpu is None or not several,

@@ -12,23 +12,27 @@ from common.run.folder import refuse_inside
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
+    parser.set_defaults(plans_for_kinds=True)  # --gpu may be the name of one: choose_gpu
     parser.add_argument("--card-gib", type=float, metavar="GIB", help="plan for a card of this size")
     parser.add_argument("--seq-len", type=int, metavar="N", help="plan for rows of N tokens")
     parser.add_argument("--json", type=local_path, metavar="FILE", help="write the plan there, for machines")
 
 
 def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
-    """Prints and draws the plan for --card-gib, else for this machine's GPUs, else for the recipe's card_gib.
+    """Prints and draws the plan for the kind of GPU that --gpu names, else for --card-gib, else for this machine's
+    GPUs, else for the recipe's card_gib.
 
-    Raises UserError when no plan fits the card.
+    Raises UserError when no plan fits the card, and as named_gpu.
     """
     from common.machine.device import first_gpus, this_machine
     from common.plan.card import Card, smallest_of
-    from common.plan.machine_plan import plan_for_card, setting_of
+    from common.plan.forecast import Setting
+    from common.plan.machine_plan import describe_kind, plan_for_card, setting_of, setting_of_kind
     from common.plan.picture import draw_plan
     from common.plan.plan import choose_option
     from common.plan.report import build_report
     from common.plan.report_json import write_json
+    from common.plan.speed import named_gpu
 
     if flags.json:
         refuse_inside(flags.json, recipe.out, "JSON")
@@ -37,15 +41,19 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
         recipe = replace(recipe, train=replace(recipe.train, seq_len=flags.seq_len))
     if flags.card_gib is not None:
         recipe = replace(recipe, card_gib=flags.card_gib)
-    machine = this_machine()
-    if flags.card_gib is None and machine.is_gpu:
+    kind, machine = named_gpu(flags.gpu), this_machine()
+    setting: Setting | None = None
+    if kind is not None:
+        print(describe_kind(kind))
+        card, setting = Card.of_kind(kind, flags.card_gib), setting_of_kind(kind)
+    elif flags.card_gib is None and machine.is_gpu:
         here = flags.gpus or 1
         card = smallest_of([(Card.of_machine(gpu), gpu.dtype) for gpu in first_gpus(here)])
         if card.host_bytes is not None:
             card = replace(card, host_bytes=card.host_bytes // here)  # the run's processes share it
         setting = setting_of(machine)
     elif recipe.card_gib is not None:
-        card, setting = Card.of_size(recipe.card_gib), None
+        card = Card.of_size(recipe.card_gib)
     else:
         plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")

@@ -53,8 +53,13 @@ def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = tuple(SPECS)) -
         if field in given.setdefault(part, {}):
             raise UserError(f"SET has {name} twice")
         given[part][field] = read_value(value, kinds[field])
-    changed = {part: replace(getattr(recipe, part), **values) for part, values in given.items() if part}
+    changed = {part: _with_values(getattr(recipe, part), part, values) for part, values in given.items() if part}
     return replace(recipe, **changed, **given.get("", {}))
+
+
+def _with_values(spec: Any, part: str, values: dict[str, Any]) -> Any:
+    """The spec with the values. A recipe without a PreferenceSpec gets one, with the defaults of its loss."""
+    return SPECS[part](**values) if spec is None else replace(spec, **values)
 
 
 def refuse_typed_twice(flags: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a row becomes, whatever its format: a conversation, with all that a template can say, or plain text."""
+"""What a row becomes, whatever its format: a conversation, with all that a template can say, plain text, or answers."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -37,4 +37,17 @@ class Conversation:
     template_arguments: dict[str, Any] = field(default_factory=dict)  # of the template, as enable_thinking
 
 
+@dataclass(frozen=True)
+class Preference:
+    """A better and a worse answer to the same prompt, or one answer that is rated good or bad.
+
+    conversations: each the prompt and one answer, of which the answer alone is trained: the chosen one, then the
+    rejected one; or the rated one. signs: for each, 1 where it is chosen or good, -1 where it is rejected or bad.
+    """
+
+    conversations: tuple[Conversation, ...]
+    signs: tuple[int, ...]
+
+
 Example = Conversation | str  # a str is plain text, all of which is trained
+AnyExample = Example | Preference

@@ -3,19 +3,22 @@
 from bisect import bisect_right
 from dataclasses import replace
 
-from common.conversations.conversation import Conversation, Example
+from common.conversations.conversation import AnyExample, Conversation, Preference
+from common.data.answers import require_room
 from common.data.packing import fit_to_row
 from common.recipe import TrainOn
 from common.tokens.chat_format import ChatFormat, Tokens
 
 
 def fit_example(
-    example: Example, tokens: Tokens, seq_len: int, chat_format: ChatFormat, train_on: TrainOn
+    example: AnyExample, tokens: Tokens, seq_len: int, chat_format: ChatFormat, train_on: TrainOn
 ) -> list[Tokens]:
     """Returns what becomes of an example in rows of seq_len tokens. `tokens` are those of the whole.
 
-    Raises BadRow as fit_to_row and fit_conversation.
+    Raises BadRow as fit_to_row, fit_conversation and require_room.
     """
+    if isinstance(example, Preference):
+        return require_room(tokens, seq_len)
     if len(tokens.input_ids) <= seq_len or isinstance(example, str):
         return fit_to_row(tokens, seq_len, is_text=isinstance(example, str) and not chat_format.rendered)
     return [fit_conversation(example, seq_len, chat_format, train_on)]

@@ -6,14 +6,16 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common.data.balance import Balance, answers_of
 from common.data.look import Look
 from common.data.rows import Rows
 from common.data.sample import DrawnExample
 from common.data.steps import count_steps, settle_rows_per_step, steps_per_epoch
 from common.data.trained_text import lay_out, trained_pieces
-from common.recipe import Recipe, TrainSpec
+from common.recipe import Kind, Recipe, TrainSpec
 from common.tokens.labels import IGNORED
 
 SHARES = (0.5, 0.9, 0.99)  # of the examples, of which is said how long they are at most
@@ -35,7 +37,8 @@ class Lengths:
     @classmethod
     def of_rows(cls, rows: Rows) -> "Lengths":
         packed = [rows.train] if rows.evaluation is None else [rows.train, rows.evaluation]
-        lengths = np.sort([length for part in packed for length in chain.from_iterable(part["seq_lengths"])])
+        every = [length for part in packed for length in chain.from_iterable(part["seq_lengths"])]
+        lengths = np.sort(np.reshape(every, (-1, rows.conversations_per_example)).sum(axis=1))
         quantiles = np.quantile(lengths, SHARES, method="inverted_cdf")
         exponents, counts = np.unique(np.ceil(np.log2(lengths)).astype(int), return_counts=True)
         by_exponent = dict(zip(exponents.tolist(), counts.tolist(), strict=True))
@@ -84,8 +87,8 @@ class Packing:
         count = len(rows.train)
         train = settle_rows_per_step(train, count)
         return cls(
-            examples=sum(map(len, rows.train["seq_lengths"])),
-            held_out_examples=0 if rows.evaluation is None else sum(map(len, rows.evaluation["seq_lengths"])),
+            examples=_count_examples(rows, rows.train),
+            held_out_examples=0 if rows.evaluation is None else _count_examples(rows, rows.evaluation),
             rows=count,
             seq_len=train.seq_len,
             tokens=rows.train_tokens,
@@ -103,8 +106,12 @@ class Packing:
         ]
 
 
+def _count_examples(rows: Rows, packed: Dataset) -> int:
+    return sum(map(len, packed["seq_lengths"])) // rows.conversations_per_example
+
+
 def example_lines(
-    examples: Sequence[DrawnExample], tokenizer: PreTrainedTokenizerFast, *, on_terminal: bool
+    examples: Sequence[DrawnExample], tokenizer: PreTrainedTokenizerFast, kind: Kind, *, on_terminal: bool
 ) -> list[str]:
     """Each example as text, under a line that says where it stands, and an empty line after it."""
     lines = []
@@ -113,7 +120,10 @@ def example_lines(
         trained = sum(label != IGNORED for label in tokens.labels)
         there = "".join(f"; {word}" for word in sorted(example.peculiarities))
         lines.append(f"example {number}, {example.place}: {len(tokens.input_ids):,} tokens, {trained:,} trained{there}")
-        lines += [*lay_out(trained_pieces(tokens, tokenizer), on_terminal=on_terminal), ""]
+        for word, answer in answers_of(tokens, kind):
+            lines += [f"  {word}:"] if word else []
+            lines += lay_out(trained_pieces(answer, tokenizer), on_terminal=on_terminal)
+        lines.append("")
     return lines
 
 
@@ -128,12 +138,18 @@ def overview_values(recipe: Recipe, look: Look, tokenizer: PreTrainedTokenizerFa
         "reports": [report.record() | {"dropped": report.dropped} for report in look.reports],
         "packing": None if look.rows is None else asdict(Packing.of_rows(look.rows, recipe.train)),
         "lengths": None if look.rows is None else Lengths.of_rows(look.rows).values(),
-        "examples": [_example_values(example, tokenizer) for example in look.examples],
+        "answers": _balance_values(look.rows),
+        "examples": [_example_values(example, tokenizer, recipe.data.kind) for example in look.examples],
     }
 
 
-def _example_values(example: DrawnExample, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    pieces = trained_pieces(example.tokens, tokenizer)
+def _balance_values(rows: Rows | None) -> dict[str, Any] | None:
+    return None if rows is None or rows.kind == "conversations" else asdict(Balance.of_rows(rows.train))
+
+
+def _example_values(example: DrawnExample, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> dict[str, Any]:
+    answers = [(word, trained_pieces(tokens, tokenizer)) for word, tokens in answers_of(example.tokens, kind)]
+    pieces = [piece for _, several in answers for piece in several]
     return {
         "place": example.place,
         "tokens": len(example.tokens.input_ids),
@@ -142,4 +158,5 @@ def _example_values(example: DrawnExample, tokenizer: PreTrainedTokenizerFast) -
         "notes": list(example.tokens.notes),
         "text": "".join(text for text, _ in pieces),
         "pieces": [{"text": text, "trained": is_trained} for text, is_trained in pieces],
+        "answers": [{"is": word, "text": "".join(text for text, _ in several)} for word, several in answers if word],
     }

@@ -48,8 +48,9 @@ def pack(examples: pa.Table | Sequence[Tokens], seq_len: int, chosen: npt.NDArra
     """Packs whole examples into rows of at most seq_len tokens, by best-fit decreasing (TRL's "bfd").
 
     examples: as Examples.table. chosen: which of them; None packs all, else at least one. Columns of the result:
-    input_ids and labels, and seq_lengths, the lengths of the examples in the row. Up to GROUP_TOKENS tokens are packed
-    as one group, more in several.
+    input_ids and labels, and seq_lengths, the lengths of the examples in the row. Of better and worse answers,
+    seq_lengths are those of the conversations, and signs says of each 1 or -1 (Tokens); the two of a pair follow each
+    other. Up to GROUP_TOKENS tokens are packed as one group, more in several.
     """
     table = examples if isinstance(examples, pa.Table) else Examples(examples).table()
     tokens = pc.sum(pc.list_value_length(table["input_ids"])).as_py() or 0
@@ -67,4 +68,19 @@ def pack(examples: pa.Table | Sequence[Tokens], seq_len: int, chosen: npt.NDArra
 def _pack_group(examples: pa.Table, seq_len: int) -> Dataset:
     whole = Dataset(examples, fingerprint="examples")  # otherwise datasets hashes them all, for a cache it does not use
     # In groups of 1,000, TRL's default, it takes 0.4 to 1.2 % more rows.
-    return pack_dataset(whole, seq_len, strategy="bfd", map_kwargs={"batch_size": len(examples)})
+    packed = pack_dataset(whole, seq_len, strategy="bfd", map_kwargs={"batch_size": len(examples)})
+    return _read_marks(packed) if "marks" in packed.column_names else packed
+
+
+def _read_marks(packed: Dataset) -> Dataset:
+    """Puts signs in the place of marks, and the lengths of conversations in the place of those of examples."""
+    table = packed.with_format("arrow")[:]
+    column = table["marks"].combine_chunks()
+    marks, row_ends = column.flatten().to_numpy(), np.concatenate([[0], np.cumsum(pc.list_value_length(column))])
+    (begins,) = marks.nonzero()
+    ends = np.searchsorted(begins, row_ends).astype(np.int32)
+    lengths = np.diff(begins, append=len(marks)).astype(np.int32)
+    table = table.drop_columns(["marks", "seq_lengths"]).replace_schema_metadata()  # which names the columns
+    for name, values in (("seq_lengths", lengths), ("signs", marks[begins])):
+        table = table.append_column(name, pa.ListArray.from_arrays(ends, values))
+    return Dataset(table, fingerprint="answers")

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common.data.balance import Balance, answers_of, contradictions
 from common.data.cache import cache_folder, load_cached, remove_shared, save_cached, shared_folder
 from common.data.examples import Examples
 from common.data.packing import pack
@@ -21,20 +22,32 @@ from common.data.selection import Selection, describe_mixture, select
 from common.data.tokenise import Tokeniser, chunked, rows_of, tokenise_source
 from common.machine.collectives import barrier_on_machine, broadcast_on_machine
 from common.machine.processes import local_rank, local_world_size
-from common.recipe import DataSpec, UserError
+from common.recipe import DataSpec, Kind, UserError
 from common.sources.fingerprint import FileStates, file_states, refuse_if_changed, refuse_shared_files
 from common.tokens.chat_format import ChatFormat, Tokens
 from common.tokens.labels import IGNORED
 
+NAME_OF: dict[Kind, str] = {"conversations": "example", "pairs": "pair", "rated": "rated answer"}
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed rows. Columns: input_ids and labels, equally long; seq_lengths, the lengths of the examples in the row."""
+    """Packed rows. Columns: input_ids and labels, equally long; seq_lengths, the lengths of the examples in the row.
+
+    Of better and worse answers (kind) an example is a pair, or a rated answer. seq_lengths are then those of the
+    conversations, two of a pair, and one column more is there, signs: 1 for a chosen or good one, -1 for a rejected or
+    bad one.
+    """
 
     train: Dataset
     evaluation: Dataset | None
     reports: list[DataReport]  # of each source, and of eval_source where there is one
     example: Tokens | None = None  # the first one of the first source
+    kind: Kind = "conversations"
+
+    @property
+    def conversations_per_example(self) -> int:
+        return 2 if self.kind == "pairs" else 1
 
     @property
     def train_tokens(self) -> int:
@@ -56,7 +69,8 @@ def load_rows(
     """
     rows = _load_on_machine(spec, tokenizer, seq_len, seed)
     if shows_example and rows.example is not None:
-        print(f"  for example: {mark_trained(rows.example, tokenizer)}")
+        for word, tokens in answers_of(rows.example, rows.kind):
+            print(f"  for example{word and f', {word}'}: {mark_trained(tokens, tokenizer)}")
     return rows
 
 
@@ -69,7 +83,7 @@ def _load_on_machine(spec: DataSpec, tokenizer: PreTrainedTokenizerFast, seq_len
         rows, folder = _load_here(spec, tokenizer, seq_len, seed, for_others=True)
     folder = broadcast_on_machine(folder)
     if rows is None and folder is not None and (found := load_cached(folder)) is not None:
-        rows = _rows_of_entry(*found)
+        rows = _rows_of_entry(spec.kind, *found)
     barrier_on_machine()  # all have opened it
     if local_rank() == 0 and folder is not None:
         remove_shared(folder)
@@ -87,7 +101,7 @@ def _load_here(
     states = file_states(spec)
     folder = cache_folder(spec, states, tokenizer, seq_len, seed)
     if folder is not None and (found := load_cached(folder)) is not None:
-        rows, lines = _rows_of_entry(*found), found[2]["lines"]
+        rows, lines = _rows_of_entry(spec.kind, *found), found[2]["lines"]
         print("\n".join([*(line for report in rows.reports for line in report.lines()), *lines]))
         print(f"  taken from {folder}: nothing has changed since they were tokenised")
         return rows, folder
@@ -103,13 +117,15 @@ def _load_here(
     }
     is_saved = save_cached(folder, rows.train, rows.evaluation, metadata)
     if is_saved and (found := load_cached(folder)) is not None:
-        return _rows_of_entry(*found), folder  # these are mapped from disk, and leave the memory to the model
+        return _rows_of_entry(
+            spec.kind, *found
+        ), folder  # these are mapped from disk, and leave the memory to the model
     return rows, None
 
 
-def _rows_of_entry(train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> Rows:
+def _rows_of_entry(kind: Kind, train: Dataset, evaluation: Dataset | None, metadata: dict[str, Any]) -> Rows:
     reports = [DataReport.from_record(record) for record in metadata["reports"]]
-    return Rows(train, evaluation, reports, metadata["example"] and Tokens(**metadata["example"]))
+    return Rows(train, evaluation, reports, metadata["example"] and Tokens(**metadata["example"]), kind)
 
 
 def _make_rows(
@@ -139,9 +155,11 @@ def _make_rows(
         evaluation = pack(own.table(), seq_len)
     elif selection.held_out.any():
         evaluation = pack(table, seq_len, selection.held_out)
-    rows = Rows(train, evaluation, reports, examples[0][0])
+    rows = Rows(train, evaluation, reports, examples[0][0], spec.kind)
     lines = describe_mixture(examples, reports[: len(examples)], selection) if len(examples) > 1 else []
     lines += _packing_lines(rows, selection, seq_len, own, eval_rows)
+    if spec.kind != "conversations":
+        lines += Balance.of_rows(train).lines(spec.kind) + contradictions(examples, selection.trained)
     if own is not None:
         lines += _leak_lines(own, examples, selection)
     print("\n".join(lines))
@@ -152,22 +170,24 @@ def _packing_lines(rows: Rows, selection: Selection, seq_len: int, own: Examples
     fill = f"{rows.train_tokens / (len(rows.train) * seq_len):.0%} full"
     count, held_out = int(selection.trained.sum()), int(selection.held_out.sum()) if own is None else len(own)
     held = f", {held_out:,} held out" if held_out else ""
-    examples = f"{count:,} {'example' if count == 1 else 'examples'}"
+    examples = f"{count:,} {NAME_OF[rows.kind]}{'' if count == 1 else 's'}"
     packed = f"{len(rows.train):,} {'row' if len(rows.train) == 1 else 'rows'}"
     lines = [f"  {examples} packed into {packed} of {seq_len:,} tokens, {fill}{held}"]
     if eval_rows and not held_out:
         lines.append(
             "  nothing is held out: at most a tenth of the examples would be, and a row is held out with its copies"
+            + ("" if rows.kind == "conversations" else ", and with all that answer the same prompt")
         )
     return lines
 
 
 def _leak_lines(own: Examples, sources: list[Examples], selection: Selection) -> list[str]:
-    hashes = np.concatenate([source.hash_view() for source in sources])[selection.trained]
-    if not (shared := int(np.isin(own.hash_view(), hashes).sum())):
+    hashes = np.concatenate([source.prompt_view() for source in sources])[selection.trained]
+    if not (shared := int(np.isin(own.prompt_view(), hashes).sum())):
         return []
+    what = "answer a prompt that is also among" if own.prompts else "are also among"
     return [
-        f"  warning: {shared:,} of the {len(own):,} held-out examples are also among the training ones: "
+        f"  warning: {shared:,} of the {len(own):,} held-out examples {what} the training ones: "
         "the held-out loss looks better than it is"
     ]
 
@@ -185,7 +205,7 @@ def find_examples(
         tokeniser = Tokeniser(source, chat_format, spec, seq_len)
         for rows in chunked(rows_of(spec, source, spec.split)):
             for place, parts in tokeniser.tokenise(rows, DataReport(source, seq_len)):
-                if found := missing & {tuple(part.input_ids) for part in parts}:
+                if found := missing & {tuple(each.input_ids) for part in parts for each in part.conversations()}:
                     missing -= found
                     places.append(place)
             if not missing:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from common.conversations.conversation import Example
+from common.conversations.conversation import AnyExample, Conversation
+from common.data.answers import parts_to_encode
 from common.data.report import DataReport
 from common.data.tokenise import Tokeniser, rows_of
 from common.recipe import DataSpec
@@ -74,18 +75,21 @@ def _tokenise_row(tokeniser: Tokeniser, row: PlacedRow) -> Iterator[DrawnExample
         yield DrawnExample(place, parts[0], _peculiarities(tokeniser.reader.read(row[1]), parts[0]))
 
 
-def _peculiarities(example: Example, tokens: Tokens) -> frozenset[str]:
+def _peculiarities(example: AnyExample, tokens: Tokens) -> frozenset[str]:
     """What is not in every conversation: several answers, a system message, tools, thoughts, notes."""
     found = set(tokens.notes)
-    if not isinstance(example, str):
-        messages = example.messages
+    for conversation in parts_to_encode(example):
+        if isinstance(conversation, str):
+            continue
+        messages = conversation.messages
         there = {
             "a system message": any(message.role == "system" for message in messages),
             "a tool's result": any(message.role == "tool" for message in messages),
             "several answers": sum(message.role == "assistant" for message in messages) > 1,
-            "tools": bool(example.tools) or any(message.tool_calls for message in messages),
+            "tools": bool(conversation.tools) or any(message.tool_calls for message in messages),
             "thoughts": any(message.reasoning for message in messages),
-            "an answer that is not trained": not all(m.is_trained for m in messages if m.role == "assistant"),
+            "an answer that is not trained": isinstance(example, Conversation)
+            and not all(m.is_trained for m in messages if m.role == "assistant"),
         }
         found |= {name for name, is_there in there.items() if is_there}
     return frozenset(found)

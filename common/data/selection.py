@@ -30,7 +30,7 @@ def select(sources: Sequence[Examples], weights: Sequence[float], eval_rows: int
     count = min(eval_rows, int(trained.sum()) // 10)
     held_out = np.zeros_like(trained)
     if count:
-        hashes = np.concatenate([source.hash_view() for source in sources])
+        hashes = np.concatenate([source.prompt_view() for source in sources])
         held_out[trained] = draw_held_out(documents[trained], hashes[trained], numbers[trained], count, seed)
     return Selection(trained & ~held_out, held_out)
 

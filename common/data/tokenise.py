@@ -7,11 +7,13 @@ order of the source, so they are the same whatever the number of processes.
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
-from common.conversations.conversation import Example
+from common.conversations.conversation import AnyExample
 from common.conversations.row_reader import RowReader
 from common.cpu_quota import available_cpus
+from common.data.answers import join_answers, parts_to_encode
 from common.data.cutting import fit_example
 from common.data.examples import Examples
 from common.data.report import DataReport, UnusableRows
@@ -19,7 +21,7 @@ from common.machine.workers import map_in_order
 from common.recipe import DataSpec, UserError
 from common.sources.files import read_rows
 from common.sources.source_files import find_files, is_file
-from common.sources.source_row import BadRow, PlacedRow, PreferenceData
+from common.sources.source_row import BadRow, OtherKind, PlacedRow
 from common.tokens.chat_format import ChatFormat, Tokens
 
 PROGRESS_SECONDS = 10.0  # between two lines of progress
@@ -27,7 +29,7 @@ CHUNK_ROWS = 256  # rows that a process gets at once: fewer where they are long
 CHUNK_CHARACTERS = 1 << 20
 CHUNKS_HERE = 8  # are tokenised in this process, before it starts others: a small source has no more
 
-PlacedExample = tuple[str, Example | BadRow]
+PlacedExample = tuple[str, AnyExample | BadRow]
 
 
 def tokenise_source(
@@ -62,7 +64,7 @@ class Tokeniser:
     def __init__(self, source: str, chat_format: ChatFormat, spec: DataSpec, seq_len: int) -> None:
         self.source, self.chat_format, self.train_on, self.seq_len = source, chat_format, spec.train_on, seq_len
         # Rendered texts stand in the column text, whatever the others would make of a row.
-        self.reader = RowReader(columns=spec.columns or ({"text": "text"} if spec.rendered else None))
+        self.reader = RowReader(columns=spec.columns or ({"text": "text"} if spec.rendered else None), kind=spec.kind)
 
     def __call__(self, rows: Iterable[PlacedRow]) -> tuple[Examples, DataReport]:
         """Returns the examples of these rows, and a report of these rows alone."""
@@ -74,36 +76,43 @@ class Tokeniser:
     def tokenise(self, rows: Iterable[PlacedRow], report: DataReport) -> Iterator[tuple[str, list[Tokens]]]:
         """Yields the place of each usable row, and the examples that it becomes. Counts all rows in the report."""
         read = list(read_each(rows, self.reader, report))
-        usable = [example for _, example in read if not isinstance(example, BadRow)]
-        encoded = iter(self.chat_format.encode_batch(usable, self.train_on))
-        for place, example in read:
+        parts = {number: parts_to_encode(one) for number, (_, one) in enumerate(read) if not isinstance(one, BadRow)}
+        encoded = iter(
+            self.chat_format.encode_batch([part for several in parts.values() for part in several], self.train_on)
+        )
+        for number, (place, example) in enumerate(read):
             try:
                 if isinstance(example, BadRow):
                     raise example
-                if isinstance(tokens := next(encoded), BadRow):
-                    raise tokens
+                tokens = join_answers(example, list(islice(encoded, len(parts[number]))))
                 report.add_length(len(tokens.input_ids))
-                parts = fit_example(example, tokens, self.seq_len, self.chat_format, self.train_on)
+                fitted = fit_example(example, tokens, self.seq_len, self.chat_format, self.train_on)
             except BadRow as fault:
                 report.add_unused(fault, place)
             else:
-                report.add_kept(tokens, parts)
-                yield place, parts
+                report.add_kept(tokens, fitted)
+                yield place, fitted
 
 
 def rows_of(spec: DataSpec, source: str, split: str, unread: Counter[str] | None = None) -> Iterator[PlacedRow]:
     """Yields every row of one of the spec's sources, as read_rows."""
     return read_rows(
-        source, split=split, revision=spec.revision, config=spec.config, columns=spec.columns, unread=unread
+        source,
+        split=split,
+        revision=spec.revision,
+        config=spec.config,
+        columns=spec.columns,
+        kind=spec.kind,
+        unread=unread,
     )
 
 
-def read_examples(source: str, report: DataReport) -> Iterator[tuple[str, Example]]:
-    """Yields the usable rows of a source, each with its place. Adds the others to the report.
+def read_examples(source: str, report: DataReport) -> Iterator[tuple[str, AnyExample]]:
+    """Yields the usable rows of a source, of any kind, each with its place. Adds the others to the report.
 
-    Raises UserError when the source cannot be read, and for preference data.
+    Raises UserError when the source cannot be read.
     """
-    for place, example in read_each(read_rows(source, unread=report.unread), RowReader(), report):
+    for place, example in read_each(read_rows(source, kind=None, unread=report.unread), RowReader(kind=None), report):
         if isinstance(example, BadRow):
             report.add_unused(example, place)
         else:
@@ -113,14 +122,14 @@ def read_examples(source: str, report: DataReport) -> Iterator[tuple[str, Exampl
 def read_each(rows: Iterable[PlacedRow], reader: RowReader, report: DataReport) -> Iterator[PlacedExample]:
     """Yields each row as an example, or as the BadRow that says why it is none. Counts what was read.
 
-    Raises UserError for preference data.
+    Raises UserError for data of another kind than the reader's.
     """
     for place, row in rows:
         report.read += 1
-        example: Example | BadRow
+        example: AnyExample | BadRow
         try:
             example = row if isinstance(row, BadRow) else reader.read(row)
-        except PreferenceData as fault:
+        except OtherKind as fault:
             raise UserError(f"{place}: {fault}") from fault
         except BadRow as fault:
             example = fault

@@ -121,7 +121,7 @@ class _AddAttention(torch.autograd.Function):
         linears, (out,) = dequantize_all(block.qkv, hidden.dtype), dequantize_all([block.out], hidden.dtype)
         copies = block.qkv_copies or copy_adapters(linears, hidden.dtype)
         out_copies = block.out_copies or copy_adapters([out], hidden.dtype)
-        query, key, value = qkv = [hidden.new_empty(tokens, linear.outputs) for linear in linears]
+        query, key, value = qkv = [hidden.new_empty(tokens, linear.out_features) for linear in linears]
         for tile in tiles.split(tokens, size):
             normed = rms_norm_forward(hidden[tile], block.norm, block.eps)
             lora_forward(normed, linears, copies, outs=[x[tile] for x in qkv])

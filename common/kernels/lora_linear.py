@@ -42,10 +42,10 @@ class LoraLinear:
     quant_state: Any = None  # bitsandbytes' QuantState of a packed weight; None takes the weight's own
 
     @property
-    def outputs(self) -> int:
-        """The layer's outputs, which are the rows of W."""
+    def out_features(self) -> int:
+        """The rows of W."""
         state = self.quant_state or getattr(self.weight, "quant_state", None)
-        return int((self.weight.shape if state is None else state.shape)[0])
+        return int((self.weight if state is None else state).shape[0])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), dequantized anew; without a copy where it is stored in `dtype`."""
@@ -198,11 +198,12 @@ class _RmsNormLoraLinears(torch.autograd.Function):
         eps: float,
         linears: Sequence[LoraLinear],
         copies: AdapterCopies | None,
+        one_plus: bool,
         *_: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        ctx.weight, ctx.eps, ctx.linears, ctx.copies = weight, eps, linears, copies
+        ctx.norm, ctx.linears, ctx.copies = (weight, eps, one_plus), linears, copies
         ctx.save_for_backward(hidden)
-        return *lora_forward(rms_norm_forward(hidden, weight, eps), linears, copies), hidden
+        return *lora_forward(rms_norm_forward(hidden, *ctx.norm), linears, copies), hidden
 
     @staticmethod
     @once_differentiable
@@ -211,30 +212,42 @@ class _RmsNormLoraLinears(torch.autograd.Function):
         *grads, residual_grad = grads  # type: ignore[assignment]
         copies = ctx.copies or copy_adapters(ctx.linears, hidden.dtype)
         grad, grad_z = backward_to_input(grads, ctx.linears, copies)
-        normed = rms_norm_forward(hidden, ctx.weight, ctx.eps)
+        weight, eps, one_plus = ctx.norm
+        normed = rms_norm_forward(hidden, weight, eps, one_plus)
         adapters = backward_to_adapters(normed, grads, grad_z, ctx.linears, copies)
         del normed
-        return rms_norm_backward(grad, hidden, ctx.weight, ctx.eps, residual_grad), None, None, None, None, *adapters
+        grad = rms_norm_backward(grad, hidden, weight, eps, residual_grad, one_plus)
+        return grad, None, None, None, None, None, *adapters
 
 
 def rms_norm_lora_linears(
-    hidden: Tensor, weight: Tensor, eps: float, linears: Sequence[LoraLinear], copies: AdapterCopies | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    eps: float,
+    linears: Sequence[LoraLinear],
+    copies: AdapterCopies | None = None,
+    one_plus: bool = False,
 ) -> tuple[Tensor, ...]:
     """The outputs of layers whose common input is the RMS norm of hidden (tokens, size); and hidden itself.
 
     The hidden that is returned is for the residual connection: its gradient then joins that of the norm without a pass
     over memory of its own. Saves hidden. copies: of the adapters as they are now, kept until backward; None makes them
-    in each pass.
+    in each pass. one_plus: as rms_norm.
     """
     adapters = adapters_of(linears)
-    outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, copies, *adapters)
+    outputs: tuple[Tensor, ...] = _RmsNormLoraLinears.apply(hidden, weight, eps, linears, copies, one_plus, *adapters)
     return outputs
 
 
 class _LoraLinearAdd(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, linear: LoraLinear, copies: AdapterCopies | None, *_: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        linear: LoraLinear,
+        copies: AdapterCopies | None,
+        *_: Tensor | None,
     ) -> Tensor:
         ctx.linear, ctx.copies = linear, copies
         ctx.save_for_backward(x)
@@ -246,11 +259,16 @@ class _LoraLinearAdd(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         copies = ctx.copies or copy_adapters([ctx.linear], x.dtype)
         grad_x, grad_z = backward_to_input([grad], [ctx.linear], copies)
-        return grad_x, grad, None, None, *backward_to_adapters(x, [grad], grad_z, [ctx.linear], copies)
+        adapters = backward_to_adapters(x, [grad], grad_z, [ctx.linear], copies)
+        return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, *adapters
 
 
-def lora_linear_add(x: Tensor, linear: LoraLinear, residual: Tensor, copies: AdapterCopies | None = None) -> Tensor:
-    """residual (tokens, out) plus the layer's output for x (tokens, in). Saves x. copies: as rms_norm_lora_linears."""
+def lora_linear_add(
+    x: Tensor, linear: LoraLinear, residual: Tensor | None, copies: AdapterCopies | None = None
+) -> Tensor:
+    """residual (tokens, out), where there is one, plus the layer's output for x (tokens, in). Saves x.
+    copies: as rms_norm_lora_linears.
+    """
     output: Tensor = _LoraLinearAdd.apply(x, residual, linear, copies, *adapters_of([linear]))
     return output
 
@@ -265,12 +283,12 @@ class _KeepGateUp(torch.autograd.Function):
         up: Tensor,
         linear: LoraLinear,
         copies: AdapterCopies | None,
-        shape: torch.Size,
+        gelu: bool,
         *_: Tensor | None,
     ) -> Tensor:
-        ctx.linear, ctx.copies = linear, copies
+        ctx.linear, ctx.copies, ctx.gelu = linear, copies, gelu
         ctx.save_for_backward(gate, up)
-        return gate.new_empty(()).expand(shape)
+        return gate.new_empty(()).expand(len(gate), linear.out_features)
 
     @staticmethod
     @once_differentiable
@@ -278,7 +296,7 @@ class _KeepGateUp(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         copies = ctx.copies or copy_adapters([ctx.linear], gate.dtype)
         grad_up, grad_z = backward_to_input([grad], [ctx.linear], copies)
-        product, grad_gate = swiglu_backward_(grad_up, gate, up)
+        product, grad_gate = swiglu_backward_(grad_up, gate, up, ctx.gelu)
         adapters = backward_to_adapters(product, [grad], grad_z, [ctx.linear], copies)
         return grad_gate, grad_up, None, None, None, *adapters
 
@@ -290,29 +308,35 @@ class _DownAdd(torch.autograd.Function):
     def forward(
         ctx: Any,
         placeholder: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
         gate: Tensor,
         up: Tensor,
         linear: LoraLinear,
         copies: AdapterCopies | None,
+        gelu: bool,
     ) -> Tensor:
-        return lora_forward(swiglu(gate, up), [linear], copies, residual)[0]
+        return lora_forward(swiglu(gate, up, gelu), [linear], copies, residual)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, grad, None, None, None, None
+        return grad, grad if ctx.needs_input_grad[1] else None, None, None, None, None, None
 
 
 def swiglu_lora_linear_add(
-    gate: Tensor, up: Tensor, linear: LoraLinear, residual: Tensor, copies: AdapterCopies | None = None
+    gate: Tensor,
+    up: Tensor,
+    linear: LoraLinear,
+    residual: Tensor | None,
+    copies: AdapterCopies | None = None,
+    gelu: bool = False,
 ) -> Tensor:
-    """residual (tokens, out) plus the layer's output for silu(gate) * up, both (tokens, in). Saves gate and up.
-    copies: as rms_norm_lora_linears.
+    """residual (tokens, out), where there is one, plus the layer's output for silu(gate) * up, both (tokens, in).
+    Saves gate and up. copies: as rms_norm_lora_linears. gelu: as swiglu.
 
     It saves them before it computes. PyTorch's non-reentrant checkpoint stops a recompute as soon as everything that
     was saved is there again. So a layer that recomputes does not run this matmul, whose result nobody reads, again.
     """
-    placeholder = _KeepGateUp.apply(gate, up, linear, copies, residual.shape, *adapters_of([linear]))
-    output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear, copies)
+    placeholder = _KeepGateUp.apply(gate, up, linear, copies, gelu, *adapters_of([linear]))
+    output: Tensor = _DownAdd.apply(placeholder, residual, gate.detach(), up.detach(), linear, copies, gelu)
     return output

@@ -1,4 +1,13 @@
-"""SwiGLU (arXiv:2002.05202): silu(gate) * up, and its backward pass, which also recomputes the product."""
+"""SwiGLU (arXiv:2002.05202): silu(gate) * up, and its backward pass, which also recomputes the product.
+
+With `gelu` it is GeGLU of the same paper, with the tanh approximation of GELU (arXiv:1606.08415, section 2). Because
+(1 + tanh(t)) / 2 = sigmoid(2 t), both are gate * sigmoid(v) * up:
+
+    silu:  v = gate
+    gelu:  v = 2 * sqrt(2 / pi) * (gate + 0.044715 * gate^3)
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -6,36 +15,60 @@ from torch import Tensor
 from common.kernels import constexpr, jit, register, tl, triton
 
 BLOCK = 1024  # entries that one program computes
+LINEAR = 2 * (2 / math.pi) ** 0.5  # the factors of gate and of its cube in GELU's v
+CUBIC = LINEAR * 0.044715
 
 
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
     gate32 = gate.float()
-    return (gate32 * torch.sigmoid(gate32) * up.float()).to(gate.dtype)
+    v = _gelu_argument(gate32)[0] if gelu else gate32
+    return (gate32 * torch.sigmoid(v) * up.float()).to(gate.dtype)
 
 
-def _swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_argument(gate: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU's v, and dv / dgate."""
+    square = gate.square()
+    return gate * (LINEAR + CUBIC * square), LINEAR + 3 * CUBIC * square
+
+
+def _swiglu_backward_(grad: Tensor, gate: Tensor, up: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     gate32, up32, grad32 = gate.float(), up.float(), grad.float()
-    sigmoid = torch.sigmoid(gate32)
-    silu = gate32 * sigmoid
-    # d silu / d gate = sigmoid + gate * sigmoid * (1 - sigmoid)
-    grad_gate = grad32 * up32 * (sigmoid + silu * (1 - sigmoid))
-    product = (silu * up32).to(gate.dtype)
-    grad.copy_(grad32 * silu)
+    v, slope = _gelu_argument(gate32) if gelu else (gate32, 1.0)
+    sigmoid = torch.sigmoid(v)
+    activated = gate32 * sigmoid
+    # d (gate * sigmoid(v)) / d gate = sigmoid + gate * sigmoid * (1 - sigmoid) * v'
+    grad_gate = grad32 * up32 * (sigmoid + activated * (1 - sigmoid) * slope)
+    product = (activated * up32).to(gate.dtype)
+    grad.copy_(grad32 * activated)
     return product, grad_gate.to(gate.dtype)
 
 
 @jit
-def _swiglu_kernel(gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr):  # type: ignore[no-untyped-def]
+def _swiglu_kernel(  # type: ignore[no-untyped-def]
+    gate_ptr, up_ptr, out_ptr, size, BLOCK: constexpr, GELU: constexpr, LINEAR: constexpr, CUBIC: constexpr
+):
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < size
     gate = tl.load(gate_ptr + entries, inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + entries, inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + entries, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), inside)
+    v = gate
+    if GELU:
+        v = gate * (LINEAR + CUBIC * gate * gate)
+    tl.store(out_ptr + entries, (gate * tl.sigmoid(v) * up).to(out_ptr.dtype.element_ty), inside)
 
 
 @jit
 def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr, gate_ptr, up_ptr, product_ptr, grad_gate_ptr, size, BLOCK: constexpr
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    product_ptr,
+    grad_gate_ptr,
+    size,
+    BLOCK: constexpr,
+    GELU: constexpr,
+    LINEAR: constexpr,
+    CUBIC: constexpr,
 ):
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < size
@@ -43,38 +76,47 @@ def _swiglu_backward_kernel(  # type: ignore[no-untyped-def]
     gate = tl.load(gate_ptr + entries, inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + entries, inside, other=0.0).to(tl.float32)
     dtype = grad_ptr.dtype.element_ty
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(product_ptr + entries, (silu * up).to(dtype), inside)
-    tl.store(grad_gate_ptr + entries, (grad * up * (sigmoid + silu * (1 - sigmoid))).to(dtype), inside)
-    tl.store(grad_ptr + entries, (grad * silu).to(dtype), inside)
+    v, slope = gate, 1.0
+    if GELU:
+        v = gate * (LINEAR + CUBIC * gate * gate)
+        slope = LINEAR + 3 * CUBIC * gate * gate
+    sigmoid = tl.sigmoid(v)
+    activated = gate * sigmoid
+    tl.store(product_ptr + entries, (activated * up).to(dtype), inside)
+    tl.store(grad_gate_ptr + entries, (grad * up * (sigmoid + activated * (1 - sigmoid) * slope)).to(dtype), inside)
+    tl.store(grad_ptr + entries, (grad * activated).to(dtype), inside)
 
 
-def swiglu_triton(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu_triton(gate: Tensor, up: Tensor, gelu: bool = False) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), BLOCK=BLOCK)
+    constants = {"BLOCK": BLOCK, "GELU": gelu, "LINEAR": LINEAR, "CUBIC": CUBIC}
+    _swiglu_kernel[(triton.cdiv(out.numel(), BLOCK),)](gate, up, out, out.numel(), **constants)
     return out
 
 
-def swiglu_backward_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def swiglu_backward_triton_(grad: Tensor, gate: Tensor, up: Tensor, gelu: bool = False) -> tuple[Tensor, Tensor]:
     gate, up = gate.contiguous(), up.contiguous()
     product, grad_gate = torch.empty_like(gate), torch.empty_like(gate)
     grid = (triton.cdiv(grad.numel(), BLOCK),)
-    _swiglu_backward_kernel[grid](grad, gate, up, product, grad_gate, grad.numel(), BLOCK=BLOCK)
+    constants = {"BLOCK": BLOCK, "GELU": gelu, "LINEAR": LINEAR, "CUBIC": CUBIC}
+    _swiglu_backward_kernel[grid](grad, gate, up, product, grad_gate, grad.numel(), **constants)
     return product, grad_gate
 
 
-# Returns silu(gate) * up for tensors of equal shapes: computed in fp32, rounded once, contiguous.
+# Returns silu(gate) * up, or gelu(gate) * up, for tensors of equal shapes: computed in fp32, rounded once, contiguous.
 swiglu = register(
-    "swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, lambda gate, up: torch.empty_like(gate), swiglu_triton
+    "swiglu(Tensor gate, Tensor up, bool gelu=False) -> Tensor",
+    _swiglu,
+    lambda gate, *_: torch.empty_like(gate),
+    swiglu_triton,
 )
 # Returns the product again, and the gradient of gate. grad: the product's gradient, which is overwritten with that of
 # up. All have one shape; grad is contiguous.
 swiglu_backward_ = register(
-    "swiglu_backward_(Tensor(a!) grad, Tensor gate, Tensor up) -> (Tensor, Tensor)",
+    "swiglu_backward_(Tensor(a!) grad, Tensor gate, Tensor up, bool gelu=False) -> (Tensor, Tensor)",
     _swiglu_backward_,
-    lambda grad, gate, up: (torch.empty_like(gate), torch.empty_like(gate)),
+    lambda grad, gate, *_: (torch.empty_like(gate), torch.empty_like(gate)),
     swiglu_backward_triton_,
 )
 

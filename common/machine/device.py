@@ -105,9 +105,14 @@ def _gpu(number: int) -> Machine:
     device = torch.device("cuda", number)
     total = torch.cuda.get_device_properties(device).total_memory / GIB
     name = f"{torch.cuda.get_device_name(device)}, {total:.1f} GiB"
-    if torch.cuda.get_device_capability(device) >= BF16_CAPABILITY:
-        return Machine(device, torch.bfloat16, "the GPU has bf16", name)
-    return Machine(device, torch.float16, "the GPU has no bf16", name)
+    return Machine(device, *compute_dtype(torch.cuda.get_device_capability(device)), name)
+
+
+def compute_dtype(capability: tuple[int, int]) -> tuple[torch.dtype, str]:
+    """Returns the dtype that a GPU of this compute capability computes in, and why."""
+    if capability >= BF16_CAPABILITY:
+        return torch.bfloat16, "the GPU has bf16"
+    return torch.float16, "the GPU has no bf16"
 
 
 def _without_code() -> str | None:

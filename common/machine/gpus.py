@@ -33,7 +33,9 @@ def use_one_gpu(wanted: str | None = None) -> None:
             )
         return
     require(
-        wanted.isdecimal(), f"GPU={wanted}: it is a number from 0 on; nvidia-smi lists them, and GPUS= is for several"
+        wanted.isdecimal(),
+        f"GPU={wanted}: it is a number from 0 on; nvidia-smi lists them, GPUS= is for several, and only make plan "
+        "takes the name of a GPU",
     )
     number = int(wanted)
     if shown is not None:

@@ -8,9 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from common.machine.processes import is_main_process
+from common.output_stream import is_cell
 
 FIRST_LINE_SECONDS = 3.0  # work that ends before is not mentioned
 LINE_SECONDS = 10.0  # from one line to the next
+CELL_SECONDS = 1.0  # from one status to the next in its place, below a notebook's cell, whose file may keep them all
+CELL_WIDTH = 120  # characters: as long as a status is, with spaces over what is left of the one before it
 
 
 def format_duration(seconds: float) -> str:
@@ -20,15 +23,25 @@ def format_duration(seconds: float) -> str:
 
 
 def show_status(text: str, *, keep: bool = False) -> None:
-    """Prints a line; on a terminal in the place of the status before it. keep: the next one goes below it.
+    """Prints a line; on a terminal and in a notebook in the place of the status before it. keep: the next one goes
+    below it.
 
-    An empty text clears the place on a terminal, and prints nothing elsewhere.
+    An empty text clears the place there, and prints nothing elsewhere.
     """
     if sys.stdout.isatty():
         sys.stdout.write(f"\r\033[K{text}" + ("\n" if keep else ""))
+    elif is_cell(sys.stdout):
+        sys.stdout.write(f"\r{text:<{CELL_WIDTH}}" + ("\n" if keep else "" if text else "\r"))
     elif text:
         sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
+
+
+def seconds_between_statuses(otherwise: float = LINE_SECONDS) -> float:
+    """How often show_status may be called: on a terminal at any time. otherwise: where each is a line of its own."""
+    if sys.stdout.isatty():
+        return 0.0
+    return CELL_SECONDS if is_cell(sys.stdout) else otherwise
 
 
 @contextmanager

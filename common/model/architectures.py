@@ -12,14 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    model_type: str  # as in config.json; transformers' module is transformers.models.<model_type>
+    model_type: str  # as in config.json
     class_prefix: str  # of transformers' classes, such as LlamaAttention
     gguf_name: str  # of llama.cpp's architecture that runs it
     overflows_in_fp16: bool = False  # its activations exceed 65504, the largest fp16 number
 
     def layer_class(self, part: str) -> Any:
-        """transformers' class of a part of a layer: "DecoderLayer", "Attention" or "MLP"."""
-        module = import_module(f"transformers.models.{self.model_type}.modeling_{self.model_type}")
+        """transformers' class of a part of a layer: "DecoderLayer", "Attention", "MLP" or "RMSNorm"."""
+        name = self.model_type.removesuffix("_text")  # the text part of a model of pictures too shares its module
+        module = import_module(f"transformers.models.{name}.modeling_{name}")
         return getattr(module, self.class_prefix + part)
 
 
@@ -30,5 +31,6 @@ ARCHITECTURES = {
         Architecture("mistral", "Mistral", "llama"),
         Architecture("qwen2", "Qwen2", "qwen2", overflows_in_fp16=True),
         Architecture("qwen3", "Qwen3", "qwen3", overflows_in_fp16=True),
+        Architecture("gemma3_text", "Gemma3", "gemma3", overflows_in_fp16=True),
     )
 }

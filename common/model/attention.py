@@ -38,9 +38,12 @@ ATTENTION_OPERATORS = (
 
 def attention_implementation(machine: Machine) -> str:
     """transformers' name of the attention for this machine: "packed", or "sdpa" where torch has no flash attention."""
-    if machine.is_gpu and torch.cuda.get_device_capability(machine.device) >= MIN_FLASH_CAPABILITY:
-        return PACKED_ATTENTION
-    return "sdpa"
+    return attention_of(torch.cuda.get_device_capability(machine.device)) if machine.is_gpu else "sdpa"
+
+
+def attention_of(capability: tuple[int, int]) -> str:
+    """The same for a GPU of this compute capability."""
+    return PACKED_ATTENTION if capability >= MIN_FLASH_CAPABILITY else "sdpa"
 
 
 def packed_attention(
@@ -51,6 +54,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     *,
+    dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
@@ -63,20 +67,27 @@ def packed_attention(
     tokens that each token sees, itself among them. Returns (1, tokens, heads, dim).
 
     transformers makes no mask for an attention that it does not know, so generating from prompts of several lengths
-    needs "sdpa". Raises ValueError without the lengths, for another scaling, and for a window that this torch lacks.
+    needs "sdpa". Raises ValueError without the lengths, for dropout, and for a scaling or a window that this torch
+    lacks.
     """
     if cu_seq_lens_q is None or max_length_q is None:
         raise ValueError("packed attention needs cu_seq_lens_q and max_length_q, see common.data.batches.collate")
+    if dropout:
+        raise ValueError(
+            f"packed attention has no dropout, and the model's attention_dropout is {dropout}: set it to 0"
+        )
+    options = dict(_CAUSAL)
     if scaling is not None and scaling != query.shape[-1] ** -0.5:
-        raise ValueError(f"packed attention scales by dim ** -0.5, the model asks for {scaling}")
-    causal = _CAUSAL
+        if "scale" not in _ARGUMENTS:
+            raise ValueError(f"torch {torch.__version__} has no packed attention that scales by {scaling}")
+        options["scale"] = scaling
     if sliding_window is not None and sliding_window < max_length_q:
         if "window_size" not in _ARGUMENTS:
             raise ValueError(f"torch {torch.__version__} has no packed attention with a window of {sliding_window}")
-        causal = _CAUSAL | {"window_size": (sliding_window - 1, 0)}
+        options["window_size"] = (sliding_window - 1, 0)
     q, k, v = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
     lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-    output = varlen_attn(q, k, v, *lengths, **causal)
+    output = varlen_attn(q, k, v, *lengths, **options)
     assert isinstance(output, Tensor)  # and not a pair with the log-sum-exp, which needs return_aux
     return output.unsqueeze(0), None
 

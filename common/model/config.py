@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -13,14 +14,20 @@ from common.model.download import model_folder
 from common.model.quantization import refuse_other_quantization
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 
+# Fields of a config that change the forward pass and that nothing here reads, with the values that change nothing.
+NOT_HANDLED: dict[str, tuple[Any, ...]] = {
+    "final_logit_softcapping": (None,),  # the loss reads logits as the head gives them
+    "attn_logit_softcapping": (None,),
+    "use_bidirectional_attention": (None, False),  # EmbeddingGemma; attention here is causal
+}
 SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, so that a plan needs no network
 
 
 def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig:
     """The model's config: from `folder` where given, else from its own folder, models/configs (no network), or the hub.
 
-    Raises UserError for an architecture that is not one of ARCHITECTURES, for a config that cannot be read, and as
-    refuse_other_quantization.
+    Raises UserError for an architecture that is not one of ARCHITECTURES, for a field of NOT_HANDLED, for a config that
+    cannot be read, and as refuse_other_quantization.
     """
     shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
     if folder is None and shipped.exists() and not local_path(spec.name).is_dir():
@@ -34,16 +41,33 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
         model_type = values["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a readable model config: {error}") from error
+    if f"{model_type}_text" in ARCHITECTURES:
+        raise UserError(
+            f"{spec.name} reads pictures too (type {model_type!r}), and the recipes train text alone: write its text "
+            f"part to a folder, as docs/new_architecture.md shows, and take that"
+        )
     if model_type not in ARCHITECTURES:
         raise UserError(
             f"{spec.name} is of type {model_type!r}; the recipes fine-tune {', '.join(ARCHITECTURES)} models"
         )
     config = AutoConfig.for_model(**values)
+    for field, neutral in NOT_HANDLED.items():
+        if (value := getattr(config, field, None)) not in neutral:
+            raise UserError(f"{spec.name} has {field} {value!r} in its config.json, which no code here handles")
     refuse_other_quantization(spec, config)
     if spec.layers is not None:
         config.num_hidden_layers = min(spec.layers, config.num_hidden_layers)
-        config.layer_types = config.layer_types[: spec.layers] if getattr(config, "layer_types", None) else None
+        kinds = getattr(config, "layer_types", None)
+        config.layer_types = _first_layers(kinds, config.num_hidden_layers) if kinds else None
     return config
+
+
+def _first_layers(kinds: list[str], layers: int) -> list[str]:
+    """The kinds of the first layers. A kind that only later layers have takes the last one's place: a plan counts what
+    each kind makes for itself, such as Gemma's two RoPEs."""
+    first = kinds[:layers]
+    later = next((kind for kind in kinds if kind not in first), None)
+    return [*first[:-1], later] if later and layers > 1 else first
 
 
 def lora_parameters(config: PretrainedConfig, lora: LoraSpec) -> int:

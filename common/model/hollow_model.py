@@ -12,8 +12,9 @@ No card of a sharded run has room for the whole model. So the work is split over
 """
 
 import torch
+from bitsandbytes import functional as bnb
 from bitsandbytes.nn import Linear4bit, Params4bit
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from common.machine.device import Machine
@@ -63,6 +64,11 @@ def build_hollow_model(
         setattr(model.get_submodule(owner), key, made.requires_grad_(False))
     model.tie_weights()
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config).to(machine.device)
+    embedding = model.get_input_embeddings()
+    if hasattr(embedding, "scalar_embed_scale"):  # Gemma's
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=machine.device)
+    unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    assert not unmade, unmade  # a buffer that no file holds, and that is not made above
     for module in model.modules():
         if isinstance(module, Linear4bit):
             keep_packed_form(module)
@@ -98,10 +104,11 @@ def take_layer_weights(model: PreTrainedModel) -> TensorSource:
     return source
 
 
-def fill_layer(layer: nn.Module, prefix: str, source: TensorSource) -> None:
+def fill_layer(layer: nn.Module, prefix: str, source: TensorSource, *, whole: bool = False) -> None:
     """Reads the layer's frozen weights onto the machine's device, once for all processes of a machine.
 
-    prefix: the layer's name in the base model, such as "model.layers.3". Raises UserError as TensorSource does.
+    prefix: the layer's name in the base model, such as "model.layers.3". whole: the layer is not to be sharded, and its
+    4-bit weights are as load_4bit makes them elsewhere. Raises UserError as TensorSource does.
     """
     device = source.machine.device
     for path, module in layer.named_modules():
@@ -112,9 +119,24 @@ def fill_layer(layer: nn.Module, prefix: str, source: TensorSource) -> None:
             if isinstance(module, Linear4bit) and key == "weight":
                 shape = torch.Size((module.out_features, module.in_features))
                 packed, *scales = read_once_per_machine(device, source.read_4bit, f"{name}.weight", shape)
+                state = module.quant_state = state_from_tensors(scales)
+                if whole:
+                    module.weight = whole_4bit_weight(packed, state)
+                    continue
                 # FSDP2 can shard bytes too, but bitsandbytes reads a gathered weight only in the dtype of the model.
                 value = packed.flatten().view(module.quant_storage)[:, None]
-                module.quant_state = state_from_tensors(scales)
             else:
                 (value,) = read_once_per_machine(device, source.read_16bit, f"{name}.{key}", parameter.shape)
             setattr(module, key, nn.Parameter(value, requires_grad=False))
+
+
+def whole_4bit_weight(packed: Tensor, state: bnb.QuantState) -> Params4bit:
+    return Params4bit(
+        packed,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        bnb_quantized=True,
+    )

@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from common.kernels import say_references_run
@@ -32,20 +33,30 @@ LINEAR_NAMES = (
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
+# By class: whether the activation is GELU with its tanh approximation; else it is SiLU.
+IS_GELU = {type(ACT2FN["silu"]): False, type(ACT2FN["gelu_pytorch_tanh"]): True}
+# Norms whose weight is what is added to one, and which round once.
+ONE_PLUS_NORMS = (ARCHITECTURES["gemma3_text"].layer_class("RMSNorm"),)
 
 # Whose attention and MLP common.kernels computes in tiles: a norm before each, attention scaled by dim ** -0.5, SwiGLU.
 TILED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class _LeanLayer(nn.Module):
-    """Lets attention and MLP compute the norm before them and the residual connection after them too."""
+    """Lets attention and MLP compute the norms around them and the residual connection after them too."""
 
     def forward(self: Any, hidden_states: Tensor, past_key_values: Any = None, **kwargs: Any) -> Tensor:
         if past_key_values is not None or not self._is_supported():
             output: Tensor = super().forward(hidden_states, past_key_values=past_key_values, **kwargs)
             return output
-        hidden = self.self_attn(hidden_states, norm=self.input_layernorm, **kwargs)
-        output = self.mlp(hidden, norm=self.post_attention_layernorm)
+        if hasattr(self, "pre_feedforward_layernorm"):  # Gemma: a norm after each part too
+            before_attention, after_attention = self.input_layernorm, self.post_attention_layernorm
+            before_mlp, after_mlp = self.pre_feedforward_layernorm, self.post_feedforward_layernorm
+        else:
+            before_attention, after_attention = self.input_layernorm, None
+            before_mlp, after_mlp = self.post_attention_layernorm, None
+        hidden = self.self_attn(hidden_states, norm=before_attention, norm_after=after_attention, **kwargs)
+        output = self.mlp(hidden, norm=before_mlp, norm_after=after_mlp)
         return output
 
     def _is_supported(self: Any) -> bool:
@@ -59,15 +70,16 @@ class _LeanLayer(nn.Module):
 
 
 class _LeanAttention(nn.Module):
-    """Saves for backward: its input, what attention itself saves, and queries and keys before their norms (Qwen3)."""
+    """Saves for backward: its input, what attention itself saves, and the inputs of other norms (Qwen3, Gemma)."""
 
     held: HeldAdapters
     input_groups = ("q_proj k_proj v_proj", "o_proj")  # linear modules by their input
     tile_by_head = 0  # tokens of a tile where backward goes by key/value head (`set_tiles`)
     after_attention: Callable[[], None] | None = None  # as of AttentionParts
 
-    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, **kwargs: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, norm_after: Any = None, **kwargs: Any) -> Any:
         """norm: the RMS norm before attention. With it, returns the hidden states after the residual connection.
+        norm_after: that of attention's output, where the architecture has one.
 
         Without norm, as a stock layer calls it, this is the stock forward pass. Hidden states: (rows, tokens, size).
         """
@@ -76,9 +88,10 @@ class _LeanAttention(nn.Module):
         cos, sin = (part.expand(len(hidden_states), -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
         if self.tile_by_head:
             return self._forward_by_head(hidden_states, norm, cos, sin, **kwargs)
-        group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
+        linears, copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
+        weight, eps, one_plus = _read_norm(norm)
         query, key, value, hidden = rms_norm_lora_linears(
-            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, *group
+            hidden_states.flatten(0, 1), weight, eps, linears, copies, one_plus
         )
         if hasattr(self, "q_norm"):
             query, key = _norm_heads(query, self.q_norm), _norm_heads(key, self.k_norm)
@@ -95,7 +108,10 @@ class _LeanAttention(nn.Module):
             **kwargs,
         )
         (linear,), copies = self.held.read(self, self.input_groups[1], hidden.dtype)
-        output = lora_linear_add(output.reshape(len(hidden), -1), linear, hidden, copies)
+        residual = hidden if norm_after is None else None
+        output = lora_linear_add(output.reshape(len(hidden), -1), linear, residual, copies)
+        if norm_after is not None:
+            output = rms_norm(output, *_read_norm(norm_after), hidden)
         return output.view_as(hidden_states)
 
     def _forward_by_head(
@@ -134,14 +150,16 @@ class _LeanAttention(nn.Module):
 
 
 class _LeanMLP(nn.Module):
-    """Saves for backward: its input, and the outputs of the gate and the up projection."""
+    """Saves for backward: its input, the outputs of the gate and the up projection, and of the down projection where a
+    norm follows (Gemma)."""
 
     held: HeldAdapters
     input_groups = ("gate_proj up_proj", "down_proj")
     tile = 0  # tokens that are computed at a time (`set_tiles`); 0 is all of them, and what is said above
 
-    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None) -> Tensor:
+    def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, norm_after: Any = None) -> Tensor:
         """norm: the RMS norm before the MLP. With it, returns the hidden states after the residual connection.
+        norm_after: that of its output, where the architecture has one.
 
         Without norm, as a stock layer calls it, this is the stock forward pass. Hidden states: (rows, tokens, size).
         """
@@ -153,18 +171,27 @@ class _LeanMLP(nn.Module):
             (down,), down_copies = self.held.read(self, self.input_groups[1], hidden_states.dtype)
             parts = MlpParts(norm.weight, norm.variance_epsilon, gate_up, down, gate_up_copies, down_copies)
             return add_tiled_mlp(hidden_states.flatten(0, 1), parts, self.tile).view_as(hidden_states)
-        group = self.held.read(self, self.input_groups[0], hidden_states.dtype)
-        gate, up, hidden = rms_norm_lora_linears(
-            hidden_states.flatten(0, 1), norm.weight, norm.variance_epsilon, *group
-        )
+        linears, copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
+        weight, eps, one_plus = _read_norm(norm)
+        gate, up, hidden = rms_norm_lora_linears(hidden_states.flatten(0, 1), weight, eps, linears, copies, one_plus)
         (linear,), copies = self.held.read(self, self.input_groups[1], hidden.dtype)
-        return swiglu_lora_linear_add(gate, up, linear, hidden, copies).view_as(hidden_states)
+        residual = hidden if norm_after is None else None
+        output = swiglu_lora_linear_add(gate, up, linear, residual, copies, IS_GELU[type(self.act_fn)])
+        if norm_after is not None:
+            output = rms_norm(output, *_read_norm(norm_after), hidden)
+        return output.view_as(hidden_states)
+
+
+def _read_norm(norm: Any) -> tuple[Tensor, float, bool]:
+    """The norm's weight, eps and one_plus, as common.kernels.rms_norm takes them."""
+    if isinstance(norm, ONE_PLUS_NORMS):
+        return norm.weight, norm.eps, True
+    return norm.weight, norm.variance_epsilon, False
 
 
 def _norm_heads(states: Tensor, norm: Any) -> Tensor:
     """The RMS norm of each head of states (tokens, heads * dim)."""
-    size = len(norm.weight)
-    return rms_norm(states.view(-1, size), norm.weight, norm.variance_epsilon).view_as(states)
+    return rms_norm(states.view(-1, len(norm.weight)), *_read_norm(norm)).view_as(states)
 
 
 def _define_lean_classes() -> dict[type, type]:
@@ -252,8 +279,8 @@ def unsupported_reason(model: Any) -> str | None:
     layers = [module for module in model.modules() if issubclass(_lean_class(module), _LeanLayer)]
     if not layers:
         return f"there are no lean layers for {model.config.model_type}"
-    if model.config.hidden_act != "silu":
-        return f"the lean layers know SiLU, not {model.config.hidden_act}"
+    if (activation := type(layers[0].get_submodule("mlp").act_fn)) not in IS_GELU:
+        return f"the lean layers know SiLU and GELU by tanh, not {activation.__name__}"
     return next(
         (
             reason

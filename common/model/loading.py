@@ -1,7 +1,8 @@
 """Loads the base model in 4 bit (or 16) and its tokenizer: from the hub, a folder, or random weights of a config."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from transformers import (
 )
 
 from common import REPOSITORY
-from common.machine.device import Machine, this_machine
+from common.machine.device import GIB, Machine, this_machine
 from common.machine.disk import format_bytes
-from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.layout import ONE_PROCESS, Layout, spread_layers
 from common.machine.out_of_memory import out_of_memory
 from common.machine.paths import local_path
 from common.machine.slow_work import report_slow_work
+from common.model.activation_checkpointing import decoder_layers
 from common.model.architectures import ARCHITECTURES
 from common.model.attention import attention_implementation
 from common.model.base_hash import read_base_record
@@ -31,7 +33,7 @@ from common.model.chat_template import choose_chat_template
 from common.model.config import load_config, refuse_other_shape
 from common.model.download import model_folder
 from common.model.generation_config import read_generation_config
-from common.model.hollow_model import build_hollow_model
+from common.model.hollow_model import build_hollow_model, fill_layer, take_layer_weights
 from common.model.integrity import refuse_other_names
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
@@ -39,6 +41,7 @@ from common.model.quantization import config_as_stored, stored_quantization
 from common.model.safetensors_files import SafetensorsFolder
 from common.model.tensor_source import WeightsOrigin, random_state
 from common.model.weight_files import first_file, weight_files
+from common.model.weight_streaming import WeightRing, move_to_host
 from common.process_state import quiet_transformers
 from common.recipe import ModelSpec, UserError
 from common.tokens.vocabulary import describe_beyond, limit_vocabulary, tokens_beyond
@@ -112,14 +115,15 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     """The base model on the machine's device: linear layers in NF4 (`spec.bits=4`), all else in the compute dtype.
 
     Weights are read and quantized one tensor at a time, so host memory stays near one tensor above the result. With a
-    layout that shards, the decoder layers have no weights yet (common.model.hollow_model): `train`, or an answer before
+    layout whose weights stream, they go layer by layer to where they wait (common.model.weight_streaming). With one
+    that shards, the decoder layers have no weights yet (common.model.hollow_model): `train`, or an answer before
     it, reads and shards them layer by layer when the adapters are attached (common.model.sharding).
     Raises UserError when the weights are missing, damaged, incomplete, or quantized in another way.
     """
     machine = machine or this_machine()
     config, weights = _find_weights(spec, machine)
     if machine.dtype == torch.float16 and ARCHITECTURES[config.model_type].overflows_in_fp16:
-        print(f"warning: {machine}; Qwen models overflow in fp16, the loss may become NaN")
+        print(f"warning: {machine}; {config.model_type} models overflow in fp16, the loss may become NaN")
     stored_in_4bit = isinstance(weights, Path) and stored_quantization(config) is not None
     quantizes = spec.bits == 4 and not stored_in_4bit
     record = read_base_record(weights) if isinstance(weights, Path) else None
@@ -129,6 +133,9 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     announce_loading(spec, files, size, quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine, layout)
+    elif layout.streamed:
+        with _memory_in_words(spec, machine):
+            model = load_streaming_model(spec, config, weights, machine, layout)
     else:
         with _show_loading(spec):
             model = load_whole_model(spec, config, weights, machine, generation, quantizes=quantizes)
@@ -188,13 +195,11 @@ def load_whole_model(
     else:
         config.transformers_weights = first_file(weights)
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                weights, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
-            )
+            with _memory_in_words(spec, machine):
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    weights, use_safetensors=True, local_files_only=True, trust_remote_code=False, **arguments
+                )
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
-            if memory := out_of_memory(error):
-                where = machine.name if memory == "GPU" else "the host"
-                raise UserError(f"{spec.name} does not fit the memory that is free on {where}") from error
             raise UserError(f"{spec.name} cannot be loaded: {_first_line(error)}") from error
     if info["missing_keys"]:
         first = sorted(info["missing_keys"])[0]
@@ -202,6 +207,43 @@ def load_whole_model(
     if isinstance(weights, Path):
         refuse_other_names(spec, weights, (name for name, _ in model.named_parameters()))
     _prepare_4bit_model(model, spec, machine)
+    return model
+
+
+@contextmanager
+def _memory_in_words(spec: ModelSpec, machine: Machine) -> Iterator[None]:
+    """Raises UserError where the block runs out of memory."""
+    try:
+        yield
+    except Exception as error:
+        if (memory := out_of_memory(error)) is None:
+            raise
+        where = machine.name if memory == "GPU" else "the host"
+        raise UserError(f"{spec.name} does not fit the memory that is free on {where}") from error
+
+
+def load_streaming_model(
+    spec: ModelSpec, config: PretrainedConfig, weights: WeightsOrigin, machine: Machine, layout: Layout
+) -> PreTrainedModel:
+    """The model with the weights of layout.streamed layers in host memory, read a layer at a time to their place.
+
+    The card has at most what stays there and a tensor, then the ring; host memory what waits there and a layer.
+    Raises UserError as TensorSource and fill_layer.
+    """
+    model = build_hollow_model(spec, config, weights, machine, layout)
+    source, layers = take_layer_weights(model), decoder_layers(model)
+    names, embedding = {module: name for name, module in model.named_modules()}, model.get_input_embeddings().weight
+    chosen = [layers[index] for index in spread_layers(layout.streamed, len(layers))]
+    blocks = []
+    with report_slow_work("reading", len(layers), "layers") as work:
+        for layer in layers:
+            fill_layer(layer, names[layer], source, whole=True)
+            if layer in chosen:
+                blocks.append(move_to_host(layer, embedding))
+            work.done += 1
+    WeightRing(chosen, blocks, machine.device)
+    host = sum(block.nbytes for block in blocks) / GIB
+    print(f"weights: those of {len(chosen)} of {len(layers)} layers wait in host memory, {host:.2f} GiB")
     return model
 
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.model.start_adapter import StartedFrom, digest_of, load_start_adapter
+from common.model.weight_streaming import compute_magnitudes
 from common.recipe import LoraSpec, UserError
 
 
@@ -45,6 +46,7 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise RuntimeError(f"{name} is {parameter.dtype}; adapters are trained in fp32")
+    compute_magnitudes(peft_model)
     load_start_adapter(peft_model, spec)
     return peft_model
 

@@ -73,17 +73,18 @@ class _HeadLoss(torch.autograd.Function):
             if norm is not None:  # nothing else has written over the others' hidden states
                 untrained = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, positions, 0)
                 gradient.masked_fill_(untrained[:, None], 0)
-            ctx.save_for_backward(gradient)
-        return nll.sum()
+            ctx.save_for_backward(gradient, positions)
+        return nll
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        # A vector of one number in fp32: it is not rounded to the gradient's dtype before the product.
-        factor = (grad / ctx.scale).reshape(1)
+        gradient, positions = ctx.saved_tensors
+        # A number a token, in fp32: it is not rounded to the gradient's dtype before the product.
+        factors = torch.zeros(len(gradient), 1, dtype=torch.float32, device=gradient.device)
+        factors[positions, 0] = grad / ctx.scale
         out = gradient if ctx.in_place else torch.empty_like(gradient)
-        return torch.mul(gradient, factor, out=out), None, None, None, None
+        return torch.mul(gradient, factors, out=out), None, None, None, None
 
 
 def head_loss(
@@ -93,7 +94,7 @@ def head_loss(
     targets: Tensor,
     norm: tuple[Tensor, float] | None = None,
 ) -> Tensor:
-    """Negative log-likelihood in nats, summed over the trained positions; fp32 scalar.
+    """Negative log-likelihood of each trained position in nats: fp32 (trained,).
 
     hidden: (tokens, hidden size), any float dtype. weight: the frozen head, (vocabulary, hidden size); logits are
     computed in its dtype, their softmax in fp32. positions: int64 (trained,), rows of `hidden` whose next token is
@@ -112,6 +113,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
     labels: int64 (rows, tokens), not shifted, IGNORED where nothing is trained. trained_positions: optional, from
     common.tokens.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
     num_items_in_batch: what the summed loss is divided by; None divides by the trained tokens of this batch.
+    per_token: instead of one number the loss is the NLL of each trained token, fp32 (trained,), in their order.
     """
     stock = model.forward
 
@@ -122,6 +124,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         labels: Tensor | None = None,
         trained_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        per_token: bool = False,
         **kwargs: Any,
     ) -> Any:
         if labels is None:
@@ -130,9 +133,11 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         with _without_last_norm(self) as norm:
             hidden = self.base_model(*args, **kwargs | {"use_cache": False}).last_hidden_state
         targets = labels.flatten()[positions + 1]
-        total = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets, norm)
+        nll = head_loss(hidden.flatten(0, 1), self.get_output_embeddings().weight, positions, targets, norm)
+        if per_token:
+            return CausalLMOutput(loss=nll)
         count = max(1, len(positions)) if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutput(loss=total / count)
+        return CausalLMOutput(loss=nll.sum() / count)
 
     model.forward = MethodType(forward, model)
     model.norm_in_loss = False

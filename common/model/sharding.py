@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from common.machine.collectives import all_reduce_sum, full_tensor, local_tensor, world_mesh
 from common.machine.device import GIB, peak_ram, this_machine
 from common.machine.host_memory import page_locked
-from common.machine.layout import Layout
+from common.machine.layout import Layout, spread_layers
 from common.machine.out_of_memory import allocating_on_host
 from common.machine.slow_work import report_slow_work
 from common.model.activation_checkpointing import decoder_layers
@@ -69,12 +69,11 @@ def shard_layers(model: PeftModel, layout: Layout) -> None:
     names = {module: name for name, module in base.named_modules()}
     mesh = world_mesh(machine.device.type)
     layers = decoder_layers(model)
+    on_host = spread_layers(layout.on_host, len(layers))
     with report_slow_work("reading and sharding", len(layers), "layers") as work:
         for index, layer in enumerate(layers):
             fill_layer(layer, names[layer], weights)
-            # Spread over the model, so that one layer comes from the host while others compute.
-            on_host = (index + 1) * layout.on_host // len(layers) > index * layout.on_host // len(layers)
-            shard_layer(layer, mesh, on_host=on_host)
+            shard_layer(layer, mesh, on_host=index in on_host)
             work.done += 1
     base.is_loaded_in_4bit = False  # TRL would cast the adapters of a 4-bit model to bf16
     shard_root(model, mesh)

@@ -8,6 +8,7 @@ import torch
 
 from common.machine.device import GIB, Machine, available_ram
 from common.machine.processes import local_world_size
+from common.plan.speed import KnownGpu
 from common.recipe import UserError
 
 # Nothing here was measured by this repository; docs/memory.md has the sources.
@@ -49,6 +50,12 @@ class Card:
     @classmethod
     def of_size(cls, gib: float) -> "Card":
         return cls(f"a card of {gib:g} GiB", int(gib * GIB))
+
+    @classmethod
+    def of_kind(cls, gpu: KnownGpu, gib: float | None = None) -> "Card":
+        """A whole GPU of this kind, of which nothing is used yet. gib: where it has other memory than most."""
+        gib = gpu.memory_gib if gib is None else gib
+        return cls(f"one {gpu.name} of {gib:g} GiB", int(gib * GIB), gpu=gpu.name)
 
     @classmethod
     def of_machine(cls, machine: Machine) -> "Card":

@@ -22,7 +22,7 @@ from common.model.activation_checkpointing import decoder_layers
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import copy_all_adapters
 from common.plan.ledger import Ledger
-from common.plan.resident import find_resident_memory
+from common.plan.resident import ResidentMemory, find_resident_memory
 from common.plan.step import ADAPTERS, GRADIENTS, Step
 
 
@@ -53,9 +53,8 @@ def count_step(
     resident = find_resident_memory(model, optimizer)
     ledger = Ledger(resident.tensors, references=references)
     hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.set_kind(p.grad, GRADIENTS)) for p in trained]
-    resize = patch.object(torch.UntypedStorage, "resize_", lambda storage, size: ledger.resize(storage, size))
     split = patch.object(tiles, "split", ledger.split)
-    with ledger, resize, split, _segments_of_layers(model, ledger):
+    with ledger, _resized_in(ledger), split, _segments_of_layers(model, ledger):
         value = loss()
         for copy in held.tensors():
             ledger.set_kind(copy, ADAPTERS)
@@ -73,6 +72,29 @@ def count_step(
         optimizer.zero_grad()
     for hook in hooks:
         hook.remove()
+    return _step_of(model, resident, ledger)
+
+
+def count_forward(
+    model: nn.Module, forward: Callable[[], Any], optimizer: torch.optim.Optimizer, *, references: bool = False
+) -> Step:
+    """Counts a forward pass without gradients, in evaluation mode: a step without the segments of its backward pass.
+
+    Gradients and optimizer states exist, as they would in the middle of a run. Arguments as those of count_step.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    _allocate_optimizer_states(trained, optimizer)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    model.eval()
+    resident = find_resident_memory(model, optimizer)
+    ledger = Ledger(resident.tensors, references=references)
+    with ledger, _resized_in(ledger), torch.no_grad(), _segments_of_layers(model, ledger):
+        forward()
+    return _step_of(model, resident, ledger)
+
+
+def _step_of(model: nn.Module, resident: ResidentMemory, ledger: Ledger) -> Step:
     return Step(
         resident.outside_layers,
         resident.per_layer,
@@ -80,7 +102,13 @@ def count_step(
         ledger.segments(),
         resident.sharded_per_layer,
         resident.shard_on_host,
+        resident.streamed_per_layer,
+        resident.streamed_per_layer,
     )
+
+
+def _resized_in(ledger: Ledger) -> Any:
+    return patch.object(torch.UntypedStorage, "resize_", lambda storage, size: ledger.resize(storage, size))
 
 
 def _allocate_optimizer_states(trained: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -116,7 +144,9 @@ def _segments_of_layers(model: nn.Module, ledger: Ledger) -> Iterator[None]:
 
         def hook(_: Any, __: Any, output: Any) -> None:
             if not in_backward:
-                (output if isinstance(output, Tensor) else output[0]).register_hook(begin_backward)
+                output = output if isinstance(output, Tensor) else output[0]
+                if output.requires_grad:
+                    output.register_hook(begin_backward)
                 if index == len(layers) - 1:
                     ledger.begin_segment("head and loss")
 

@@ -1,5 +1,6 @@
 """The optimizer step of a recipe on a card, before anything is downloaded: its bytes moment by moment, and its time."""
 
+import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -16,15 +17,16 @@ from common.model.attention import PACKED_ATTENTION
 from common.model.config import load_config
 from common.model.lean_layers import can_tile
 from common.model.optimizer import build_optimizer
+from common.model.preference_loss import EXAMPLE_IDS, KL, REFERENCE, SIGNS, answer_likelihoods, preference_loss
 from common.model.sharding import shard_layer, shard_root
-from common.plan.count import count_step
+from common.plan.count import count_forward, count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
 from common.plan.mixed_layers import find_mixed_layers
-from common.plan.speed import SPEEDS, Speed
+from common.plan.speed import KNOWN_GPUS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS, Step
-from common.recipe import Recipe
+from common.recipe import PreferenceSpec, Recipe
 
 SHORT_EXAMPLE_TOKENS = 64  # data of shorter examples is rare
 PARAMETERS = (WEIGHTS, EMBEDDINGS, ADAPTERS)  # kinds of a decoder layer's parameters; its norms count as EMBEDDINGS
@@ -43,12 +45,12 @@ class Forecast:
     """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
-        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = SPEEDS[0], layout: Layout = ONE_PROCESS
+        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.layers: int = load_config(recipe.model).num_hidden_layers
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
-        self._count, self._step = cache(self.count), cache(self._splice)
+        self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
@@ -56,15 +58,22 @@ class Forecast:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
         Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention
-        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards wait in host
-        memory.
+        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards, or weights,
+        wait in host memory.
 
         Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
         are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_shards_on_host(on_host)
+        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
+
+    def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
+        """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
+
+        Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
+        """
+        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
 
     @property
     def packs(self) -> bool:
@@ -91,6 +100,11 @@ class Forecast:
             parts.append(self._layers_that_keep(tokens, policy, accumulates, rows))
         return self.mixed.add_to(splice_layers(parts))
 
+    def _splice_forward(self, tokens: int, rows: int) -> Step:
+        counted = min(self.layers, 3)
+        step = self.count(tokens, Policy(counted, counted), False, rows, gradients=False)
+        return self.mixed.add_to(splice_layers([Part(step, layers_to_copy(self.layers, counted, 1))]))
+
     def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
         # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
         # stays on the card.
@@ -110,21 +124,21 @@ class Forecast:
             copied = [max(1, i) for i in copied]
         return Part(step, copied)
 
-    def count(self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1) -> Step:
-        """Counts the step of a model of `policy.layers` layers.
+    def count(self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1, *, gradients: bool = True) -> Step:
+        """Counts the step of a model of `policy.layers` layers; gradients=False, as `forward`.
 
         It makes a new model each time: the first step may change one (bitsandbytes casts biases).
         """
         model, mode = self._fake_model(policy.layers)
         checkpoint_activations(model, policy)
         if not self.layout.sharded:
-            return self._count_with(model, mode, tokens, accumulates, rows)
+            return self._count_with(model, mode, tokens, accumulates, rows, gradients)
         with fake_process_group(self.layout.processes) as mesh:
             with mode:
                 for layer in decoder_layers(model):
                     shard_layer(layer, mesh)
                 shard_root(model, mesh)
-            return self._count_with(model, mode, tokens, accumulates, rows)
+            return self._count_with(model, mode, tokens, accumulates, rows, gradients)
 
     def _fake_model(self, layers: int) -> tuple[PeftModel, FakeTensorMode]:
         recipe = self.recipe
@@ -141,27 +155,43 @@ class Forecast:
         )
         return model, mode
 
-    def _count_with(self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool, rows: int) -> Step:
-        train, dtype = self.recipe.train, self.setting.dtype
+    def _count_with(
+        self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool, rows: int, gradients: bool
+    ) -> Step:
+        train, preference, dtype = self.recipe.train, self.recipe.preference, self.setting.dtype
         if train.optimizer == "paged_adamw_8bit":  # it moves pages to the host when it must; planned as if it never did
             train = replace(train, optimizer="adamw_8bit")
         optimizer = build_optimizer(model, train)  # not under the mode: bitsandbytes makes tables of values
         with mode, patch.object(torch, "is_autocast_enabled", _is_autocast_enabled):
             longest = min(tokens, train.seq_len) if self.packs else tokens // rows
+            if self.packs and self.recipe.data.kind == "pairs":
+                longest = -(-longest // 2)  # two answers alike share a row
             batch = full_batch(tokens, longest, padding_free=self.packs)
+            if preference is not None:
+                batch |= preference_entries(batch["labels"].shape, preference)
 
             def loss() -> torch.Tensor:
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                    value: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
+                    if preference is None:
+                        value: torch.Tensor = model(**batch, num_items_in_batch=tokens).loss
+                    else:
+                        value = preference_loss(model, batch, preference).loss / len(batch[SIGNS])
                 return value
 
+            def likelihoods() -> None:
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    answer_likelihoods(model, batch)
+
+            references = not self.setting.triton
+            if not gradients:
+                return count_forward(model, likelihoods, optimizer, references=references)
             return count_step(
                 model,
                 loss,
                 optimizer,
                 accumulates=accumulates,
                 max_grad_norm=train.max_grad_norm,
-                references=not self.setting.triton,
+                references=references,
             )
 
 
@@ -191,3 +221,20 @@ def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, An
         starts = torch.zeros(tokens // SHORT_EXAMPLE_TOKENS + 2, dtype=torch.int32)
         batch |= {"cu_seq_lens_q": starts, "max_length_q": longest}
     return batch
+
+
+def preference_entries(shape: tuple[int, ...], spec: PreferenceSpec) -> dict[str, Any]:
+    """What a micro-batch of full_batch has beside its other entries where the recipe has a PreferenceSpec.
+
+    shape: of its labels. Its examples are as short as those of full_batch, an even number of them.
+    """
+    examples = 2 * max(1, math.prod(shape) // (2 * SHORT_EXAMPLE_TOKENS))
+    entries: dict[str, Any] = {
+        EXAMPLE_IDS: torch.zeros(shape, dtype=torch.int64),
+        SIGNS: torch.ones(examples, dtype=torch.float32),
+    }
+    if spec.needs_reference:
+        entries[REFERENCE] = torch.zeros(examples, dtype=torch.float64)
+    if spec.loss == "kto":
+        entries[KL] = torch.zeros((), dtype=torch.float64)
+    return entries

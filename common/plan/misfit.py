@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from common.machine.device import GIB
+from common.model.activation_checkpointing import Policy
 from common.plan.planner import Option, Planner
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step
 from common.recipe import Checkpointing, UserError
@@ -25,6 +26,8 @@ def explain_misfit(planner: Planner) -> str:
     leanest, step = planner.leanest(wanted, planner.offload_choices()[-1])
     excess = leanest.peak - card.budget
     if excess <= 0 and card.host_bytes is not None:
+        if planner.layout.streams(leanest.on_host):
+            return _too_little_host_memory(planner, leanest, card.host_bytes)
         return (
             f"the layers' parts and inputs do not fit the host memory: {leanest.host_bytes / GIB:.1f} GiB for each "
             f"card, and {card.host_bytes / GIB:.1f} GiB are available for it. "
@@ -32,9 +35,36 @@ def explain_misfit(planner: Planner) -> str:
         )
     arithmetic = _arithmetic(planner, leanest, sum(step.resident.values()))
     if step.resident[WEIGHTS] + step.resident[EMBEDDINGS] > card.budget:
-        return arithmetic + f"The model alone is too large: take a smaller model, or {_more_memory(planner)}"
+        streaming = "".join(f". What would fit: {change}" for change in _streaming_that_fits(planner, leanest.policy))
+        return arithmetic + f"The model alone is too large: take a smaller model, or {_more_memory(planner)}{streaming}"
     changes = list(_changes_that_fit(planner, leanest, step, excess))
     return arithmetic + ("What would fit: " + ", or ".join(changes) if changes else "Take a smaller model")
+
+
+def _too_little_host_memory(planner: Planner, leanest: Option, available: int) -> str:
+    """What the weights of all layers need of it, and which card would do with as many layers there as have room."""
+    message = (
+        f"the weights of {leanest.on_host} layers and the layers' inputs do not fit the host memory: "
+        f"{leanest.host_bytes / GIB:.1f} GiB for each card, and {available / GIB:.1f} GiB are available for it. "
+    )
+    fewer = [planner.exact(1, leanest.policy, count)[0] for count in range(leanest.on_host)]
+    most = max((option for option in fewer if option.host_bytes <= available), key=lambda o: o.on_host, default=None)
+    if most is None:
+        return message + "Take a smaller model, or more host memory"
+    needed = (most.peak + planner.card.overhead_bytes) / GIB
+    return message + (
+        f"Take more host memory, or a card of {needed:.1f} GiB, which needs {most.host_bytes / GIB:.1f} GiB there"
+    )
+
+
+def _streaming_that_fits(planner: Planner, policy: Policy) -> Iterator[str]:
+    """TrainSpec.weights_on_host, where the recipe sets it to a number that does not do, and "auto" would."""
+    if planner.layout.sharded or planner.recipe.train.weights_on_host == "auto":
+        return
+    streamed, _ = planner.exact(1, policy, planner.layers)
+    if planner.fits(streamed):
+        host = streamed.host_bytes / GIB
+        yield f"TrainSpec.weights_on_host='auto' ({streamed.peak / GIB:.1f} GiB, and {host:.1f} GiB of host memory)"
 
 
 def _arithmetic(planner: Planner, leanest: Option, resident: int) -> str:
@@ -63,6 +93,7 @@ def _more_memory(planner: Planner) -> str:
 
 def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int) -> Iterator[str]:
     """Changes of the recipe, each of which alone makes one row fit. excess: bytes over the budget."""
+    yield from _streaming_that_fits(planner, leanest.policy)
     for name in CHECKPOINTING_BY_MEMORY:
         leaner, _ = planner.leanest(name, leanest.on_host)
         if leaner.peak < leanest.peak and planner.fits(leaner):

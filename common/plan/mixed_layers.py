@@ -40,6 +40,7 @@ class MixedLayers:
         per_layer, outside = dict(step.resident_per_layer), dict(step.resident_outside_layers)
         per_layer[WEIGHTS] += self.weights
         sharded, on_host = dict(step.sharded_per_layer), step.shard_on_host
+        streams = bool(step.streamed_per_layer)
         if any(sharded.values()):
             sharded[WEIGHTS] += self.sharded
             on_host += self.sharded
@@ -50,6 +51,8 @@ class MixedLayers:
             resident_outside_layers=outside,
             sharded_per_layer=sharded,
             shard_on_host=on_host,
+            streamed_per_layer=step.streamed_per_layer + streams * self.weights,
+            streamed_at_most=step.streamed_at_most + streams * self.gathered,
         )
 
 

@@ -26,6 +26,8 @@ class Plan:
     text: str  # for people
     peak_bytes: int | None = None  # predicted, as torch.cuda.max_memory_allocated counts; None on a CPU
     optimizer_bytes: int = 0  # of the optimizer's states
+    # Of a micro-batch of the pass that gives the reference's log-likelihoods, without gradients; 0 where there is none.
+    reference_rows: int = 0
 
     @property
     def rows_per_step(self) -> int:
@@ -50,28 +52,34 @@ def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
 
 
 def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
-    """The fastest option that fits: with the whole model on each card, or else with the layers sharded over the cards.
+    """The fastest option that fits: with the whole model on each card, or else with the layers sharded over the cards,
+    or else with each card's weights in host memory.
 
     Raises UserError when one row does not fit, and where the model must be sharded and the recipe asks for something
     that cannot be.
     """
-    sharding = recipe.train.sharding
-    if processes == 1 or sharding != "always":
-        planner = Planner(recipe, card, setting, Layout(processes))
-        try:
-            return planner, choose_or_explain(planner)
-        except UserError:
-            if processes == 1 or sharding == "never":
-                raise
-    refuse_unshardable(recipe.lora, recipe.train)
-    planner = Planner(recipe, card, setting, Layout(processes, sharded=True))
-    return planner, choose_or_explain(planner)
+    train, whole = recipe.train, None
+    if processes == 1 or train.sharding != "always":
+        whole = Planner(recipe, card, setting, Layout(processes))
+        if processes == 1 or train.sharding == "never" or train.weights_on_host not in ("auto", 0):
+            return whole, choose_or_explain(whole)
+        if option := whole.choose(streams=False):
+            return whole, option
+    refuse_unshardable(recipe.lora, train)
+    shared = Planner(recipe, card, setting, Layout(processes, sharded=True))
+    option = shared.choose()
+    streamed = whole.choose() if whole is not None and train.weights_on_host == "auto" else None
+    if option is None and whole is not None and streamed is not None:
+        return whole, streamed
+    if option is not None and streamed is not None:
+        option = replace(option, instead=_words_of_whole_layers(option, streamed))
+    return shared, option or choose_or_explain(shared)
 
 
 def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
     """Whether each of so many cards of this size can hold the whole model."""
     try:
-        return Planner(recipe, card, None, Layout(processes)).choose() is not None
+        return Planner(recipe, card, None, Layout(processes)).choose(streams=False) is not None
     except UserError:  # the recipe cannot be planned at all
         return False
 
@@ -91,11 +99,40 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     )
     if layout.sharded:
         why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
+        why += f"\n  {option.instead}" if option.instead else ""
+    elif layout.streamed:
+        why += f"\n  {_words_of_streaming(planner, option)}"
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
     peak_bytes, optimizer_bytes = option.peak + WORKSPACE_BYTES, step.resident[OPTIMIZER]
-    return build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+    reference_rows = planner.reference_rows(option.on_host)
+    if reference_rows:
+        why += f"\n  {_words_of_passes(planner, option, reference_rows)}"
+    plan = build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
+    return replace(plan, reference_rows=reference_rows)
+
+
+def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
+    """What a loss with a reference computes without gradients, and the share of it in the time of the run."""
+    peak = planner.forward_peak(rows, option.on_host) + WORKSPACE_BYTES
+    share = planner.pass_seconds_per_token(option.on_host) / option.seconds_per_token
+    each_step = ", and before each step those of answers to other prompts" * (planner.recipe.data.kind == "rated")
+    return (
+        f"before the first step the log-likelihoods under the reference, {_row_or_rows_of(rows)} at a time, "
+        f"{peak / GIB:.1f} GiB{each_step}: {share:.0%} of the modelled time of the run"
+    )
+
+
+def _words_of_whole_layers(shared: Option, streamed: Option) -> str:
+    """The layers whole on each card, with their weights streaming, beside the shards that a plan takes."""
+    time = streamed.seconds_per_token / shared.seconds_per_token - 1
+    longer = f"{abs(time):.0%} {'more' if time > 0 else 'less'} time" if round(abs(time), 2) else "as much time"
+    return (
+        f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers: {longer} "
+        f"(modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
+        f"{shared.host_bytes / GIB:.1f}; shards are taken where they fit, because a card then holds its part alone"
+    )
 
 
 def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str:
@@ -107,6 +144,21 @@ def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str
         f"on each card {shards / GIB:.1f} GiB of parts (weights, adapters, gradients, optimizer), "
         f"{unsharded / GIB:.1f} GiB whole (embedding, head, norm, scales), at most {gathered / GIB:.1f} GiB of layers "
         f"gathered, the next one early; {other_stream_bytes / GIB:.1f} GiB set aside for one in another stream's memory"
+    )
+
+
+def _words_of_streaming(planner: Planner, option: Option) -> str:
+    """What crosses the link for layers whose weights stream, and what that costs by the model of time."""
+    on_card, step = planner.exact(option.rows, option.policy)
+    _, streamed = planner.exact(option.rows, option.policy, option.on_host)
+    sent, speed = streamed.link_bytes() - step.link_bytes(), planner.forecast.speed
+    slower = option.seconds_per_token / on_card.seconds_per_token - 1
+    beside, tokens = sent / speed.link_bytes_per_second, option.rows * planner.seq_len
+    hidden = "hidden behind computing" if slower < 0.0005 else f"which makes a step {slower:.1%} longer"
+    return (
+        f"the weights of {option.on_host} of {planner.layers} layers wait in host memory, two at a time are on the "
+        f"card: {sent / GIB:.1f} GiB cross the link in a micro-batch, {beside:.2f} s beside "
+        f"{tokens * on_card.seconds_per_token:.2f} s, {hidden} (modelled)"
     )
 
 
@@ -125,6 +177,8 @@ def build_plan(
     shared, how = "", ""
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
+    elif layout.streamed:
+        how = f"; the weights of {layout.streamed} layers stream from host memory"
     text = (
         f"plan: {at_most}{_row_or_rows_of(train.most_rows_per_step)} of {train.seq_len:,} tokens per optimizer step: "
         f"{_micro_batches(accumulation, rows)}{shared}; {policy}{how}\n  {why}"

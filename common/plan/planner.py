@@ -5,18 +5,20 @@ Memory is counted (common.plan.forecast), not estimated. Time is a roofline esti
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 
 from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import Policy
-from common.model.config import refuse_more_positions
+from common.model.config import load_config, refuse_more_positions
+from common.model.weight_streaming import RING_SLOTS
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of
 from common.plan.step import GRADIENTS, Step, lagrange_weights, peak_between
-from common.recipe import Checkpointing, Recipe, rows_per_process
+from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
@@ -37,9 +39,10 @@ class Option:
     policy: Policy
     peak: int  # bytes
     seconds_per_token: float
-    on_host: int = 0  # layers whose shards wait in host memory
+    on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
     host_bytes: int = 0  # in host memory
     link_bytes_per_token: float = 0.0  # to and from the host, and to and from other cards
+    instead: str = ""  # another way to run it that the plan did not take, in words
 
 
 class Planner:
@@ -56,6 +59,7 @@ class Planner:
         self.recipe, self.seq_len, self.layout = recipe, recipe.train.seq_len, layout
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
+        refuse_more_layers(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
         self.layers = self.forecast.layers
         other_stream = self.forecast.gathered_layer_bytes()
@@ -64,33 +68,43 @@ class Planner:
         self.bucket_bytes = 0
         if layout.processes > 1 and not layout.sharded:
             self.bucket_bytes = self.forecast.step(self.seq_len, Policy(self.layers)).resident[GRADIENTS]
+        self.pass_seconds_per_token = cache(self._pass_seconds_per_token)
         # In full rows, which is all that an attention with a mask can be counted in.
         self.counted_tokens = self.seq_len, self.seq_len * max(2, MAX_MICRO_BATCH_TOKENS // self.seq_len)
 
-    def choose(self) -> Option | None:
+    def choose(self, *, streams: bool = True) -> Option | None:
         """The fastest option that fits, under the recipe's own policy if it names one. None when not even one row fits.
 
-        Of several cards that share a model, the option that sends least, among those that are about as fast.
+        Of several cards that share a model, the option that sends least, among those that are about as fast. Weights
+        of whole layers stream where nothing fits otherwise. streams=False: not even then, unless the recipe says so.
         """
-        most_on_host = self.offload_choices()[-1]
-        leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=most_on_host)
+        choices = self.offload_choices()
+        if self.layout.sharded or choices[0]:
+            return self._choose_among(choices)
+        return self._choose_among([0]) or (self._choose_among(choices[1:]) if streams else None)
+
+    def _choose_among(self, choices: Sequence[int]) -> Option | None:
+        """choices: how many layers may have their shards, or weights, in host memory; ascending."""
+        if not choices:
+            return None
+        leanest = self.forecast.step(self.seq_len, Policy(self.layers), on_host=choices[-1])
         if sum(leanest.resident.values()) > self.card.budget:
             return None  # no need to search
-        for candidates in (self._candidates(), self._candidates_in_tiles()):
+        for candidates in (self._candidates(choices), self._candidates_in_tiles(choices)):
             for option in self._rank(option for option in candidates if option):
                 exact, _ = self.exact(option.rows, option.policy, option.on_host)
                 if self.fits(exact):
-                    return self._move_shards_to_card(exact)
+                    return self._move_layers_to_card(exact, choices)
         return None
 
-    def _candidates_in_tiles(self) -> Iterator[Option]:
+    def _candidates_in_tiles(self, choices: Sequence[int]) -> Iterator[Option]:
         """The options that compute in tiles: only where nothing else fits, so that other rows stay as they are."""
-        policies, most_on_host = self.policies_in_tiles(self.recipe.train.checkpointing), self.offload_choices()[-1]
+        policies = self.policies_in_tiles(self.recipe.train.checkpointing)
         leanest = policies[len(TILES) - 1 :: len(TILES)]
-        if not any(self.fits(self._extrapolate(self.seq_len, policy, most_on_host)) for policy in leanest):
+        if not any(self.fits(self._extrapolate(self.seq_len, policy, choices[-1])) for policy in leanest):
             return  # no need to search
         for rows, policy in product(self._micro_batch_rows(), policies):
-            for on_host in self.offload_choices():
+            for on_host in choices:
                 if self.fits(self._extrapolate(rows * self.seq_len, policy, on_host)):
                     yield self.exact(rows, policy, on_host)[0]
                     break
@@ -109,10 +123,10 @@ class Planner:
         policies = [plain, *self.policies_in_tiles(wanted)[-1:]]  # tiles take more where a row is shorter than one
         return min((self.exact(1, policy, on_host) for policy in policies), key=lambda pair: pair[0].peak)
 
-    def _candidates(self) -> Iterator[Option | None]:
+    def _candidates(self, choices: Sequence[int]) -> Iterator[Option | None]:
         """For each micro-batch and each number of layers on the host the options worth comparing; None for a misfit."""
         wanted = self.recipe.train.checkpointing
-        for rows, on_host in product(self._micro_batch_rows(), self.offload_choices()):
+        for rows, on_host in product(self._micro_batch_rows(), choices):
             if wanted != "auto":
                 named = self.interpolate(rows, Policy.named(wanted, self.layers), on_host)
                 yield named if self.fits(named) else None
@@ -130,10 +144,17 @@ class Planner:
         return [rows for rows in range(1, self.rows_here + 1) if self.rows_here % rows == 0 and rows <= most]
 
     def offload_choices(self) -> list[int]:
-        """How many layers the search lets have their shards in host memory: every eighth of all, ascending."""
-        if not self.layout.sharded:
-            return [0]
-        return sorted({self.layers * eighths // 8 for eighths in range(9)})
+        """How many layers the search lets have their shards, or weights, in host memory, ascending.
+
+        Every eighth of all, or the one number that the recipe names.
+        """
+        eighths = {self.layers * eighths // 8 for eighths in range(9)}
+        wanted = self.recipe.train.weights_on_host
+        if self.layout.sharded:
+            return sorted(eighths)
+        if wanted != "auto":
+            return [wanted]
+        return [0, *sorted(count for count in eighths if count > RING_SLOTS)]
 
     def keep_most_layers(self, rows: int, on_host: int = 0, **extras: bool) -> Option | None:
         """The option in which the most layers keep their activations. None where recomputing every layer does not fit.
@@ -157,18 +178,20 @@ class Planner:
     def _rank(self, options: Iterable[Option]) -> list[Option]:
         """The options from best to worst: the fastest first.
 
-        Where cards share a model, those that the model of time cannot tell from the fastest come first, the one that
-        sends least at their head; options that send as much stay in the order of their times.
+        Where cards share a model, or weights stream, those that the model of time cannot tell from the fastest come
+        first, the one that sends least at their head; options that send as much stay in the order of their times.
         """
         by_time = sorted(options, key=lambda option: option.seconds_per_token)
-        if not self.layout.sharded or not by_time:
+        if not by_time or not self.layout.sharded and not by_time[0].on_host:
             return by_time
         slow = TIME_TOLERANCE * by_time[0].seconds_per_token
         return sorted(by_time, key=lambda option: (option.seconds_per_token > slow, _traffic_class(option)))
 
-    def _move_shards_to_card(self, option: Option) -> Option:
+    def _move_layers_to_card(self, option: Option, choices: Sequence[int]) -> Option:
         """The option with as few layers on the host as fit; the search tries eighths only."""
-        low, high = 0, option.on_host
+        low, high = min(choices), option.on_host
+        if not self.layout.sharded and len(choices) > 1:
+            low = min(high, RING_SLOTS + 1)
         while low < high:
             middle = (low + high) // 2
             fewer, _ = self.exact(option.rows, option.policy, middle)
@@ -195,7 +218,8 @@ class Planner:
         host = round(sum(weight * count.host_peak() for weight, count in pairs))
         sent = sum(weight * count.link_bytes() for weight, count in pairs)
         peak = peak_between(counts, weights) + self.bucket_bytes
-        return Option(rows, policy, peak, seconds / tokens, on_host, host, sent / tokens)
+        seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
+        return Option(rows, policy, peak, seconds_per_token, on_host, host, sent / tokens)
 
     def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
@@ -203,8 +227,41 @@ class Planner:
         step = self.forecast.step(tokens, policy, rows=rows, accumulates=accumulates, on_host=on_host)
         seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
         peak = step.peak() + self.bucket_bytes
-        option = Option(rows, policy, peak, seconds / tokens, on_host, step.host_peak(), step.link_bytes() / tokens)
+        seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
+        option = Option(rows, policy, peak, seconds_per_token, on_host, step.host_peak(), step.link_bytes() / tokens)
         return option, step
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.recipe.preference is not None and self.recipe.preference.needs_reference
+
+    def reference_rows(self, on_host: int = 0) -> int:
+        """Rows of the largest micro-batch up to MAX_MICRO_BATCH_TOKENS that fits without gradients, at least 1.
+
+        0 where the recipe has no reference. Where a step fits, one row does: its backward pass takes more.
+        """
+        if not self.needs_reference:
+            return 0
+        most = max(1, MAX_MICRO_BATCH_TOKENS // self.seq_len)
+        fits = (rows for rows in range(most, 1, -1) if self.forward_peak(rows, on_host) <= self.card.budget)
+        return next(fits, 1)
+
+    def forward_peak(self, rows: int, on_host: int = 0) -> int:
+        """Bytes at the worst moment of a forward pass without gradients, beside what a step keeps."""
+        return self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host).peak() + self.bucket_bytes
+
+    def _pass_seconds_per_token(self, on_host: int = 0) -> float:
+        """Of what a loss with a reference computes without gradients, for each token that is trained; else 0.
+
+        Before the first step each row once. KTO computes it with answers to other prompts too, and these again in each
+        optimizer step.
+        """
+        if not self.needs_reference:
+            return 0.0
+        rated, rows = self.recipe.data.kind == "rated", self.reference_rows(on_host)
+        passes = 2 / self.recipe.train.epochs + 1 if rated else 1 / self.recipe.train.epochs
+        tokens = rows * self.seq_len
+        return passes * self.forecast.forward(tokens, rows=rows, on_host=on_host).seconds(self.forecast.speed) / tokens
 
     def longest_row(self, policy: Policy, on_host: int = 0) -> int:
         """Tokens of the longest single row that fits card and host, a multiple of 256. 0 where none fits.
@@ -235,6 +292,13 @@ class Planner:
         weights = lagrange_weights(tokens, lengths)
         host = round(sum(weight * count.host_peak() for weight, count in zip(weights, counts, strict=True)))
         return Option(1, policy, peak_between(counts, weights) + self.bucket_bytes, 0.0, on_host, host)
+
+
+def refuse_more_layers(recipe: Recipe) -> None:
+    """Raises UserError where the recipe lets the weights of more layers stream than the model has."""
+    layers, wanted = load_config(recipe.model).num_hidden_layers, recipe.train.weights_on_host
+    if wanted != "auto" and wanted > layers:
+        raise UserError(f"TrainSpec.weights_on_host is {wanted}, and the model has {layers} layers")
 
 
 def _traffic_class(option: Option) -> int:

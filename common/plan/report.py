@@ -38,6 +38,7 @@ class PolicyRow:
     seconds_per_token: float  # modelled
     relative_time: float  # per token; 1 is no checkpointing
     fits: bool
+    streamed: int = 0  # layers whose weights wait in host memory
 
     @property
     def peak(self) -> int:
@@ -71,6 +72,10 @@ class PlanReport:
             )
         if not self.plan.checkpointing.recomputed:
             return "why: the fastest that fits; no layer needs to recompute"
+        leanest = self.row(OFFLOAD)
+        if self.plan.layout.streamed and not leanest.fits:
+            over = f"; with all weights on the card even the leanest policy would be {room_on(self.card, leanest)}"
+            return f"why: the fastest that fits{over}"
         over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
         least = ", and of about as fast ones it sends the least between cards and host" * self.plan.layout.sharded
         return f"why: the fastest that fits{least}{over}"
@@ -103,6 +108,9 @@ class PlanReport:
         lines.append(
             _line("layers that recompute", *(f"{r.policy.recomputed} of {r.policy.layers}" for r in self.rows))
         )
+        if any(row.streamed for row in self.rows):
+            streamed = (f"{row.streamed} of {row.policy.layers}" for row in self.rows)
+            lines.append(_line("layers whose weights stream", *streamed))
         lines.append(_line("host memory, GiB", *(_gib(row.step.host_peak()) for row in self.rows)))
         lines.append(_line("time per token, 1 = no checkpointing", *(f"{row.relative_time:.2f} " for row in self.rows)))
         return [line.rstrip() for line in lines]
@@ -113,7 +121,9 @@ class PlanReport:
 
     def _longest_rows(self) -> Iterator[str]:
         of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
-        yield f"longest row that fits, in a micro-batch of 1 row{of_model}:"
+        row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
+        stream = f" while the weights of {self.plan.layout.streamed} layers stream" * bool(self.plan.layout.streamed)
+        yield f"longest {row} that fits, in a micro-batch of 1 row{stream}{of_model}:"
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
             amount = f"{tokens:>9,} tokens" if tokens else "     none"
@@ -131,7 +141,11 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
         OFFLOAD: Policy.named("offload", layers),
         CHOICE: option.policy,
     }
-    counted = {name: planner.exact(option.rows, policy, option.on_host) for name, policy in policies.items()}
+    # Where weights stream, the plain policies have all of them on the card: what it would be without.
+    on_host = dict.fromkeys(policies, option.on_host)
+    if not planner.layout.sharded:
+        on_host |= dict.fromkeys((NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD), 0)
+    counted = {name: planner.exact(option.rows, policy, on_host[name]) for name, policy in policies.items()}
     plain = counted[NO_CHECKPOINTING][0].seconds_per_token
     rows = tuple(
         PolicyRow(
@@ -142,6 +156,7 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
             exact.seconds_per_token,
             exact.seconds_per_token / plain,
             planner.fits(exact),
+            planner.layout.streams(exact.on_host) * exact.on_host,
         )
         for name, (exact, step) in counted.items()
     )

@@ -34,6 +34,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
         "choice": {
             "micro_batch_rows": plan.micro_batch_rows,
             "accumulation": plan.accumulation,
+            "reference_rows": plan.reference_rows,
             **asdict(plan.layout),
             **_policy_values(plan.checkpointing),
             "predicted_peak_allocated_bytes": plan.peak_bytes,
@@ -46,6 +47,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
                 "peak_on_card_bytes": row.peak,
                 "parts_bytes": {_key(kind): size for kind, size in row.parts.items()},
                 "fits": row.fits,
+                "streamed_layers": row.streamed,
                 "host_memory_bytes": row.step.host_peak(),
                 "seconds_per_token": row.seconds_per_token,
                 "relative_time_per_token": row.relative_time,

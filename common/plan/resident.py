@@ -13,6 +13,7 @@ from common.machine.collectives import local_tensor
 from common.machine.host_memory import page_locked_bytes
 from common.model.activation_checkpointing import decoder_layers
 from common.model.held_adapters import HeldAdapters
+from common.model.weight_streaming import streamed_tensors
 from common.plan.ledger import round_up
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, KINDS, OPTIMIZER, WEIGHTS
 
@@ -25,6 +26,7 @@ class ResidentMemory:
     per_layer: dict[str, int]
     sharded_per_layer: dict[str, int]  # of per_layer, this card's shards
     shard_on_host: int  # bytes that the shards of a layer take in host memory instead
+    streamed_per_layer: int  # of per_layer's weights, what can wait in host memory (common.model.weight_streaming)
     tensors: list[Tensor]  # all of them; of sharded ones the local tensor
 
 
@@ -46,6 +48,7 @@ def find_resident_memory(model: nn.Module, optimizer: torch.optim.Optimizer) -> 
         per_layer,
         _sum_by_kind(sharded),
         sum(_bytes_on_host(tensor, kind) for tensor, kind in sharded),
+        0 if sharded else streamed_tensors(layers[0])[1],
         [local_tensor(tensor) for tensor, _ in everything],
     )
 

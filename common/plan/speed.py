@@ -6,6 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
+from common.recipe import require
+
 
 @dataclass
 class Work:
@@ -56,29 +58,70 @@ class Speed:
         return max(operators, work.link_bytes / self.link_bytes_per_second, work.launches * self.launch_seconds)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownGpu(Speed):
+    """A kind of GPU that can be planned for on any machine: its speeds, and what else its plan depends on."""
+
+    memory_gib: float  # of the whole card, as CUDA reports it
+    capability: tuple[int, int]  # CUDA compute capability, which says whether it has bf16 and flash attention
+
+
 # Dense bf16 (T4: fp16) matmul with fp32 sums, and memory bandwidth, by NVIDIA's data sheets (GeForce: the architecture
 # white papers AD102, GA102 and Blackwell RTX, appendix A). The efficiencies are from steps that others measured. Seven
 # of QLoRA, LoRA and bf16 LoRA on an A100 (foundation-model-stack/fms-acceleration, scripts/benchmarks/refs) lie within
 # 2 % of 78.5 % of the matmuls and 68 % of the memory traffic. An RTX 4090 and a 3090 (AnswerDotAI/fsdp_qlora,
 # benchmarks_03_2024.md) take 1.02 and 1.1 times as long as the model says without any. 80 % of an H200's matmuls, 790
 # TFLOP/s, were measured by others and are taken for the H100 too, as is the A100's 68 % for both. Of the other cards no
-# efficiency is known.
-SPEEDS = (
-    Speed("RTX 4090", 165e12, 1.01e12),
-    Speed("RTX 3090", 71e12, 0.94e12),
-    Speed("RTX 5090", 209.5e12, 1.79e12),
-    Speed("A100", 312e12, 2.04e12, matmul_efficiency=0.785, memory_efficiency=0.68),  # 80 GB, SXM
-    Speed("H100", 989e12, 3.35e12, matmul_efficiency=0.8, memory_efficiency=0.68),  # SXM
-    Speed("H200", 989e12, 4.8e12, matmul_efficiency=0.8, memory_efficiency=0.68),
-    Speed("L40S", 362e12, 0.864e12),
-    Speed("L4", 121e12, 0.3e12),
-    Speed("T4", 65e12, 0.32e12),
+# efficiency is known. A100 and H100 are those of 80 GB on SXM boards.
+# The memory is the smallest total that people have posted of the card with torch's out-of-memory errors, 2024 to 2026:
+# drivers differ by up to 0.2 GiB, and all of them keep some of what is printed on the box. The capability is NVIDIA's
+# (developer.nvidia.com/cuda-gpus).
+KNOWN_GPUS = (
+    KnownGpu("RTX 4090", 165e12, 1.01e12, memory_gib=23.5, capability=(8, 9)),
+    KnownGpu("RTX 3090", 71e12, 0.94e12, memory_gib=23.5, capability=(8, 6)),
+    KnownGpu("RTX 5090", 209.5e12, 1.79e12, memory_gib=31.3, capability=(12, 0)),
+    KnownGpu(
+        "A100", 312e12, 2.04e12, memory_gib=79.1, capability=(8, 0), matmul_efficiency=0.785, memory_efficiency=0.68
+    ),
+    KnownGpu(
+        "H100", 989e12, 3.35e12, memory_gib=79.1, capability=(9, 0), matmul_efficiency=0.8, memory_efficiency=0.68
+    ),
+    KnownGpu(
+        "H200", 989e12, 4.8e12, memory_gib=139.7, capability=(9, 0), matmul_efficiency=0.8, memory_efficiency=0.68
+    ),
+    KnownGpu("L40S", 362e12, 0.864e12, memory_gib=44.3, capability=(8, 9)),
+    KnownGpu("L4", 121e12, 0.3e12, memory_gib=22.0, capability=(8, 9)),
+    KnownGpu("T4", 65e12, 0.32e12, memory_gib=14.5, capability=(7, 5)),
 )
 
 
 def speed_of(gpu: str | None) -> Speed:
     """The speed of a GPU by its name. An unknown one counts as the first: a plan compares ratios of times only."""
-    return next((speed for speed in SPEEDS if gpu and re.search(rf"\b{speed.name}\b", gpu)), SPEEDS[0])
+    return next((known for known in KNOWN_GPUS if gpu and re.search(rf"\b{known.name}\b", gpu)), KNOWN_GPUS[0])
+
+
+def named_gpu(typed: str | None) -> KnownGpu | None:
+    """The kind of GPU that is meant by "t4", "RTX 4090", "rtx-4090" or "4090".
+
+    None for nothing, and for the number of one of this machine. Raises UserError for a kind that is not known.
+    """
+    if typed is None:
+        return None
+    for known in KNOWN_GPUS:
+        if _letters(typed).removeprefix("rtx") == _letters(known.name).removeprefix("rtx"):
+            return known
+    there = ", ".join(f"{known.name.lower().replace(' ', '-')} ({known.memory_gib:g} GiB)" for known in KNOWN_GPUS)
+    require(
+        typed.isdecimal(),
+        f"GPU={typed}: a plan knows {there}. CARD_GIB=16 plans for any other card that has bf16; a number from 0 on is "
+        "a GPU of this machine",
+    )
+    return None
+
+
+def _letters(name: str) -> str:
+    """Of a GPU's name what tells it from others, however it is written."""
+    return re.sub(r"nvidia|geforce|tesla|[\W_]", "", name.lower())
 
 
 # FLOP per second of dense bf16 matmul with fp32 sums by NVIDIA's data sheets and architecture papers; fp16 for the T4,

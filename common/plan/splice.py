@@ -26,7 +26,7 @@ def layers_to_copy(layers: int, counted: int, repeated: int) -> list[int]:
 
 
 def splice_layers(parts: Sequence[Part]) -> Step:
-    """The step of a model whose layers are those of the parts, in order.
+    """The step of a model whose layers are those of the parts, in order; of steps without a backward pass one without.
 
     What lies outside the layers comes from the last part. The last part must have as many layers as its counted step,
     or more.
@@ -34,15 +34,12 @@ def splice_layers(parts: Sequence[Part]) -> Step:
     first, last = parts[0].step, parts[-1].step
     layers = sum(len(part.copied) for part in parts)
     forward = [part.step.segment(f"forward {number}") for part in parts for number in part.copied]
-    backward = [part.step.segment(f"backward {number}") for part in parts for number in part.copied]
-    segments = (
-        first.segment("embedding"),
-        *forward,
-        _segment_outside("head and loss", parts, layers),
-        _segment_outside("loss", parts, layers),
-        *reversed(backward),
-        _segment_outside("optimizer", parts, layers),
-    )
+    head = _segment_outside("head and loss", parts, layers)
+    segments: tuple[Segment, ...] = (first.segment("embedding"), *forward, head)
+    if last.has_backward:
+        backward = [part.step.segment(f"backward {number}") for part in parts for number in part.copied]
+        loss, optimizer = (_segment_outside(name, parts, layers) for name in ("loss", "optimizer"))
+        segments += (loss, *reversed(backward), optimizer)
     return Step(
         last.resident_outside_layers,
         last.resident_per_layer,
@@ -50,6 +47,8 @@ def splice_layers(parts: Sequence[Part]) -> Step:
         segments,
         last.sharded_per_layer,
         last.shard_on_host,
+        last.streamed_per_layer,
+        last.streamed_at_most,
     )
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.machine.host_memory import page_locked_bytes
+from common.model.weight_streaming import RING_SLOTS
 from common.plan.speed import Speed, Work
 
 # What a byte is there for. A saved activation outlives the part of the forward pass that made it. All else that comes
@@ -67,6 +69,8 @@ class Step:
     segments: tuple[Segment, ...]
     sharded_per_layer: dict[str, int] = field(default_factory=dict)  # of resident_per_layer, this card's shards
     shard_on_host: int = 0  # bytes that this card's shards of a layer take where they wait in host memory
+    streamed_per_layer: int = 0  # bytes of a layer's frozen weights that wait in host memory where they stream
+    streamed_at_most: int = 0  # of the largest layer
 
     @property
     def resident(self) -> dict[str, int]:
@@ -75,29 +79,43 @@ class Step:
             kind: self.resident_outside_layers[kind] + self.layers * self.resident_per_layer[kind] for kind in KINDS
         }
 
-    def with_shards_on_host(self, layers: int) -> "Step":
-        """The step with this card's shards of so many layers in host memory.
+    def with_layers_on_host(self, layers: int) -> "Step":
+        """The step with this card's shards of so many layers in host memory, or with as many layers' weights there.
 
         A shard returns to the card for a moment, on its way to the other cards. It counts as if it were there at the
-        worst moment.
+        worst moment. Weights of whole layers return to a ring, and those that lie in it at a turn are not copied
+        (common.model.weight_streaming).
         """
         if not layers:
             return self
-        shard = sum(self.sharded_per_layer.values())
         outside = {
             kind: self.resident_outside_layers[kind] - layers * self.sharded_per_layer.get(kind, 0) for kind in KINDS
         }
-        outside[GATHERED] += shard
+        if any(self.sharded_per_layer.values()):
+            shard = sum(self.sharded_per_layer.values())
+            outside[GATHERED] += shard
+            return self._with_copies(outside, shard * layers, layers * self.shard_on_host)
+        streamed = self.streamed_per_layer
+        outside[WEIGHTS] += RING_SLOTS * self.streamed_at_most - layers * streamed
+        return self._with_copies(outside, streamed * max(0, layers - RING_SLOTS), layers * page_locked_bytes(streamed))
+
+    def _with_copies(self, outside: dict[str, int], link_bytes: float, host_bytes: int) -> "Step":
+        """The step with other bytes outside the layers, and with copies of so many bytes in each direction."""
         # The copies are spread evenly over all layers. A segment that is repeated stays one object: `peak_between`
         # looks at each object once.
         changed = {}
         for segment in {id(segment): segment for segment in self.segments}.values():
             is_layer = segment.name.startswith(("forward", "backward"))
-            work = replace(segment.work, link_bytes=segment.work.link_bytes + is_layer * shard * layers / self.layers)
+            work = replace(segment.work, link_bytes=segment.work.link_bytes + is_layer * link_bytes / self.layers)
             changed[id(segment)] = replace(segment, work=work)
         segments = [changed[id(segment)] for segment in self.segments]
-        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + layers * self.shard_on_host)
+        segments[0] = replace(segments[0], host_bytes=segments[0].host_bytes + host_bytes)
         return replace(self, resident_outside_layers=outside, segments=tuple(segments))
+
+    @property
+    def has_backward(self) -> bool:
+        """False for a forward pass without gradients."""
+        return any(segment.name == "loss" for segment in self.segments)
 
     def segment(self, name: str) -> Segment:
         return next(segment for segment in self.segments if segment.name == name)

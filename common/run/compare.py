@@ -13,14 +13,16 @@ from typing import Any
 
 from common.machine.disk import write_named_file
 from common.machine.slow_work import format_duration
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe import SPECS, UserError
 from common.run.charts import Curve, line_chart
 from common.run.folder import EVAL_JSON, HELD_OUT_ROWS, RUN_JSON, refuse_run_under_way
 from common.run.metrics_file import curve_of, read_metrics
 from common.run.pages import read_object, render
+from common.run.preference_metrics import ACCURACY, MARGIN
 
-SPEC_OF_PART = {"": Recipe, "model": ModelSpec, "data": DataSpec, "lora": LoraSpec, "train": TrainSpec}
-NO_DIFFERENCE = {"out", "existing_run", "fallback_out"}  # fields that say where a run is, and not what it is
+SPEC_OF_PART = SPECS
+# Fields that say where a run is, and not what it is; and one that follows from another.
+NO_DIFFERENCE = {"out", "existing_run", "fallback_out", "preference", "data.kind"}
 RUN_COLOURS = 8  # of the page's style sheet; further runs have them again, dashed
 NO_COMMON_PROMPT = "no prompt was answered by all of them: TrainSpec.seed draws the prompts from the held-out rows"
 ComparedRow = tuple[str, list[str]]  # what is compared, and what each run has
@@ -111,13 +113,15 @@ def recipe_differences(runs: list[Run]) -> list[ComparedRow]:
 
 
 def _flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    parts = {name: value for name, value in recipe.items() if name in SPEC_OF_PART}
+    parts = {name: value for name, value in recipe.items() if name in SPEC_OF_PART and value is not None}
     nested = {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
     return {name: value for name, value in recipe.items() if name not in SPEC_OF_PART} | nested
 
 
 def _default(name: str) -> Any:
     part, _, field = name.rpartition(".")
+    if part == "preference":  # of a recipe that has none
+        return None
     default = next((f.default for f in fields(SPEC_OF_PART[part]) if f.name == field), None)
     return None if default is MISSING or is_dataclass(default) else json.loads(json.dumps(default))
 
@@ -146,6 +150,8 @@ def _results(runs: list[Run]) -> list[ComparedRow]:
         *row("held-out loss before", number("{:.4f}", [m["eval_loss_before"] for m in metrics])),
         *row("held-out loss", number("{:.4f}", [m["eval_loss"] for m in metrics])),
         *row("lowest on the way", number("{:.4f}", [_lowest(run) for run in runs])),
+        *row("held-out accuracy", [_before_and_after(m, ACCURACY, "{:.1%}") for m in metrics]),
+        *row("held-out margin", [_before_and_after(m, MARGIN, "{:.3f}") for m in metrics]),
         *row("loss by make eval", number("{:.4f}", [e.get("loss") for e in evaluations])),
         *row("training loss, first step", number("{:.4f}", [m["first_loss"] for m in metrics])),
         *row("training loss, last step", number("{:.4f}", [m["last_loss"] for m in metrics])),
@@ -160,6 +166,12 @@ def _results(runs: list[Run]) -> list[ComparedRow]:
         *row("peak of RAM, GiB", number("{:.2f}", [None if m["allocated_bytes"] else m["peak_gib"] for m in metrics])),
         *row("trained parameters", number("{:,}", [run.record["trainable_params"] for run in runs])),
     ]
+
+
+def _before_and_after(metrics: dict[str, Any], name: str, form: str) -> str | None:
+    found = metrics.get("held_out_preferences", {})
+    values = [found.get(when, {}).get(name) for when in ("before", "after")]
+    return None if None in values else " → ".join(map(form.format, values))
 
 
 def _lowest(run: Run) -> float | None:
@@ -178,6 +190,9 @@ def _notes(runs: list[Run]) -> list[str]:
             "Held-out losses are over other rows or other tokens, so they do not compare: data, seed, eval_rows or the "
             "tokenizer differ. make eval DATA=... measures each on the same file."
         )
+    objectives = [record["recipe"].get("preference") for record in records]
+    if any(objective != objectives[0] for objective in objectives):
+        notes.append("Losses are of other objectives (PreferenceSpec), so they do not compare; accuracies do.")
     trained = [[(d["source"], d.get("sha256"), d["tokens"]) for d in record["data"]] for record in records]
     if any(data != trained[0] for data in trained):
         notes.append("Training losses are over other data or tokens: only their shapes compare.")
@@ -313,6 +328,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
         "answers": comparison.answers,
         "held_out": _chart(runs, "Held-out loss", "eval_loss", dots=True),
         "training": _chart(runs, "Training loss", "loss"),
+        "is_nll": not any(run.record["recipe"].get("preference") for run in runs),
         "no_common_prompt": NO_COMMON_PROMPT,
         "commands": [(run.name, run.record.get("command", "")) for run in runs],
     }

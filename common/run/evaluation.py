@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batches import collate
 from common.machine.disk import write_named_file
 from common.model.attention import uses_packed_attention
+from common.recipe import PreferenceSpec
 from common.run.drift import Drift, measure_drift
 from common.run.general_texts import GeneralTexts
 from common.run.generation import Completion, cut_of, generate, shown
 from common.run.held_out_loss import batch_nll, mean_nll, perplexity
+from common.run.preference_comparison import compare_preferences, count_trained_tokens
+from common.run.preference_metrics import ACCURACY, MARGIN
 from common.run.prompts import Prompt
 
 MAX_SAMPLE_TOKENS = 128  # of a completion that is shown
@@ -104,24 +107,32 @@ def compare_with_base(
     prompts: Sequence[Prompt],
     general: GeneralTexts | None = None,
     max_seconds: float = SAMPLE_SECONDS,
+    preference: PreferenceSpec | None = None,
 ) -> dict[str, Any]:
     """Held-out loss, perplexity and completions, of the base and with the adapter, in one load of the weights.
 
-    general: texts on which drift is measured too. max_seconds: as compare_completions.
+    general: texts on which drift is measured too. max_seconds: as compare_completions. preference: of the run, whose
+    loss is then measured, with rewards instead of perplexity.
     """
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
 
     def nll(batch: dict[str, Any]) -> float:
         return batch_nll(model, batch).item()
 
-    with_adapter, tokens = mean_nll(rows, nll, collate_rows)
-    with model.disable_adapter():
-        of_base, _ = mean_nll(rows, nll, collate_rows)
+    if preference is None:
+        with_adapter, tokens = mean_nll(rows, nll, collate_rows)
+        with model.disable_adapter():
+            of_base, _ = mean_nll(rows, nll, collate_rows)
+        losses = {
+            who: {"loss": loss, "perplexity": perplexity(loss)}
+            for who, loss in (("base", of_base), ("adapter", with_adapter))
+        }
+    else:
+        losses, tokens = compare_preferences(model, tokenizer, rows, preference), count_trained_tokens(rows)
     drift = None if general is None else measure_drift(model, general, tokenizer)
     return {
         "trained_tokens": tokens,
-        "base": {"loss": of_base, "perplexity": perplexity(of_base)},
-        "adapter": {"loss": with_adapter, "perplexity": perplexity(with_adapter)},
+        **losses,
         "drift": None if drift is None else asdict(drift),
         "samples": compare_completions(model, tokenizer, prompts, max_seconds),
     }
@@ -135,9 +146,16 @@ def print_evaluation(result: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     print(f"\n{result['source']}, {result['trained_tokens']:,} trained tokens:")
-    losses = Table("", "loss, nats a token", "perplexity")
+    is_nll = "perplexity" in result["base"]
+    losses = Table("", "loss, nats a token", "perplexity") if is_nll else Table("", "loss", "accuracy", "margin")
     for name, title in (("base", "base"), ("adapter", "with the adapter")):
-        losses.add_row(title, f"{result[name]['loss']:.4f}", f"{result[name]['perplexity']:,.2f}")
+        found = result[name]
+        more = (
+            [f"{found['perplexity']:,.2f}"]
+            if is_nll
+            else [f"{found[ACCURACY]:.1%}", f"{found[MARGIN]:.4f}" if MARGIN in found else "-"]
+        )
+        losses.add_row(title, f"{found['loss']:.4f}", *more)
     console.print(losses)
     if result["drift"] is not None:
         print("\n".join(Drift(**result["drift"]).lines()))

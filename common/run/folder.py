@@ -51,6 +51,10 @@ class RunUnderWay(UserError):
     """A run of another process is under way in the folder."""
 
 
+class HoldsRun(UserError):
+    """The folder holds a run, and nothing says what is to become of it."""
+
+
 @contextlib.contextmanager
 def hold_run_folder(out: str, existing_run: ExistingRun) -> Iterator[Path]:
     """Gives the folder to a run of this process, prepared as prepare_run_folder says, and keeps all others out of it.
@@ -163,8 +167,8 @@ def _make_folder(folder: Path) -> None:
 def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     """Returns the names of what a run left in the folder. Writes nothing.
 
-    Raises UserError when it holds a run and neither --resume nor --overwrite says what to do with it, and when it
-    holds anything that no run wrote.
+    Raises HoldsRun when it holds a run and neither --resume nor --overwrite says what to do with it, and UserError when
+    it holds anything that no run wrote.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another output folder: OUT=...")
@@ -178,7 +182,7 @@ def check_run_folder(folder: Path, existing_run: ExistingRun) -> set[str]:
     if foreign:
         raise UserError(f"{folder} holds something that is no run ({foreign[0]}); choose another folder: OUT=...")
     if names and existing_run == "refuse":
-        raise UserError(
+        raise HoldsRun(
             f"{folder} already holds a run. Go on with it: ARGS=--resume; replace it: ARGS=--overwrite; "
             "or choose another folder: OUT=..."
         )

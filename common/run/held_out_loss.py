@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +16,27 @@ from common.machine.processes import rank, world_size
 from common.machine.slow_work import report_slow_work
 
 
-@torch.no_grad()
-def batch_nll(model: Any, batch: Batch) -> Tensor:
-    """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens: fp32 scalar.
-
-    Dropout is off meanwhile; on a GPU the model computes under autocast, as in training.
-    """
+@contextmanager
+def forward_only(model: Any) -> Iterator[None]:
+    """Without gradients and dropout; on a GPU under autocast, as in training."""
     machine, was_training = this_machine(), model.training
-    inputs = {name: v.to(machine.device) if isinstance(v, Tensor) else v for name, v in batch.items()}
     model.eval()
     try:
-        with torch.autocast(machine.device.type, machine.dtype, enabled=machine.is_gpu):
-            loss: Tensor = model(**inputs, num_items_in_batch=1).loss
+        with torch.no_grad(), torch.autocast(machine.device.type, machine.dtype, enabled=machine.is_gpu):
+            yield
     finally:
         model.train(was_training)
+
+
+def on_device(batch: Batch) -> Batch:
+    device = this_machine().device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def batch_nll(model: Any, batch: Batch) -> Tensor:
+    """Negative log-likelihood of a micro-batch in nats, summed over its trained tokens: fp32 scalar."""
+    with forward_only(model):
+        loss: Tensor = model(**on_device(batch), num_items_in_batch=1).loss
     return loss
 
 

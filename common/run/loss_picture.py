@@ -6,6 +6,7 @@ from typing import Any
 from common.machine.disk import write_aside
 from common.run.folder import LOSS_PICTURE
 from common.run.metrics_file import read_metrics
+from common.run.preference_metrics import ACCURACY
 
 
 def draw_loss(folder: Path, kept_step: int | None = None) -> None:
@@ -26,7 +27,8 @@ def draw_loss(folder: Path, kept_step: int | None = None) -> None:
         axes.plot(*zip(*held_out, strict=True), "o", color="tab:orange", markersize=5, label="held out")
     if kept := [point for point in held_out if point[0] == kept_step][-1:]:
         axes.plot(*kept[0], "o", color="black", fillstyle="none", markersize=10, label=f"kept: step {kept_step:,}")
-    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", ylim=(0, None))
+    unit = "loss" if any(ACCURACY in entry for entry in entries) else "loss per trained token (nats)"
+    axes.set(xlabel="optimizer step", ylabel=unit, ylim=(0, None))
     axes.set_title(folder.name, parse_math=False)  # $ in a name is no formula
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

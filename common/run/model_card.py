@@ -73,6 +73,8 @@ def card_values(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "metrics": metrics,
         "kept_step": metrics.get("kept_step", metrics["steps"]),  # which runs of earlier versions do not have
         "made_with": ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "peft", "trl")),
+        "preference": recipe.get("preference"),  # which runs of earlier versions do not have
+        "held_out": metrics.get("held_out_preferences"),
         "drift": drift,
         "drift_source": drift and f"`{shared_name(drift['source'])}`",
     }
@@ -87,10 +89,14 @@ def front_matter(base: str | None, datasets: list[str], licence: dict[str, str],
         base_model=base,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(["qlora"] if run["recipe"]["model"]["bits"] == 4 else [])],
+        tags=[*_tags(run["recipe"].get("preference")), *(["qlora"] if run["recipe"]["model"]["bits"] == 4 else [])],
         datasets=datasets or None,
         **licence,  # type: ignore[arg-type]
     ).to_yaml()
+
+
+def _tags(preference: dict[str, Any] | None) -> list[str]:
+    return TAGS if preference is None else [preference["loss"] if tag == "sft" else tag for tag in TAGS]
 
 
 def shared_name(source: str) -> str:

@@ -1,7 +1,6 @@
 """What a run shows while it goes on, and keeps of it: the progress line, metrics.jsonl."""
 
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +12,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from common.machine.collectives import barrier
 from common.machine.device import GIB, this_machine
 from common.machine.processes import is_main_process
-from common.machine.slow_work import LINE_SECONDS, called_in_thread, format_duration, show_status
+from common.machine.slow_work import (
+    LINE_SECONDS,
+    called_in_thread,
+    format_duration,
+    seconds_between_statuses,
+    show_status,
+)
 from common.run.metrics_file import MetricsFile
+from common.run.preference_metrics import HELD_OUT, in_words, taken_from
 
 
 class ProgressReport(TrainerCallback):
-    """Writes metrics.jsonl, and shows a progress line: after each step on a terminal, elsewhere every `every` seconds.
+    """Writes metrics.jsonl, and shows a progress line: after each step on a terminal, every second in a notebook,
+    elsewhere every `every` seconds.
 
     Inside `without_silence` no longer time passes between two lines: the last step's line is shown, or the micro-batch
     that a slow step is at.
@@ -69,8 +76,9 @@ class ProgressReport(TrainerCallback):
         self, _args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **__: Any
     ) -> None:
         if "eval_loss" in logs:
-            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"]})
-            self._show(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}", keep=True)
+            self._write({"step": state.global_step, "eval_loss": logs["eval_loss"], **taken_from(logs)})
+            more = in_words(logs, HELD_OUT)
+            self._show(f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}{more}", keep=True)
         if "skipped" in logs:
             self._write({"step": state.global_step, "skipped": "its numbers were not finite"})
         if "loss" not in logs:
@@ -86,16 +94,17 @@ class ProgressReport(TrainerCallback):
             "tokens_per_s": round(tokens_per_s, 1),
             "peak_gib": round(this_machine().peak_bytes() / GIB, 3),
             "seconds": round(seconds, 3),
+            **taken_from(logs),
         }
         self._write(entry)
         left = seconds / (state.global_step - self.first_step) * (state.max_steps - state.global_step)
         line = (
-            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f} | "
-            f"lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
+            f"step {state.global_step}/{state.max_steps} | loss {entry['loss']:.4f}"
+            f"{in_words(entry)} | lr {entry['learning_rate']:.2e} | {tokens_per_s:,.0f} tokens/s | "
             f"peak {entry['peak_gib']:.2f} GiB | {format_duration(left)} left"
         )
         is_last = state.global_step == state.max_steps
-        if is_last or sys.stdout.isatty() or time.perf_counter() - self.shown_at >= self.every:
+        if is_last or time.perf_counter() - self.shown_at >= seconds_between_statuses(self.every):
             self._show(line, keep=is_last)
         else:
             self.waiting_line = line

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from common.conversations.conversation import Preference
 from common.conversations.pairs import untrained
 from common.data.report import DataReport
 from common.data.tokenise import read_examples
@@ -31,15 +32,21 @@ class Prompt:
 def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: int | None = None) -> list[Prompt]:
     """Each conversation in a file or hub data set as a prompt, its last answer the reference; none without a source.
 
-    Prompt and reference are those that a run trains, with the answer's thoughts where the template writes them.
-    Raises UserError when the source holds no conversations.
+    Of better and worse answers, the better one is the reference, and a prompt that has several is there once; where all
+    its rated answers are bad, it is left out. Prompt and reference are those that a run trains, with the answer's
+    thoughts where the template writes them. Raises UserError when the source holds no conversations.
     """
     if source is None:
         return []
-    chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    chat_format, prompts, asked_before = ChatFormat(tokenizer), list[Prompt](), set[tuple[int, ...]]()
     for _, example in read_examples(source, DataReport(source)):
         if len(prompts) == limit:
             break
+        is_preference = isinstance(example, Preference)
+        if isinstance(example, Preference):
+            if example.signs[0] < 0:
+                continue
+            example = example.conversations[0]
         if isinstance(example, str):
             continue
         turns = example.messages
@@ -51,6 +58,9 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
             tokens = chat_format.encode(replace(example, messages=(*untrained(asked), turns[answers[-1]])))
             start = next(i for i, label in enumerate(tokens.labels) if label != IGNORED)
             reference = tokenizer.decode(tokens.input_ids[start : tokens.turn_ends[0]], skip_special_tokens=True)
+            if is_preference and tuple(tokens.input_ids[:start]) in asked_before:
+                continue
+            asked_before.add(tuple(tokens.input_ids[:start]))
             prompts.append(Prompt(tokens.input_ids[:start], asked[-1].content, reference))
     if not prompts:
         raise UserError(f"{source} holds no conversations to ask")
@@ -60,10 +70,15 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
 def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> list[Prompt]:
     """`count` examples of packed rows, drawn by `seed`. The last trained span is the reference, all before the prompt.
 
-    A plain text is trained whole: its first quarter is the prompt. Prompts beyond MAX_PROMPT_TOKENS are left out.
+    A plain text is trained whole: its first quarter is the prompt. Prompts beyond MAX_PROMPT_TOKENS are left out. Of
+    better and worse answers, the chosen or good ones are drawn, and of those to the same prompt one.
     """
     chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    has_signs = "signs" in rows.column_names
     places = [(row, n) for row, lengths in enumerate(rows["seq_lengths"]) for n in range(len(lengths))]
+    if has_signs:
+        signs = rows["signs"]
+        places = [(row, n) for row, n in places if signs[row][n] > 0]
     for row, number in Random(seed).sample(places, len(places)):
         if len(prompts) == count:
             break
@@ -72,6 +87,8 @@ def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int
         if span is None or span[0] > MAX_PROMPT_TOKENS:
             continue
         start, end = span
+        if has_signs and any(ids[:start] == prompt.input_ids for prompt in prompts):
+            continue
         reference = tokenizer.decode(ids[start:end], skip_special_tokens=True)
         prompts.append(Prompt(ids[:start], chat_format.last_message(ids[:start]), reference))
     return prompts

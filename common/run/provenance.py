@@ -20,6 +20,8 @@ def command_line(arguments: list[str] | None = None) -> str:
     arguments: those of the process; None takes sys.argv.
     """
     program, *flags = arguments or sys.argv
+    if Path(program).stem.endswith("kernel_launcher"):  # ipykernel's, and Colab's
+        return "main(recipe), in a notebook"
     if Path(program).parts[-2:] != ("recipes", "__main__.py") or not flags:
         return shlex.join(["python", program, *flags])
     target = flags.pop(0) if flags[0] in MAKE_TARGETS and len(flags) > 1 else "finetune"

@@ -19,7 +19,7 @@ from common.machine.paths import is_same_place
 from common.machine.slow_work import report_slow_work
 from common.model.start_adapter import StartRecord
 from common.plan.plan import Plan
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
+from common.recipe import PREFERENCE_DEFAULTS, DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec, UserError
 from common.run.best import best_step, held_out_losses, is_out_of_patience
 from common.run.checkpoints import go_back_to, list_checkpoints, newest_intact, read_run_identity
 
@@ -42,7 +42,9 @@ RESUME_IGNORES = {  # the result does not depend on them
     "DataSpec.max_bad_share",
     "DataSpec.max_long_share",
     "DataSpec.drift_source",
+    "DataSpec.kind",  # follows from PreferenceSpec.loss
     "TrainSpec.checkpointing",
+    "TrainSpec.weights_on_host",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
     "TrainSpec.sample_answers",
@@ -79,8 +81,11 @@ def run_identity(
         f"{type(spec).__name__}.{field.name}": getattr(spec, field.name)
         for spec in specs
         for field in dataclasses.fields(spec)
-        if not dataclasses.is_dataclass(getattr(spec, field.name))
+        if not dataclasses.is_dataclass(getattr(spec, field.name)) and field.name != "preference"
     }
+    if (spec := recipe.preference) is not None:  # by what its values come to: None is the loss's own
+        fields |= {"PreferenceSpec.loss": spec.loss}
+        fields |= {f"PreferenceSpec.{name}": spec.value(name) for name in PREFERENCE_DEFAULTS[spec.loss]}
     fields = json.loads(json.dumps(fields))  # tuples become lists, as in the checkpoint
     return {
         "recipe": {name: value for name, value in fields.items() if name not in RESUME_IGNORES},
@@ -95,13 +100,15 @@ def run_identity(
 
 
 def hash_rows(rows: Dataset) -> str:
-    """sha256 of the rows' token ids, labels and lengths, in order."""
+    """sha256 of the rows' token ids, labels and lengths, in order, and of the signs of preferences."""
     digest = hashlib.sha256()
     for name in ("input_ids", "labels"):
         for chunk in rows.data.column(name).chunks:
             values = chunk.flatten()
             digest.update(values.to_numpy(zero_copy_only=False).tobytes())
     digest.update(str([len(row) for row in rows["seq_lengths"]]).encode())
+    if "signs" in rows.column_names:
+        digest.update(str(rows["seq_lengths"][:]).encode() + str(rows["signs"][:]).encode())
     return digest.hexdigest()
 
 

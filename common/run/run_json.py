@@ -30,7 +30,8 @@ from common.run.resume import LIBRARIES
 def run_metrics(steps_done: int, history: list[dict[str, Any]], plan: Plan, step_downs: list[str]) -> dict[str, Any]:
     """The numbers of a run that has ended. history: the entries of metrics.jsonl, with a finite loss in one at least.
 
-    Seconds, tokens and tokens per second are those of the last step; losses are nats per trained token.
+    Seconds, tokens and tokens per second are those of the last step. Losses are nats per trained token, or with
+    preferences means of a comparison.
     """
     steps = [entry for entry in history if "loss" in entry]
     retries, ooms = this_machine().full_times()

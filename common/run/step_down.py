@@ -25,6 +25,10 @@ FIRST_TILE = 4_096  # tokens: where a plan has none
 SMALLEST_TILE = 512
 
 
+def add_up(results: list[Tensor]) -> Tensor:
+    return torch.stack(results).sum(0)
+
+
 class StepDown:
     """Computes micro-batches, with less memory after each time that it did not suffice.
 
@@ -39,21 +43,28 @@ class StepDown:
         self.taken: list[str] = []
 
     def compute(
-        self, compute_part: Callable[[Batch], Tensor], micro_batches: list[Batch], step: int, *, backward: bool
+        self,
+        compute_part: Callable[[Batch], Tensor],
+        micro_batches: list[Batch],
+        step: int,
+        *,
+        backward: bool,
+        join: Callable[[list[Tensor]], Tensor] = add_up,
     ) -> Tensor:
-        """Computes the last of the micro-batches, and returns the sum of its parts' results.
+        """Computes the last of the micro-batches, and returns the results of its parts, joined: their sum.
 
-        compute_part: returns a scalar. micro_batches: those of the optimizer step so far; after a step down all of
-        them are computed again. step: the number of the optimizer step, to tell the user. backward: whether
-        compute_part saves activations, so that recomputing more layers helps. Raises the error (`out_of_memory`) when
-        nothing is left to try, and on several processes at once, where the others would wait for this one.
+        compute_part: returns a tensor, of one shape for all parts where they are added up. micro_batches: those of the
+        optimizer step so far; after a step down all of them are computed again. step: the number of the optimizer step,
+        to tell the user. backward: whether compute_part saves activations, so that recomputing more layers helps.
+        Raises the error (`out_of_memory`) when nothing is left to try, and on several processes at once, where the
+        others would wait for this one.
         """
         pending = micro_batches[-1:]
         while True:
             try:
                 for batch in pending:
                     results = [compute_part(part) for part in self.split(batch)]
-                return torch.stack(results).sum()
+                return join(results)
             except Exception as error:
                 if (memory := out_of_memory(error)) is None:
                     raise

@@ -66,8 +66,8 @@ class StopSignals(TrainerCallback):
 
     def agree(self) -> None:
         """Makes `received` the same in all processes."""
-        number = all_reduce_max(self.received or 0)
-        self.received = signal.Signals(number) if number else None
+        if number := all_reduce_max(self.received or 0):  # else a signal may have come meanwhile
+            self.received = signal.Signals(number)
 
     def raise_if_received(self, message: str) -> None:
         """Raises Stopped, in all processes, when one of them got a signal after the last step."""

@@ -77,7 +77,7 @@ class Trainer(SFTTrainer):
         self.step_under_way = OptimizerStep(0)
         self.held = held_adapters(model)
         self.recompute_check = RecomputeCheck(model, lambda: self.step_down.policy)
-        self.step_down = StepDown(model, policy, before_retry=self.recompute_check.count_again)
+        self.step_down = StepDown(model, policy, before_retry=self.begin_step_again)
         self.skipped_steps = SkippedSteps(model, self.nll_of_each, find_places)
         if self.is_sharded:
             gather_states_when_saved(self.optimizer)
@@ -136,6 +136,10 @@ class Trainer(SFTTrainer):
             loss = self.step_down.compute(compute, self.step_under_way.micro_batches, number, backward=True)
         self.step_under_way.losses.append(loss)
         return loss.nan_to_num(0.0, 0.0, 0.0)  # the stock trainer's running sum would never be finite again
+
+    def begin_step_again(self) -> None:
+        """Is called before the micro-batches so far are computed again, with less memory."""
+        self.recompute_check.count_again()
 
     def _get_grad_norm(self, model: PeftModel, grad_norm: Tensor | None = None) -> Tensor:
         """The stock trainer calls it when the gradients of a step are complete and clipped."""

@@ -22,6 +22,7 @@ from common.model.start_adapter import start_record
 from common.plan.plan import Plan
 from common.recipe import Recipe, TrainSpec, UserError
 from common.run.folder import CHECKPOINTS
+from common.run.preference_trainer import PreferenceTrainer
 from common.run.rehearsal import worst_batch
 from common.run.resume import run_identity
 from common.run.trainer import Trainer
@@ -36,7 +37,8 @@ def build_trainer(
     """
     refuse_unplanned(model, recipe, plan)
     padding_free, base = uses_packed_attention(model), base_record(model)
-    trainer = Trainer(
+    kind = Trainer if recipe.preference is None else partial(PreferenceTrainer, preference=recipe.preference)
+    trainer: Trainer = kind(
         model,
         plan.checkpointing,
         worst_batch(rows, plan.micro_batch_rows, padding_free=padding_free),

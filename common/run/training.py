@@ -21,9 +21,10 @@ from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
 from common.model.start_adapter import started_from
+from common.model.weight_streaming import leave_ring_to_processes, stream_weights
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
-from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError
+from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError, require
 from common.run.best import Losses, checkpoint_to_keep, held_out_losses, kept_line, refuse_without_held_out
 from common.run.capacity import warn_of_capacity
 from common.run.checkpoints import step_of_checkpoint
@@ -33,8 +34,11 @@ from common.run.folder import CHECKPOINTS
 from common.run.general_texts import load_general_texts
 from common.run.held_out_loss import lowest_held_out_loss
 from common.run.held_out_rows import save_held_out_rows
+from common.run.preference_advice import warn_of_learning_rate
+from common.run.preference_metrics import held_out_results
 from common.run.preflight import rehearse_save
 from common.run.progress import ProgressReport
+from common.run.reference import with_reference
 from common.run.resume import checkpoint_to_resume, rows_per_step_before
 from common.run.run_json import full_line, memory_line, run_metrics
 from common.run.stopping import StopSignals
@@ -50,8 +54,13 @@ def train(
     """Trains, evaluates, and leaves the adapter and the files that tell of the run in recipe.out.
 
     Returns what run.json says under "metrics". Raises UserError when the numbers go wrong or the memory runs out, and
-    Stopped after a signal.
+    where no folder is named, and Stopped after a signal.
     """
+    require(
+        bool(recipe.out),
+        "the run has no folder: write @story above the recipe's main (from common.run import story), which gives it "
+        "one when Python calls it, or name one: Recipe(out='outputs/mine')",
+    )
     folder, written = Path(recipe.out), recipe
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
@@ -63,12 +72,13 @@ def train(
     source = recipe.data.drift_source
     general = None if source is None else load_general_texts(source, tokenizer, recipe.train.seq_len)
     prepare_process(recipe.train, folder)
+    rows = with_reference(model, tokenizer, rows, recipe, plan)
     trainer, report = build_trainer(model, tokenizer, rows, recipe, plan, folder), ProgressReport(folder)
     trainer.add_callback(report)
     if recipe.train.report_to != "none" and is_main_process():
         trainer.add_callback(GuardedTracker(recipe.train.report_to))
     print("\n".join(step_lines(len(rows.train), written.train, plan.layout.processes, begun_with)))
-    if warning := warn_of_capacity(rows, recipe):
+    if warning := warn_of_capacity(rows, recipe) if recipe.preference is None else warn_of_learning_rate(recipe):
         print(warning)
     checkpoint = None
     if recipe.existing_run == "resume":
@@ -88,6 +98,8 @@ def train(
         print(line)
     losses = held_out_losses([*report.history, *trainer.state.log_history])
     metrics |= take_best(trainer, losses) if recipe.train.keep == "best" else {}
+    if preferences := held_out_results(report.history, metrics["kept_step"]):
+        metrics["held_out_preferences"] = preferences
     if line := lowest_held_out_loss(report.history, metrics.get("kept_step")):
         print(line)
     drift = None if general is None else measure_drift(model, general, tokenizer, plan.micro_batch_rows)
@@ -111,6 +123,8 @@ def make_layers_ready(model: PeftModel, kernels: Kernels, layout: Layout) -> Non
         with without_fsdp_classes(model):
             use_lean_layers(model, kernels)
     shard_layers(model, layout)
+    stream_weights(model, layout.streamed)
+    leave_ring_to_processes(model)
 
 
 def settle_steps(recipe: Recipe, plan: Plan, rows: Rows, begun_with: int | None = None) -> tuple[Recipe, Plan]:

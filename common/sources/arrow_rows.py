@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.recipe import UserError
+from common.recipe import Kind, UserError
 from common.sources.formats import WANTED_KEYS, is_media, match_keys, quoted
 from common.sources.json_files import parse_json
 from common.sources.source_row import BadRow, Row
@@ -15,22 +15,28 @@ if TYPE_CHECKING:
 BATCH_ROWS = 1024
 
 
-def find_columns(source: str, names: tuple[str, ...], columns: dict[str, str] | None) -> dict[str, int]:
+def find_columns(
+    source: str, names: tuple[str, ...], columns: dict[str, str] | None, kind: Kind | None
+) -> dict[str, int]:
     """From each key of the table's format to the place of its column, but for pictures and sounds.
 
     Raises UserError when there is no such format.
     """
     try:
-        matched = match_keys(names, columns)
+        matched = match_keys(names, columns, kind)
     except BadRow as fault:
         raise UserError(f"{source}: its columns: {fault}") from fault
     if matched is None:
-        raise UserError(f"{source}: no format has its columns: {quoted(names)}; name them {WANTED_KEYS}")
+        raise UserError(f"{source}: no format has its columns: {quoted(names)}; name them {WANTED_KEYS[kind]}")
     return {key: place for key, place in matched.places.items() if not is_media(names[place])}
 
 
 def table_rows(
-    source: str, batches: Iterator["pyarrow.RecordBatch"], unread: Counter[str], columns: dict[str, str] | None
+    source: str,
+    batches: Iterator["pyarrow.RecordBatch"],
+    unread: Counter[str],
+    columns: dict[str, str] | None,
+    kind: Kind | None,
 ) -> Iterator[tuple[int, Row | BadRow]]:
     """Yields the rows of a table with their numbers, from 1 on, with the columns that its format reads.
 
@@ -41,7 +47,7 @@ def table_rows(
     for batch in batches:
         if not batch.num_rows:
             continue
-        places = find_columns(source, tuple(batch.schema.names), columns)
+        places = find_columns(source, tuple(batch.schema.names), columns, kind)
         for place, name in enumerate(batch.schema.names):
             if place not in places.values() and (count := count_filled(batch.column(place))):
                 add_unread(source, name, count, unread)

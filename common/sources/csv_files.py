@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from common.process_state import allow_large_csv_cells
-from common.recipe import UserError
+from common.recipe import Kind, UserError
 from common.sources.formats import WANTED_KEYS, match_keys, quoted
 from common.sources.source_row import MAX_ROW_BYTES, BadRow, PlacedRow
 from common.sources.text_files import check_start, convert_command, is_utf8
@@ -26,14 +26,16 @@ class Header(NamedTuple):
     places: dict[str, int]  # from a key of the format to its column
 
 
-def csv_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = None) -> Iterator[PlacedRow]:
+def csv_rows(
+    path: Path, unread: Counter[str], columns: dict[str, str] | None = None, kind: Kind | None = "conversations"
+) -> Iterator[PlacedRow]:
     """Yields the rows of a CSV file, with the columns that its format reads. Rows of empty cells are skipped.
 
     Adds to `unread` how many rows have a text in each of the other columns.
     """
     check_start(path)
     allow_large_csv_cells(MAX_ROW_BYTES)
-    header = _find_header(path, columns)
+    header = _find_header(path, columns, kind)
     if header is None:
         return
     records = _records(path, header.delimiter)
@@ -59,7 +61,7 @@ def _other_columns(header: Header) -> list[tuple[int, str]]:
     ]
 
 
-def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
+def _find_header(path: Path, columns: dict[str, str] | None, kind: Kind | None) -> Header | None:
     """Reads the first row with each delimiter, and returns the one reading that fits a format. None without rows.
 
     Raises UserError when no reading fits, or several do, or a column that the format reads is there twice.
@@ -76,7 +78,7 @@ def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
             if first is None:
                 return None
             names = tuple(first[1])
-            if (matched := match_keys(names, columns)) is None:
+            if (matched := match_keys(names, columns, kind)) is None:
                 others[delimiter] = names
             else:
                 fitting.setdefault(names, Header(delimiter, names, matched.places))
@@ -94,7 +96,7 @@ def _find_header(path: Path, columns: dict[str, str] | None) -> Header | None:
         raise faults[0]
     raise UserError(
         f"{path}: no format has the columns of its first line: {quoted(names)} (delimiter {delimiter!r}); "
-        f"name them {WANTED_KEYS}"
+        f"name them {WANTED_KEYS[kind]}"
     )
 
 

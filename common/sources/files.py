@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.recipe import UserError
+from common.recipe import Kind, UserError
 from common.sources.arrow_files import arrow_rows, saved_rows
 from common.sources.csv_files import csv_rows
 from common.sources.document_files import document_rows
@@ -27,35 +27,38 @@ def read_rows(
     revision: str | None = None,
     config: str | None = None,
     columns: dict[str, str] | None = None,
+    kind: Kind | None = "conversations",
     unread: Counter[str] | None = None,
 ) -> Iterator[PlacedRow]:
     """Yields every row of a source's files, or of a hub data set's split, in order. A row with a fault is a BadRow.
 
-    config: of a hub data set, where it has several configurations. columns: DataSpec's. unread: is added to how many
-    rows have a value in each column that the rows come without, because no format reads it; of a Parquet file's lists
-    the most that there can be.
+    config: of a hub data set, where it has several configurations. columns and kind: DataSpec's; kind None reads any.
+    unread: is added to how many rows have a value in each column that the rows come without, because no format reads
+    it; of a Parquet file's lists the most that there can be.
 
     Raises UserError when the source as a whole cannot be read.
     """
     unread = Counter() if unread is None else unread
     if not is_file(source):
-        yield from hub_rows(source, split, revision, config, unread, columns)
+        yield from hub_rows(source, split, revision, config, unread, columns, kind)
         return
     found = find_files(source)
     if found.saved is not None:
-        yield from saved_rows(found.saved, split, unread, columns)
+        yield from saved_rows(found.saved, split, unread, columns, kind)
         return
     readers = {path: kind_of(path) for path in found.files}  # before the first file is read
-    for path, kind in readers.items():
-        yield from _rows_of(path, kind, unread, columns)
+    for path, suffix in readers.items():
+        yield from _rows_of(path, suffix, unread, columns, kind)
 
 
-def _rows_of(path: Path, kind: str, unread: Counter[str], columns: dict[str, str] | None) -> Iterator[PlacedRow]:
+def _rows_of(
+    path: Path, suffix: str, unread: Counter[str], columns: dict[str, str] | None, kind: Kind | None
+) -> Iterator[PlacedRow]:
     try:
-        if kind in ROW_READERS:
-            yield from ROW_READERS[kind](path)
+        if suffix in ROW_READERS:
+            yield from ROW_READERS[suffix](path)
         else:
-            yield from TABLE_READERS[kind](path, unread, columns)
+            yield from TABLE_READERS[suffix](path, unread, columns, kind)
     except OSError as error:
         if error.errno is None and is_compressed(path):  # which is how Arrow says that it cannot unpack
             raise UserError(f"{path} is damaged ({error}); download it again, or pack it again") from error

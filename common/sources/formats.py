@@ -4,8 +4,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
+from common.recipe import Kind
 from common.sources.learn_flags import LEARN_FLAGS, UNCLEAR_FLAGS
-from common.sources.source_row import BadRow, PreferenceData
+from common.sources.other_kind import has_no_rating, has_pairs, is_no_pair
+from common.sources.source_row import BadRow
 
 SYSTEM_KEYS = ("system", "system_prompt")
 REASONING_KEYS = ("reasoning_content", "thinking")  # of a row: reasoning alone may be a judge's
@@ -20,18 +22,19 @@ _OF_CHATS = (*SYSTEM_KEYS, "tools", "functions", "chat_template_kwargs")
 _OF_PAIRS = (*_OF_CHATS, "history", *REASONING_KEYS)
 _CHECKED = (*MEDIA_KEYS, *LEARN_FLAGS)  # in rows of every format
 _CHECKED_IN_CHATS = (*_CHECKED, *LABEL_KEYS, *UNCLEAR_FLAGS)
-_PREFERENCES = (
+_MARKS_OF_PAIRS = (
     ("chosen", "rejected"),
     ("rejected_response",),
     ("rejected_messages",),
     ("preferred_output", "non_preferred_output"),
-)  # of DPO, ms-swift and OpenAI
+)
 
 
 class Format(NamedTuple):
     name: str
     keys: tuple[str, ...]  # which every row of this format has
     optional: tuple[str, ...] = ()
+    is_pair: bool = False  # of a better and a worse answer
 
 
 # A row is of the first format whose keys it has. Plain text is the last: beside another it is that one, rendered.
@@ -51,11 +54,48 @@ FORMATS = (
     Format("user/assistant", ("user", "assistant"), _OF_PAIRS),
     Format("text", ("text",), ("role",)),
 )
-FORMAT_OF = {known.name: known for known in FORMATS}
-WANTED_KEYS = (
-    "messages, prompt+completion, instruction+output, text or those of another format in docs/data.md; or say which of "
-    "yours they are: DataSpec(columns={'user': ..., 'assistant': ...})"
+_ANSWERS = (("chosen", "rejected"), ("chosen_response", "rejected_response"))
+_ABOUT_OF = {"instruction": ("input", "context"), "question": ("context",)}
+# The same of pairs. The last two keys are the better answer and the worse one, before them is the prompt; without it
+# the better one is a whole conversation.
+PAIR_FORMATS = (
+    *(
+        Format(f"{prompt}/{chosen}/{rejected}", (prompt, chosen, rejected), (*_ABOUT_OF.get(prompt, ()), *more), True)
+        for more, prompts in (
+            ((*_OF_CHATS, "history"), ("prompt", "instruction", "question", "query", "problem", "user", "input")),
+            (_OF_CHATS, ("messages", "conversations", "conversation")),
+        )
+        for prompt in prompts
+        for chosen, rejected in _ANSWERS
+    ),
+    Format(
+        "query/response/rejected_response", ("query", "response", "rejected_response"), (*_OF_CHATS, "history"), True
+    ),
+    Format(
+        "input/preferred_output", ("input", "preferred_output", "non_preferred_output"), _OF_CHATS, True
+    ),  # OpenAI's
+    Format("messages/rejected_messages", ("messages", "rejected_messages"), _OF_CHATS, True),  # ms-swift's
+    Format("messages/rejected_response", ("messages", "rejected_response"), _OF_CHATS, True),  # ms-swift's
+    Format("chosen/rejected", ("chosen", "rejected"), _OF_CHATS, True),  # TRL's, without a prompt
 )
+FORMAT_OF = {known.name: known for known in (*FORMATS, *PAIR_FORMATS)}
+# None reads all kinds.
+FORMATS_OF: dict[Kind | None, tuple[Format, ...]] = {
+    "conversations": FORMATS,
+    "pairs": PAIR_FORMATS,
+    "rated": tuple(known for known in FORMATS if known.name != "text"),
+    None: (*PAIR_FORMATS, *FORMATS),
+}
+_OR_OTHERS = "or those of another format in docs/data.md; or say which of yours they are: DataSpec(columns={{{}}})"
+WANTED_KEYS: dict[Kind | None, str] = {
+    "conversations": "messages, prompt+completion, instruction+output, text "
+    + _OR_OTHERS.format("'user': ..., 'assistant': ..."),
+    "pairs": "prompt+chosen+rejected, chosen+rejected "
+    + _OR_OTHERS.format("'user': ..., 'chosen': ..., 'rejected': ..."),
+    "rated": "prompt+completion+label, messages+label "
+    + _OR_OTHERS.format("'user': ..., 'assistant': ..., 'label': ..."),
+}
+WANTED_KEYS[None] = WANTED_KEYS["conversations"]
 
 
 class MatchedKeys(NamedTuple):
@@ -70,35 +110,49 @@ class MatchedKeys(NamedTuple):
     unread: tuple[tuple[str, int], ...]  # the other names, each with its place
 
 
-def match_keys(names: tuple[str, ...], columns: dict[str, str] | None = None) -> MatchedKeys | None:
+def match_keys(
+    names: tuple[str, ...], columns: dict[str, str] | None = None, kind: Kind | None = "conversations"
+) -> MatchedKeys | None:
     """Finds the format of a row with these names, and the names that it reads. None where no format fits.
 
-    A name may be in another case, with blanks around it. columns: DataSpec's, which decides the format. Raises BadRow
-    when two names could be meant by one key, and when a name of `columns` is not there. Raises PreferenceData for the
-    names that only better and worse answers have, unless `columns` says what to learn.
+    A name may be in another case, with blanks around it. columns: DataSpec's, which decides the format. kind:
+    DataSpec's; None takes any. Raises BadRow when two names could be meant by one key, and when a name of `columns` is
+    not there. Raises OtherKind for the names of another kind of data, unless `columns` says what to learn.
     """
-    return _match(names, tuple(columns.items()) if columns else ())
+    return _match(names, tuple(columns.items()) if columns else (), kind)
 
 
 @lru_cache(maxsize=256)  # a file has one set of names, or a few
-def _match(names: tuple[str, ...], columns: tuple[tuple[str, str], ...]) -> MatchedKeys | None:
+def _match(names: tuple[str, ...], columns: tuple[tuple[str, str], ...], kind: Kind | None) -> MatchedKeys | None:
     folded = fold_names(names)
     if columns:
         return _match_columns(names, folded, dict(columns))
-    if keys := next((keys for keys in _PREFERENCES if set(folded).issuperset(keys)), None):
-        raise preference_data(f"it has {' and '.join(map(repr, keys))}, as DPO takes them")
+    marks = next((keys for keys in _MARKS_OF_PAIRS if set(folded).issuperset(keys)), None)
+    if marks and kind in ("conversations", "rated"):
+        raise has_pairs(marks, rated=kind == "rated")
+    fitting = _fitting(names, folded, FORMATS_OF[kind])
+    if kind == "pairs" and not (fitting or marks) and (others := _fitting(names, folded, FORMATS)):
+        raise is_no_pair(others[0].name, next((key for key in LABEL_KEYS if key in folded), None))
+    if kind == "rated" and fitting and not set(folded) & set(LABEL_KEYS):
+        raise has_no_rating(fitting[0].name)
+    if not fitting:
+        return None
+    fields = _find_fields(fitting[0], names, folded)
+    rivals = {
+        known.name: _find_fields(known, names, folded)
+        for known in fitting[1:]
+        if known.name != "text" and known.is_pair == fitting[0].is_pair and not fields.keys() >= set(known.keys)
+    }
+    places = {key: place for found in (*rivals.values(), fields) for key, place in found.items()}
+    return MatchedKeys(fitting[0].name, places, fields, rivals, _others(names, fields))
+
+
+def _fitting(names: tuple[str, ...], folded: list[str], formats: tuple[Format, ...]) -> list[Format]:
+    """The formats whose keys are all there: as they are written, or else in another case."""
     for there in (set(names), set(folded)):
-        fitting = [known for known in FORMATS if there.issuperset(known.keys)]
-        if fitting:
-            fields = _find_fields(fitting[0], names, folded)
-            rivals = {
-                known.name: _find_fields(known, names, folded)
-                for known in fitting[1:]
-                if known.name != "text" and not fields.keys() >= set(known.keys)
-            }
-            places = {key: place for found in (*rivals.values(), fields) for key, place in found.items()}
-            return MatchedKeys(fitting[0].name, places, fields, rivals, _others(names, fields))
-    return None
+        if fitting := [known for known in formats if there.issuperset(known.keys)]:
+            return fitting
+    return []
 
 
 def _match_columns(names: tuple[str, ...], folded: list[str], columns: dict[str, str]) -> MatchedKeys:
@@ -112,7 +166,7 @@ def _match_columns(names: tuple[str, ...], folded: list[str], columns: dict[str,
         if len(same) > 1:
             raise BadRow(f"{len(same)} keys could be {name!r}: {[names[n] for n in same]!r:.80}; leave one")
         chosen[key] = same[0]
-    known = FORMAT_OF["text" if "text" in columns else "messages" if "messages" in columns else "user/assistant"]
+    known = FORMAT_OF[_format_of_columns(columns)]
     # What was not named is read as always, except under the keys that were.
     open_names = ["" if place in chosen.values() else name for place, name in enumerate(folded)]
     free = tuple(key for key in (*known.optional, *_checked(known)) if key not in chosen)
@@ -122,7 +176,16 @@ def _match_columns(names: tuple[str, ...], folded: list[str], columns: dict[str,
     return MatchedKeys(known.name, places, fields, {}, _others(names, fields))
 
 
+def _format_of_columns(columns: dict[str, str]) -> str:
+    prompt = next((key for key in ("user", "messages", "text") if key in columns), None)
+    if "chosen" in columns:
+        return f"{prompt}/chosen/rejected" if prompt else "chosen/rejected"
+    return "user/assistant" if prompt == "user" else str(prompt)
+
+
 def _checked(known: Format) -> tuple[str, ...]:
+    if known.is_pair:
+        return (*_CHECKED, *UNCLEAR_FLAGS)
     return _CHECKED if known.name == "text" else _CHECKED_IN_CHATS
 
 
@@ -139,13 +202,6 @@ def _find_fields(known: Format, names: tuple[str, ...], folded: list[str]) -> di
 
 def _others(names: tuple[str, ...], fields: dict[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple((name, place) for place, name in enumerate(names) if place not in fields.values())
-
-
-def preference_data(what: str) -> PreferenceData:
-    return PreferenceData(
-        f"this is preference data ({what}), and a run learns every answer, the worse ones too: keep the better answers "
-        "alone, as messages or as prompt and completion"
-    )
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from common.machine.hub import HubRepository, chain_of, first_line, gated, hub_errors_in_words, not_found
 from common.machine.slow_work import report_slow_work
-from common.recipe import UserError
+from common.recipe import Kind, UserError
 from common.sources.arrow_files import dataset_rows
 from common.sources.source_row import PlacedRow
 
@@ -19,6 +19,7 @@ def hub_rows(
     config: str | None,
     unread: Counter[str],
     columns: dict[str, str] | None = None,
+    kind: Kind | None = "conversations",
 ) -> Iterator[PlacedRow]:
     """Yields every row of a hub data set's split, each with its place, with the columns that its format reads.
 
@@ -37,7 +38,7 @@ def hub_rows(
     ):
         rows = datasets.load_dataset(name, config, split=split, revision=revision)
     part = f"{config}, {split}" if config else split
-    yield from dataset_rows(rows, f"{name} [{part}]", unread, columns)
+    yield from dataset_rows(rows, f"{name} [{part}]", unread, columns, kind)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.recipe import UserError
+from common.recipe import Kind, UserError
 from common.sources.arrow_rows import BATCH_ROWS, add_unread, batch_rows, count_filled, find_columns
 from common.sources.source_row import PlacedRow
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     import pyarrow.parquet
 
 
-def parquet_rows(path: Path, unread: Counter[str], columns: dict[str, str] | None = None) -> Iterator[PlacedRow]:
+def parquet_rows(
+    path: Path, unread: Counter[str], columns: dict[str, str] | None = None, kind: Kind | None = "conversations"
+) -> Iterator[PlacedRow]:
     """Yields the rows of a Parquet file, with the columns that its format reads.
 
     Adds to `unread` how many rows have a value in each of the other columns. Raises UserError where one of them has
@@ -27,7 +29,7 @@ def parquet_rows(path: Path, unread: Counter[str], columns: dict[str, str] | Non
             if file.metadata.num_rows == 0:
                 return
             names = tuple(file.schema_arrow.names)
-            places = find_columns(str(path), names, columns)
+            places = find_columns(str(path), names, columns, kind)
             for name in {name: None for place, name in enumerate(names) if place not in places.values()}:
                 if count := _count_filled_rows(file, name):
                     add_unread(str(path), name, count, unread)

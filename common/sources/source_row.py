@@ -38,8 +38,8 @@ class NotToLearn(BadRow):
     """A row that says itself that nothing of it is to be learnt: no fault, so it is counted apart."""
 
 
-class PreferenceData(BadRow):
-    """The row is of data that rank answers, good ones and bad ones. The source as a whole is not to be learnt."""
+class OtherKind(BadRow):
+    """The row is of data that is for another kind of recipe (DataSpec.kind): the source as a whole is refused."""
 
 
 Row = dict[str, Any]

@@ -7,6 +7,7 @@ say itself. This works with any template, without marks in it and without a copy
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from os.path import commonprefix
 
 import torch
@@ -30,12 +31,36 @@ from common.tokens.vocabulary import describe_beyond, tokens_beyond
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised example. A label is the token at its own position (not shifted by one), or IGNORED."""
+    """One tokenised example. A label is the token at its own position (not shifted by one), or IGNORED.
+
+    Of better and worse answers, several conversations one behind the other: lengths are the tokens of each, and signs 1
+    for a chosen or good answer and -1 for a rejected or bad one. Otherwise both are empty.
+    """
 
     input_ids: list[int]
     labels: list[int]  # as long as input_ids
     turn_ends: list[int]  # for each trained turn of the assistant: the index after its last token
     notes: tuple[str, ...] = ()  # what a user should know of it, as a kind: the report counts examples by it
+    lengths: tuple[int, ...] = ()
+    signs: tuple[int, ...] = ()
+
+    def prompt(self) -> list[int]:
+        """The token ids before the first one that is trained."""
+        return self.input_ids[: next((i for i, label in enumerate(self.labels) if label != IGNORED), None)]
+
+    def conversations(self) -> list["Tokens"]:
+        """Each conversation by itself, without notes: the example alone where it is one."""
+        if not self.lengths:
+            return [self]
+        ends = list(accumulate(self.lengths))
+        return [
+            Tokens(
+                self.input_ids[end - length : end],
+                self.labels[end - length : end],
+                [turn - end + length for turn in self.turn_ends if end - length < turn <= end],
+            )
+            for length, end in zip(self.lengths, ends, strict=True)
+        ]
 
 
 class ChatFormat:

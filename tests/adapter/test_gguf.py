@@ -33,7 +33,7 @@ from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 from common.run.generation import generate
 from common.run.prompts import load_prompts
 from recipes.tiny import RECIPE
-from tests.conftest import ROOT, TRAIN
+from tests.conftest import ARCHITECTURES, ROOT, TRAIN
 
 HELD_OUT = "data/tiny/held_out.jsonl"
 QUANTS = ("f16", "bf16", "q8_0")
@@ -102,6 +102,11 @@ def noise(prompts: int, tokens: int) -> list[list[int]]:
     return torch.randint(10, 900, (prompts, tokens), generator=torch.Generator().manual_seed(0)).tolist()
 
 
+def for_llama_cpp(architecture: str) -> dict[str, object]:
+    """llama.cpp scales a small Gemma's queries by their dimension, 16, and by nothing else."""
+    return {"query_pre_attn_scalar": 16} if architecture == "gemma3_text" else {}
+
+
 @pytest.fixture(scope="module")
 def tiny(finetuned) -> Recipe:
     return replace(RECIPE, out=str(finetuned[1]))
@@ -136,13 +141,13 @@ def test_small_formats_give_most_of_the_answers(tiny, asked, tmp_path, quant, sh
     assert sum(one == other for one, other in zip(given, answers, strict=True)) >= share * len(answers)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "lora", [LoraSpec(rank=4, alpha=8), LoraSpec(rank=4, alpha=8, dora=True)], ids=["lora", "dora"]
 )
 def test_every_architecture_runs(adapted, tmp_path, architecture, lora):
     """Weights of noise, so that every digit counts: log-probabilities after fifty prompts."""
-    recipe = adapted(architecture, lora, initializer_range=0.1, vocab_size=1088)
+    recipe = adapted(architecture, lora, initializer_range=0.1, vocab_size=1088, **for_llama_cpp(architecture))
     runtime = LlamaCpp(export(recipe, tmp_path / "x.gguf", "f16"))
     error = furthest(runtime, merged_model(recipe, tmp_path / "merged"), noise(50, 24))
     print(error)
@@ -175,11 +180,12 @@ def test_rows_of_queries_and_keys_are_laid_as_llama_cpp_rotates(adapted):
     assert torch.equal(permute_heads(rows, "model.layers.0.self_attn.q_proj.weight", qwen), rows)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("rslora", [False, True])
 def test_the_adapter_alone_goes_onto_a_gguf_of_the_base(adapted, tokenizer, tmp_path, architecture, rslora):
     """llama.cpp with base and adapter apart, beside transformers with the two merged."""
-    recipe = adapted(architecture, LoraSpec(rank=4, alpha=8, rslora=rslora), initializer_range=0.1)
+    lora = LoraSpec(rank=4, alpha=8, rslora=rslora)
+    recipe = adapted(architecture, lora, initializer_range=0.1, **for_llama_cpp(architecture))
     model = merged_model(recipe, tmp_path / "merged", original=True)
     write_adapter(find_adapter(recipe), model.config, tmp_path / "lora.gguf", "x")
     base = export(weightless(recipe, tmp_path / "base"), tmp_path / "base.gguf", "f16", original=True)
@@ -375,6 +381,44 @@ def test_rope_scaling_is_written_or_refused(adapted, tmp_path):
     strange = adapted("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UserError, match="a model with dynamic RoPE cannot be exported to GGUF"):
         export(strange, tmp_path / "x.gguf")
+
+
+# Gemma's own pattern is no word of the file, another one is. The larger ones scale the RoPE of layers without a window.
+GEMMAS = {
+    "as the 1B": {"num_hidden_layers": 7, "sliding_window_pattern": 6},
+    "another pattern": {"layer_types": ["full_attention", "sliding_attention"]},
+    "as the 4B": {
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("kind", GEMMAS)
+def test_windows_and_ropes_of_a_gemma_are_those_of_its_layers(adapted, tmp_path, kind):
+    """Prompts are longer than the window, of 8 tokens."""
+    recipe = adapted("gemma3_text", initializer_range=0.1, query_pre_attn_scalar=16, **GEMMAS[kind])
+    path = export(recipe, tmp_path / "x.gguf", "f16")
+    told = "gemma3.attention.sliding_window_pattern" in gguf.GGUFReader(path).fields
+    assert told == (kind != "as the 1B")
+    error = furthest(LlamaCpp(path), merged_model(recipe, tmp_path / "merged"), noise(10, 60))
+    print(kind, error)
+    assert error <= ROUNDING
+
+
+def test_a_gemma_that_llama_cpp_cannot_run_is_refused(adapted, tmp_path):
+    rope = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 64}
+    for values, message in (
+        ({}, "query_pre_attn_scalar 32 cannot be exported to GGUF, llama.cpp takes 16"),
+        ({"layer_types": ["full_attention"] * 2}, "without a layer of sliding attention cannot be exported"),
+        ({"rope_parameters": rope | {"full_attention": yarn}}, "a model with yarn RoPE cannot be exported"),
+        ({"rope_parameters": rope | {"sliding_attention": yarn}}, "a model with yarn RoPE cannot be exported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(adapted("gemma3_text", **({"query_pre_attn_scalar": 16} if values else {}) | values), tmp_path / "x")
 
 
 def test_an_adapter_that_is_not_plain_lora_is_not_exported_alone(adapted, tmp_path, capsys):

@@ -12,12 +12,12 @@ from common.adapter.find import find_adapter
 from common.adapter.load import load_trained, trained_tokenizer
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, ModelSpec, UserError
-from tests.conftest import FP32
+from tests.conftest import ARCHITECTURES, FP32
 
 IDS = torch.arange(5, 45)[None]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
     "lora", [LoraSpec(rank=4, alpha=8), LoraSpec(rank=4, alpha=8, dora=True)], ids=["lora", "dora"]
 )

@@ -23,7 +23,7 @@ from common.cli import run_command
 from common.machine.disk import MADE_FROM
 from common.model.loading import load_4bit
 from common.recipe import LoraSpec, Recipe, UserError
-from tests.conftest import FP32, MIXED, NESTED
+from tests.conftest import ARCHITECTURES, FP32, MIXED, NESTED
 
 IDS = torch.arange(5, 45)[None]
 LORAS = {
@@ -56,7 +56,7 @@ def divergence(trained: torch.Tensor, other: torch.Tensor) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
 def test_pitfall_25_the_merged_model_is_the_trained_one(adapted, tmp_path, architecture, lora):
     """In plain transformers, beside plain bitsandbytes and PEFT: KL at most 1e-5, against 1e-3 for the base alone."""
@@ -220,7 +220,7 @@ def test_a_base_in_fp4_is_refused_by_every_command(adapted, four_bit, tmp_path, 
     assert f"{base} is quantised in fp4; take an nf4 checkpoint, or the original" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_check_goes_through_the_layers_as_the_models_do(adapted, tmp_path, architecture):
     """Layer by layer from the files, and whole in the libraries: the same divergence."""
     recipe = adapted(architecture, tie_word_embeddings=architecture == "qwen2")

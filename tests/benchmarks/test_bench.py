@@ -14,10 +14,11 @@ from benchmarks import gpu_check
 from benchmarks.bench import describe_machine, in_teraflops, read_report, summarize, table
 from benchmarks.model_flops import flops_per_token
 from benchmarks.run_stack import tokens_per_s
-from benchmarks.stacks import NEEDS_GPU, STACKS
+from benchmarks.stacks import DPO_STACKS, NEEDS_GPU, STACKS, Job, packed_pair, read_pairs
 from common.model.config import load_config
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
+from common.tokens.labels import IGNORED
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
 
@@ -107,6 +108,41 @@ def test_the_page_shows_the_committed_results():
     page = (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
     assert table(report) in page
     assert report["command"] in page and report["machine"] in page and report["date"] in page
+
+
+def test_the_page_on_preferences_shows_the_committed_results():
+    report = json.loads((ROOT / "benchmarks" / "results" / "bench_dpo_cpu.json").read_text())
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    assert table(report) in page and report["machine"] in page and report["date"] in page
+    rates = {entry["stack"]: entry["tokens_per_s"] for entry in report["summary"]}
+    assert rates["ours, dpo"] >= 1.5 * rates["trl, dpo"]
+
+
+@pytest.mark.slow  # three stacks, each in a process of its own
+def test_the_stacks_that_train_on_pairs_are_timed_and_give_the_same_losses(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.bench", "--dpo", "--steps", "4", "--warmup", "2", "--rounds", "1"]
+    command += ["--tokens", "128", "--out", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench.json").read_text())
+    entries = {entry["stack"]: entry for entry in report["summary"]}
+    assert list(entries) == list(DPO_STACKS)
+    assert all(entry["tokens_per_s"] > 0 for entry in entries.values())
+    assert entries["ours, dpo"]["loss_difference"] < 0.02  # as in benchmarks/parity.py
+    assert len(report["measurements"][0]["losses"]) == 6
+
+
+@pytest.mark.parametrize("tokens", [8, 256])
+def test_both_stacks_are_given_the_same_pairs(tokens, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(list(range(tokens))) + "\n")
+    (pair,) = read_pairs(Job("", str(rows), tokens, 1, 1, 1, None, 0.0))
+    packed = packed_pair(pair)
+    assert [len(ids) for ids in pair.values()] == [tokens // 4] * 3
+    assert packed["seq_lengths"] == [tokens // 2] * 2 and len(packed["input_ids"]) == len(packed["labels"]) == tokens
+    assert packed["input_ids"][: tokens // 2] == pair["prompt_ids"] + pair["chosen_ids"]
+    trained = [label for label in packed["labels"] if label != IGNORED]
+    assert trained == pair["chosen_ids"] + pair["rejected_ids"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """The measurement that a GPU takes (make memory), rehearsed on a CPU with a small model."""
 
+import pytest
 import torch
 
-from benchmarks.memory import in_words, measure, policies
+from benchmarks.memory import hidden_lines, hidden_share, in_words, measure, policies
+from common.machine.layout import Layout
+from common.model.activation_checkpointing import Policy
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -22,3 +25,28 @@ def test_every_policy_is_measured(small_model):
     assert all(result["predicted_bytes"] > 0 and result["tokens_per_s"] > 0 for result in results)
     assert results[0]["predicted_bytes"] > results[1]["predicted_bytes"] > results[2]["predicted_bytes"]
     assert "predicted 0.06 GiB" in in_words(results[0])  # two workspaces of 32 MiB, and little beside them
+
+
+def test_streamed_weights_are_measured_beside_those_on_the_card(small_model):
+    folder = str(small_model("llama", num_hidden_layers=4))
+    recipe = Recipe(ModelSpec(folder), DataSpec("none"), LoraSpec(4, 8), TrainSpec(64, 2, 1e-3), None)
+    forecast = Forecast(recipe, Setting(torch.float32, "sdpa"))
+    results = []
+    for on_host in (0, 4):
+        layout = Layout(on_host=on_host)
+        model = attach_lora(load_4bit(recipe.model, FP32, layout=layout), recipe.lora).train()
+        results.append(measure(model, forecast, 64, Policy(4), FP32, repeats=1, on_host=on_host))
+    on_card, streamed = results
+    # Of four layers two are copied in each direction.
+    assert streamed["streamed_bytes"] == 2 * (4 - 2) * forecast.step(64, Policy(4)).streamed_per_layer
+    assert on_card["streamed_bytes"] == 0
+    assert on_card["predicted_bytes"] > streamed["predicted_bytes"]
+    assert "the weights of 4 layers in host memory" in in_words(streamed)
+    assert len(hidden_lines(results, 25e9)) == 1 and "hidden_share" in streamed
+
+
+def test_copies_hide_as_far_as_a_micro_batch_takes_no_longer_for_them():
+    on_card = {"seconds": 2.0, "streamed_bytes": 0}
+    half = {"seconds": 2.5, "streamed_bytes": 25e9}  # a second of copies
+    assert hidden_share(half, on_card, 25e9) == pytest.approx(0.5)
+    assert hidden_share(half | {"seconds": 1.99}, on_card, 25e9) == 1

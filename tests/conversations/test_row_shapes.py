@@ -10,7 +10,7 @@ import pytest
 
 from common.conversations.conversation import Conversation, Message, ToolCall
 from common.conversations.row_reader import RowReader
-from common.sources.source_row import BadRow, PreferenceData
+from common.sources.source_row import BadRow, OtherKind
 
 
 def turns(*said: str, role: str = "role", content: str = "content", names=("user", "assistant")) -> list[dict]:
@@ -218,7 +218,7 @@ def test_a_table_of_calls_is_read_as_its_lines_of_json():
     ids=["LLaMA-Factory, KTO", "TRL, unpaired", "Alpaca, KTO", "LLaMA-Factory, DPO", "Orca pairs", "UltraFeedback"],
 )
 def test_rows_of_preferences_are_named_as_such(row):
-    with pytest.raises(PreferenceData):
+    with pytest.raises(OtherKind):
         RowReader().read(row)
 
 

@@ -1,15 +1,17 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from common.data.batches import collate, halve
+from common.data.batches import PREFERENCE_ENTRIES, collate, halve, split_into_examples
 from common.data.packing import pack
 from common.model import attention
 from common.model.attention import PACKED_ATTENTION
 from common.tokens.chat_format import ChatFormat
 from common.tokens.labels import IGNORED
 from tests.conftest import ARCHITECTURES
-from tests.data.test_packing import tokens
+from tests.data.test_packing import pair, tokens
 
 
 def test_pitfall_13_an_example_never_sees_its_neighbour(small_llama):
@@ -49,6 +51,7 @@ def test_a_batch_is_padded_with_tokens_that_do_not_count():
 
 def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
     """What torch's varlen_attn computes, example by example."""
+    scale = arguments.pop("scale", None)
     window, right = arguments.pop("window_size", (-1, 0))
     assert right == 0 and arguments in ({"enable_gqa": True}, {"is_causal": True})
     seen = torch.ones(longest, longest, dtype=torch.bool).tril()
@@ -61,6 +64,7 @@ def flash_attention_in_torch(q, k, v, starts, _, longest, __, **arguments):
             *(states[start:end].transpose(0, 1) for states in (q, k, v)),
             attn_mask=seen[: end - start, : end - start],
             enable_gqa=True,
+            scale=scale,
         ).transpose(0, 1)
         for start, end in zip(bounds, bounds[1:], strict=False)
     ]
@@ -115,3 +119,55 @@ def test_halves_hold_the_same_examples(padding_free):
         assert [half["max_length_q"] for half in halves] == [8, 7]
     (single,) = halve(collate(rows[:1], 0, padding_free=padding_free))
     assert single["input_ids"].numel() == 8
+
+
+def rows_of_pairs() -> list[dict]:
+    rows = [*pack([pair(3, 4), pair(5, 2, 100)], 14), *pack([pair(6, 4, 200)], 10)]
+    return [row | {"reference": [-float(n + 10 * i) for n in range(len(row["signs"]))]} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_a_batch_of_pairs_says_whose_each_token_is(padding_free):
+    batch = collate(rows_of_pairs(), 0, padding_free=padding_free)
+    ids = [[number] * length for number, length in enumerate((3, 4, 5, 2, 6, 4))]
+    expected = [sum(ids, [])] if padding_free else [sum(ids[:4], []), sum(ids[4:], []) + [0] * 4]
+    assert batch["example_ids"].tolist() == expected and batch["example_ids"].dtype == torch.int64
+    assert batch["signs"].tolist() == [1, -1] * 3 and batch["signs"].dtype == torch.float32
+    assert batch["reference"].tolist() == [0, -1, -2, -3, -10, -11] and batch["reference"].dtype == torch.float64
+    trained = batch["example_ids"].flatten()[batch["trained_positions"] + 1]
+    assert trained.bincount().tolist() == [1, 2, 3, 0, 4, 2]  # but the prompt's two tokens
+
+
+def test_a_batch_of_conversations_has_no_entries_of_pairs():
+    batch = collate(pack([tokens(8)], 8), 0)
+    assert not set(batch) & set(PREFERENCE_ENTRIES)
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_halves_hold_whole_pairs_and_count_their_answers_anew(padding_free):
+    batch = collate(rows_of_pairs(), 0, padding_free=padding_free) | {"kl": torch.tensor(0.5, dtype=torch.float64)}
+    halves = halve(batch)
+    assert [half["signs"].tolist() for half in halves] == [[1, -1] * 2, [1, -1]]  # 24 tokens: 14 is nearer than 7
+    assert [half["reference"].tolist() for half in halves] == [[0, -1, -2, -3], [-10, -11]]
+    assert [half["example_ids"].max().item() for half in halves] == [3, 1]
+    assert [half["kl"].item() for half in halves] == [0.5, 0.5]
+    assert halves[1]["example_ids"].flatten()[:10].tolist() == [0] * 6 + [1] * 4
+    for half in halves:
+        assert half["example_ids"].shape == half["labels"].shape
+    if padding_free:
+        quarters = halve(halves[0])
+        assert [quarter["cu_seq_lens_q"].tolist() for quarter in quarters] == [[0, 3, 7], [0, 5, 7]]
+        assert [len(halve(quarter)) for quarter in quarters] == [1, 1]  # a pair is never split
+
+
+def test_rated_answers_are_split_between_any_two():
+    good, bad = (replace(tokens(5, first), lengths=(5,), signs=(sign,)) for first, sign in ((10, 1), (50, -1)))
+    batch = collate(pack([good, bad], 10), 0, padding_free=True)
+    assert batch["signs"].tolist() == [1, -1]
+    assert [half["signs"].tolist() for half in halve(batch)] == [[1], [-1]]
+
+
+def test_a_single_example_of_a_pair_has_no_entries_of_pairs():
+    parts = split_into_examples(collate(rows_of_pairs(), 0, padding_free=True))
+    assert [part["input_ids"].shape[1] for part in parts] == [3, 4, 5, 2, 6, 4]
+    assert not any(set(part) & set(PREFERENCE_ENTRIES) for part in parts)

@@ -20,6 +20,7 @@ from common.recipe import DataSpec, ModelSpec
 from common.run.resume import hash_rows
 from common.sources.fingerprint import file_states
 from tests.conftest import ROOT, TINY, TRAIN
+from tests.sources.test_other_kind import data as data_of
 from tests.test_structure import MODULES, imports
 
 
@@ -116,6 +117,18 @@ def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
     }
 
 
+def test_pairs_are_kept_with_their_signs(source, small_llama, capsys):
+    pairs = [{"prompt": f"Question {n}", "chosen": f"Yes {n}", "rejected": "No"} for n in range(40)]
+    Path(source).write_text("\n".join(map(json.dumps, pairs)))
+    first, again = (load(data_of(source, "dpo"), small_llama) for _ in range(2))
+    assert "taken from .cache/rows/" in capsys.readouterr().out
+    assert again.kind == "pairs" and again.train.column_names[-1] == "signs"
+    assert (again.train.to_list(), again.evaluation.to_list()) == (first.train.to_list(), first.evaluation.to_list())
+    assert [part.input_ids for part in again.example.conversations()] == [
+        part.input_ids for part in first.example.conversations()
+    ]
+
+
 @pytest.mark.parametrize("named", ["{}", "{}/*.jsonl", "{0}/a.jsonl {0}/b.jsonl"])
 def test_rows_of_several_files_are_kept_until_one_of_them_changes(named, source, small_llama, capsys, tmp_path):
     lines = Path(source).read_text().splitlines(keepends=True)
@@ -173,9 +186,10 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3, "columns": {"text": "x"}}
     others |= {"rendered": True}
     fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_", "drift_source"}  # of which no row is made
-    assert others.keys() | {"source", "sources"} == fields
+    assert others.keys() | {"source", "sources", "kind"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}
-    assert len(names | {folder_of(spec, tokenizer)}) == len(others) + 1
+    names |= {folder_of(data_of(source, loss), tokenizer) for loss in (None, "dpo", "kto")}  # each another kind
+    assert len(names) == len(others) + 3
 
 
 def test_everything_of_the_tokenizer_is_part_of_the_name(source, small_llama):

@@ -6,7 +6,9 @@ import pytest
 
 from common.data.rows import load_rows
 from common.recipe import DataSpec
+from common.tokens.chat_format import Tokens
 from tests.data.test_rows import conversation, write
+from tests.sources.test_other_kind import data
 
 
 def examples(packed) -> list[tuple[int, ...]]:
@@ -74,3 +76,33 @@ def test_copies_are_counted_in_the_report(tmp_path, tokenizer, capsys):
     report = load_rows(DataSpec(source), tokenizer, 64).reports[0]
     assert report.copies == 60
     assert "  60 examples are exact copies of another one" in capsys.readouterr().out
+
+
+def prompts_of(packed) -> set[tuple[int, ...]]:
+    """Of rows of one example each."""
+    return {tuple(Tokens(row["input_ids"], row["labels"], []).prompt()) for row in packed}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_all_that_answer_a_prompt_are_held_out_together(tmp_path, tokenizer, seed, loss):
+    answers = {"chosen": "Yes", "rejected": "No"} if loss == "dpo" else {"completion": "Yes", "label": True}
+    first = next(iter(answers))
+    path = tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"Question {n % 50}", **answers, first: f"Yes {n}"} for n in range(100)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    spec = data(str(path), loss, eval_rows=10)
+    loaded = load_rows(spec, tokenizer, 40 if loss == "dpo" else 20, seed)  # one example a row
+    held_out, trained = prompts_of(loaded.evaluation), prompts_of(loaded.train)
+    assert (len(loaded.evaluation), len(loaded.train)) == (10, 90)
+    assert (len(held_out), len(trained)) == (5, 45) and not held_out & trained
+
+
+def test_a_held_out_source_with_prompts_that_are_trained_is_said(tmp_path, tokenizer, capsys):
+    paths = [tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"]
+    for path, first in zip(paths, (0, 18), strict=True):
+        answers = {"chosen": f"Yes {path.stem}", "rejected": "No"}
+        path.write_text("\n".join(json.dumps({"prompt": f"Question {first + n}", **answers}) for n in range(20)))
+    load_rows(data(str(paths[0]), "dpo", eval_source=str(paths[1])), tokenizer, 64)
+    warning = "  warning: 2 of the 20 held-out examples answer a prompt that is also among the training ones"
+    assert warning in capsys.readouterr().out

@@ -98,3 +98,45 @@ def split(packed: Dataset) -> list[list[int]]:
             found.append(row["input_ids"][start : start + length])
             start += length
     return found
+
+
+def pair(chosen: int, rejected: int, first: int = 10) -> Tokens:
+    """Two answers of one prompt of two tokens."""
+    parts = [tokens(length, first + 1000 * side) for side, length in enumerate((chosen, rejected))]
+    ids = [first, first + 1]
+    return Tokens(
+        [index for part in parts for index in (*ids, *part.input_ids[2:])],
+        [label for part in parts for label in (IGNORED, IGNORED, *part.labels[2:])],
+        [chosen, chosen + rejected],
+        (),
+        (chosen, rejected),
+        (1, -1),
+    )
+
+
+@pytest.mark.parametrize("group_tokens", [1 << 24, 50])
+def test_pairs_are_packed_whole_with_the_chosen_answer_first(monkeypatch, group_tokens):
+    monkeypatch.setattr(packing, "GROUP_TOKENS", group_tokens)
+    examples = [pair(3 + n % 5, 4 + n % 7, first=20 * n) for n in range(40)]
+    packed = pack(examples, 32)
+    assert packed.column_names == ["input_ids", "labels", "seq_lengths", "signs"]
+    found = []
+    for row in packed:
+        assert sum(row["seq_lengths"]) == len(row["input_ids"]) == len(row["labels"]) <= 32
+        assert row["signs"] == [1, -1] * (len(row["seq_lengths"]) // 2)
+        start = 0
+        for chosen, rejected in zip(row["seq_lengths"][::2], row["seq_lengths"][1::2], strict=True):
+            end = start + chosen + rejected
+            found.append((tuple(row["input_ids"][start:end]), tuple(row["labels"][start:end]), (chosen, rejected)))
+            start = end
+    assert sorted(found) == sorted((tuple(one.input_ids), tuple(one.labels), one.lengths) for one in examples)
+
+
+def test_examples_keep_the_lengths_and_signs_of_answers():
+    examples = Examples([pair(3, 5), pair(6, 4, first=100)])
+    joined = Examples([pair(4, 4, first=300)])
+    joined.extend(examples)
+    for place, expected in enumerate((pair(4, 4, first=300), pair(3, 5), pair(6, 4, first=100))):
+        assert replace(expected, turn_ends=[]) == joined[place]
+    first, second = joined[1].conversations()
+    assert (len(first.input_ids), len(second.input_ids)) == (3, 5) and first.prompt() == second.prompt() == [10, 11]

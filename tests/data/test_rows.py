@@ -1,11 +1,14 @@
+import gzip
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import pytest
 
-from common.data.rows import load_rows
+from common.data.rows import find_examples, load_rows
 from common.recipe import DataSpec, UserError
+from tests.sources.test_other_kind import data
 
 
 def conversation(user: str = "Hello", assistant: str = "Hi") -> str:
@@ -95,3 +98,81 @@ def test_one_row_with_a_preference_refuses_the_source(tmp_path, tokenizer):
     source = write(tmp_path, *[conversation()] * 500, labelled)
     with pytest.raises(UserError, match="chats.jsonl:501: this is preference data"):
         load_rows(DataSpec(source, max_bad_share=1), tokenizer, 64)
+
+
+def pairs_of_messages(count: int = 20) -> list[dict]:
+    def turn(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    return [
+        {
+            "prompt": [turn("user", f"Question {n}")],
+            "chosen": [turn("assistant", f"Yes {n}")],
+            "rejected": [turn("assistant", f"No {n}")],
+        }
+        for n in range(count)
+    ]
+
+
+def as_texts(pairs: list[dict]) -> list[dict]:
+    return [{key: messages[0]["content"] for key, messages in pair.items()} for pair in pairs]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow", "folder", "csv", "jsonl.gz", "hub"])
+def test_pairs_of_every_kind_of_file_and_of_the_hub_are_the_same_rows(tmp_path, tokenizer, monkeypatch, kind):
+    pairs, path = pairs_of_messages(), str(tmp_path / f"pairs.{kind}")
+    table = datasets.Dataset.from_list(pairs)
+    texts = datasets.Dataset.from_list(as_texts(pairs))
+    expected_source = tmp_path / "expected.jsonl"
+    expected_source.write_text("\n".join(map(json.dumps, as_texts(pairs))))
+    write_as = {
+        "jsonl": lambda: table.to_json(path),
+        "json": lambda: Path(path).write_text(json.dumps(pairs)),
+        "parquet": lambda: table.to_parquet(path),
+        "arrow": lambda: table.save_to_disk(str(tmp_path / "saved")),
+        "folder": lambda: table.save_to_disk(path),
+        "csv": lambda: texts.to_csv(path),
+        "jsonl.gz": lambda: Path(path).write_bytes(gzip.compress("\n".join(map(json.dumps, pairs)).encode())),
+        "hub": lambda: monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table),
+    }
+    write_as[kind]()
+    if kind == "arrow":
+        (path,) = map(str, (tmp_path / "saved").glob("*.arrow"))
+    source = "owner/pairs" if kind == "hub" else path
+    rows, expected = (load_rows(data(name, "dpo"), tokenizer, 64) for name in (source, str(expected_source)))
+    assert rows.train.to_list() == expected.train.to_list()
+    assert rows.evaluation.to_list() == expected.evaluation.to_list()
+
+
+def test_rated_answers_of_a_table_have_their_ratings(tmp_path, tokenizer):
+    table = [
+        {"messages": [*pair["prompt"], *pair["chosen"]], "label": n % 2} for n, pair in enumerate(pairs_of_messages())
+    ]
+    datasets.Dataset.from_list(table).to_parquet(tmp_path / "rated.parquet")
+    rows = load_rows(data(str(tmp_path / "rated.parquet"), "kto", eval_rows=0), tokenizer, 64)
+    assert sorted(sum(rows.train["signs"], [])) == [-1] * 10 + [1] * 10
+    assert len(sum(rows.train["seq_lengths"], [])) == 20
+
+
+def test_the_place_of_one_answer_is_that_of_its_pair(tmp_path, tokenizer):
+    source = write(tmp_path, *map(json.dumps, pairs_of_messages()))
+    spec = data(source, "dpo", eval_rows=0)
+    row = load_rows(spec, tokenizer, 64).train[1]
+    first, second = row["seq_lengths"][:2]
+    text = tokenizer.decode(row["input_ids"][first : first + second])
+    number = int(text.split("Question ")[1].split("<")[0])
+    for ids in (row["input_ids"][:first], row["input_ids"][first : first + second]):
+        assert find_examples(spec, tokenizer, 64, [ids]) == [f"{source}:{number + 1}"]
+
+
+def test_faults_of_pairs_are_named_by_file_and_line(tmp_path, tokenizer):
+    pairs = as_texts(pairs_of_messages(40))
+    pairs[7]["rejected"], pairs[11]["chosen"] = pairs[7]["chosen"], ""
+    source = write(tmp_path, *map(json.dumps, pairs))
+    with pytest.raises(UserError, match="2 of 40 rows of .* cannot be used") as error:
+        load_rows(data(source, "dpo"), tokenizer, 64)
+    report = error.value.report
+    assert report.faults.places == {
+        "its two answers are the same": [f"{source}:8"],
+        "chosen is empty": [f"{source}:12"],
+    }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -111,6 +111,27 @@ def test_a_linear_added_to_the_residual(case, tokens):
     )
 
 
+def test_as_gemma_combines_them():
+    """A norm of 1 + weight before, GELU between, and no residual: a norm of the output comes first."""
+    layers = [linear(64, 96), linear(64, 96, seed=4)]
+    down = linear(96, 33, seed=5)
+    hidden, weight = random(7, 64).requires_grad_(), random(64, seed=9)
+    (exact_hidden,) = exact(hidden)
+    pairs, adapters = exact_adapters_of([*layers, down])
+    normed = norm_in_float64(exact_hidden, weight.double(), one_plus=True)
+    gate, up = (linear_in_float64(normed, layer, *pair) for layer, pair in zip(layers, pairs, strict=False))
+    expected = linear_in_float64(gelu(gate, approximate="tanh") * up, down, *pairs[2])
+    mine_gate, mine_up, again = rms_norm_lora_linears(hidden, weight, EPS, layers, None, True)
+    got = swiglu_lora_linear_add(mine_gate, mine_up, down, None, gelu=True)
+    compare([got, again], [expected, exact_hidden * 1], [hidden], [exact_hidden], [*layers, down], adapters)
+
+    x = random(7, 96).requires_grad_()
+    (exact_x,) = exact(x)
+    pairs, adapters = exact_adapters_of([down])
+    expected = linear_in_float64(exact_x, down, *pairs[0])
+    compare([lora_linear_add(x, down, None)], [expected], [x], [exact_x], [down], adapters)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_a_linear_after_swiglu_added_to_the_residual(case, tokens):
@@ -172,7 +193,7 @@ def test_a_recompute_skips_the_matmul_whose_result_nobody_reads(early_stop):
 
 def test_the_placeholder_that_stands_for_a_saved_pair_takes_no_memory():
     gate, up = random(7, 64).requires_grad_(), random(7, 64).requires_grad_()
-    placeholder = lora_linear._KeepGateUp.apply(gate, up, linear(64, 33), None, torch.Size((7, 33)), None, None)
+    placeholder = lora_linear._KeepGateUp.apply(gate, up, linear(64, 33), None, False, None, None)
     assert placeholder.shape == (7, 33)
     assert placeholder.untyped_storage().nbytes() == 4
 

@@ -126,6 +126,17 @@ def test_what_is_or_starts_a_process_of_several_hides_none_and_takes_no_gpu(two_
         choose_gpu(Namespace(**{"gpu": "1", "gpus": None, "nnodes": 1} | flags))
 
 
+@pytest.mark.parametrize(("typed", "shown"), [("1", "1"), ("0", "0"), ("t4", None), ("4090", None)])
+def test_a_plan_takes_a_number_as_a_run_does_and_hides_no_gpu_for_the_name_of_one(two_gpus, typed, shown):
+    choose_gpu(Namespace(gpu=typed, gpus=None, nnodes=1, plans_for_kinds=True))
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == shown
+
+
+def test_a_plan_for_two_cards_of_a_kind_asks_for_no_process(two_gpus):
+    choose_gpu(Namespace(gpu="t4", gpus=2, nnodes=1, plans_for_kinds=True))
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 # `python -m recipes ...` on a machine with two GPUs, with NVML's answer faked, and what would be started shown.
 LAUNCHER = """
 import os, sys

@@ -1,10 +1,13 @@
+import io
+import sys
 import threading
 import time
 
 import pytest
 
 from common.machine import slow_work
-from common.machine.slow_work import format_duration, report_slow_work, show_status
+from common.machine.slow_work import format_duration, report_slow_work, seconds_between_statuses, show_status
+from tests.notebook_cell import OutStream
 
 
 def test_work_that_is_quick_is_not_mentioned(capsys):
@@ -49,6 +52,26 @@ def test_on_a_terminal_a_status_takes_the_place_of_the_one_before(capsys, monkey
     show_status("step 2", keep=True)
     show_status("")
     assert capsys.readouterr().out == "\r\033[Kstep 1\r\033[Kstep 2\n\r\033[K"
+
+
+def test_below_a_cell_a_status_takes_the_place_of_the_one_before_without_a_terminals_codes(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", cell := OutStream())
+    show_status("a long status of the first part")
+    show_status("step 2", keep=True)
+    show_status("step 3")
+    show_status("")
+    print("and a line")
+    assert cell.lines() == ["step 2", "and a line", ""]
+    assert "\033" not in cell.getvalue()
+
+
+def test_a_status_is_shown_as_often_as_its_place_can_be_written_anew(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", OutStream())
+    assert seconds_between_statuses(7) == slow_work.CELL_SECONDS
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert seconds_between_statuses(7) == 7
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert seconds_between_statuses(7) == 0
 
 
 def test_durations():

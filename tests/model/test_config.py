@@ -10,7 +10,10 @@ from common.recipe import ModelSpec, UserError
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('{"model_type": "gpt2"}', "is of type 'gpt2'; the recipes fine-tune llama, mistral, qwen2, qwen3 models"),
+        (
+            '{"model_type": "gpt2"}',
+            "is of type 'gpt2'; the recipes fine-tune llama, mistral, qwen2, qwen3, gemma3_text models",
+        ),
         ("{", "is not a readable model config"),
         ("{}", "is not a readable model config"),
         (None, "has no config.json"),

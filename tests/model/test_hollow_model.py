@@ -26,7 +26,7 @@ def test_pitfall_23_4_bit_weights_are_stored_in_the_dtype_of_the_model(small_lla
     assert {module.weight.dtype for module in linears} == {torch.float32}  # of the compute on a CPU
 
 
-@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "random", "tied"])
+@pytest.fixture(params=["4 bit", "16 bit", "stored in 4 bit", "random", "tied", "gemma"])
 def spec(request, small_llama, small_model, tmp_path) -> ModelSpec:
     """A model of each kind that can be loaded."""
     match request.param:
@@ -38,6 +38,8 @@ def spec(request, small_llama, small_model, tmp_path) -> ModelSpec:
             return ModelSpec(str(TINY), weights="random", layers=2)
         case "tied":
             return ModelSpec(str(small_model("qwen2", tie_word_embeddings=True)))
+        case "gemma":  # a buffer beside the weights: its embedding's scale
+            return ModelSpec(str(small_model("gemma3_text")))
         case _:
             return ModelSpec(str(small_llama))
     return ModelSpec(str(tmp_path))

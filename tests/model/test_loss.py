@@ -21,7 +21,7 @@ def test_loss_and_gradient_are_those_of_float64(tile_rows, monkeypatch):
     hidden = torch.randn(11, 7, requires_grad=True)
     weight = torch.randn(50, 7)
     positions, targets = torch.tensor([0, 2, 3, 5, 6, 9, 10]), torch.randint(50, (7,))
-    total = head_loss(hidden, weight, positions, targets)
+    total = head_loss(hidden, weight, positions, targets).sum()
     (total / 3).backward()
     exact = hidden.detach().double().requires_grad_()
     expected = cross_entropy(exact[positions] @ weight.double().T, targets, reduction="sum")
@@ -33,7 +33,7 @@ def test_loss_and_gradient_are_those_of_float64(tile_rows, monkeypatch):
 
 def test_large_logits_do_not_overflow():
     hidden = torch.tensor([[200.0], [-200.0]], requires_grad=True)
-    total = head_loss(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    total = head_loss(hidden, torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1]), torch.tensor([0, 0])).sum()
     total.backward()
     assert total.item() == 400.0  # 0 for the first, 200 - (-200) for the second
     assert hidden.grad.tolist() == [[0.0], [-2.0]]
@@ -42,7 +42,7 @@ def test_large_logits_do_not_overflow():
 def test_nothing_to_train_is_a_loss_of_zero():
     hidden = torch.randn(3, 4, requires_grad=True)
     nothing = torch.tensor([], dtype=torch.int64)
-    total = head_loss(hidden, torch.randn(9, 4), nothing, nothing)
+    total = head_loss(hidden, torch.randn(9, 4), nothing, nothing).sum()
     total.backward()
     assert total.item() == 0.0
     assert not hidden.grad.any()
@@ -56,7 +56,8 @@ def test_trained_positions_stay_within_their_row():
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_fused_model_has_the_loss_and_gradients_of_the_stock_one(small_model, architecture):
-    model = AutoModelForCausalLM.from_pretrained(small_model(architecture), dtype=torch.float32)
+    folder = small_model(architecture, tie_word_embeddings=False)  # a tied embedding has the frozen head's gradient too
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model.requires_grad_(False)
     model.get_input_embeddings().weight.requires_grad_()
     ids = torch.arange(10, 74).view(2, 32)
@@ -84,12 +85,12 @@ def test_without_labels_the_model_is_what_it_was(small_llama):
     assert torch.equal(model(input_ids=ids).logits, expected)
 
 
-def test_it_saves_only_the_gradient():
+def test_it_saves_only_the_gradient_and_its_positions():
     hidden = torch.randn(6, 4, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         head_loss(hidden, torch.randn(9, 4), torch.arange(6), torch.zeros(6, dtype=torch.int64))
-    assert saved == [(6, 4)]
+    assert saved == [(6, 4), (6,)]
 
 
 class Matmuls(TorchDispatchMode):
@@ -134,7 +135,7 @@ def test_the_loss_allocates_a_tile_in_16_bits_and_no_more_of_its_size():
         weight = torch.empty(128_256, 64, dtype=torch.bfloat16)
         positions = torch.empty(2048, dtype=torch.int64)
         with Ledger([hidden, weight, positions]) as ledger:
-            head_loss(hidden, weight, positions, positions).backward()
+            head_loss(hidden, weight, positions, positions).sum().backward()
     rise = max(segment.rise for segment in ledger.segments())
     assert 0 <= rise - 2 * 512 * 128_256 <= 2**20
     # The kernel reads the logits twice and writes them once; that is 3 of 5 passes over them, the matmuls have 2.
@@ -157,7 +158,7 @@ def test_in_fp16_the_gradient_of_a_token_that_is_nearly_certain_is_not_lost():
     weight = torch.ones(50_000, 2, dtype=torch.float16)
     weight[:, 0] = 0.0
     weight[7] = torch.tensor([17.73, 0.0])  # the target has a probability of 0.999
-    total = head_loss(hidden, weight, torch.tensor([0]), torch.tensor([7]))
+    total = head_loss(hidden, weight, torch.tensor([0]), torch.tensor([7])).sum()
     (total * 64).backward()  # as a scaler of gradients does
     exact = hidden.detach().double().requires_grad_()
     (64 * cross_entropy(exact @ weight.double().T, torch.tensor([7]))).backward()
@@ -168,7 +169,7 @@ def test_what_comes_from_above_is_not_rounded_to_the_gradients_dtype():
     """1 / 3000 is 0.2 % away from the nearest number of bf16, for all tokens alike."""
     hidden = torch.randn(8, 16, dtype=torch.bfloat16, requires_grad=True)
     weight, index = torch.randn(50, 16, dtype=torch.bfloat16), torch.arange(8)
-    total = head_loss(hidden, weight, index, index)
+    total = head_loss(hidden, weight, index, index).sum()
     (unscaled,) = torch.autograd.grad(total, hidden, retain_graph=True)
     (total / 3000).backward()
     assert torch.equal(hidden.grad, (unscaled.float() / 3000).bfloat16())

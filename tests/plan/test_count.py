@@ -1,6 +1,7 @@
 """The count: against torch's allocator in a real step, against arithmetic, and of an encoder."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,9 +21,11 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
+from common.model.preference_loss import answer_likelihoods, preference_loss
+from common.model.weight_streaming import stream_weights
 from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import SHORT_EXAMPLE_TOKENS, Forecast, Setting
+from common.plan.forecast import SHORT_EXAMPLE_TOKENS, Forecast, Setting, preference_entries
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -35,7 +38,17 @@ from common.plan.step import (
     WORKING,
     Step,
 )
-from common.recipe import DataSpec, Kernels, LoraSpec, ModelSpec, Optimizer, Recipe, TrainSpec
+from common.recipe import (
+    PREFERENCE_DEFAULTS,
+    DataSpec,
+    Kernels,
+    LoraSpec,
+    ModelSpec,
+    Optimizer,
+    PreferenceSpec,
+    Recipe,
+    TrainSpec,
+)
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32
 
@@ -71,6 +84,7 @@ def recipe_for(
 def forecasts(small_model):
     """Of models that are large enough for their activations to outweigh what torch allocates beside."""
     sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": LAYERS}
+    sizes["sliding_window_pattern"] = LAYERS  # of Gemma: of these layers only the last one sees everything
     folders = {name: str(small_model(name, initializer_range=0.05, **sizes)) for name in ARCHITECTURES}
     setting = Setting(torch.float32, "sdpa", triton=False)  # on a CPU the operators run as their references
     return {
@@ -81,15 +95,21 @@ def forecasts(small_model):
 
 
 def allocated_in_a_real_step(
-    recipe: Recipe, policy: Policy, tokens: int = TOKENS, rows: int = 1, attention: str = "sdpa"
+    recipe: Recipe,
+    policy: Policy,
+    tokens: int = TOKENS,
+    rows: int = 1,
+    on_host: int = 0,
+    attention: str = "sdpa",
 ) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
-    rows: of the micro-batch, each as long as the others, in which the tokens lie.
+    rows: of the micro-batch, each as long as the others, in which the tokens lie. on_host: layers whose weights stream.
     """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
     model.set_attn_implementation(attention)
+    stream_weights(model, on_host)
     checkpoint_activations(model, policy)
     model.train()
     optimizer = build_optimizer(model, recipe.train)
@@ -98,23 +118,43 @@ def allocated_in_a_real_step(
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
     length = tokens // rows
-    packed = attention == PACKED_ATTENTION
-    # Several examples a row: attention needs a mask. Of packed rows as many as a plan assumes.
-    examples = tokens // SHORT_EXAMPLE_TOKENS + 1 if packed else 4
-    lengths = [length // examples] * (examples - 1)
-    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
-    batch = collate([row] * rows, pad_token_id=0, padding_free=packed)
-    batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)  # every token, as a plan counts
+    batch = packed_row(length) if attention == PACKED_ATTENTION else several_examples_a_row(length, rows)
+    if recipe.preference is not None:
+        batch |= preference_entries(batch["labels"].shape, recipe.preference)
     held = held_adapters(model)  # as the trainer
     with torch.no_grad():
         held.hold()
-        model(**batch)  # of an earlier micro-batch
+        answer_likelihoods(model, batch) if recipe.preference else model(**batch)  # of an earlier micro-batch
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model(**batch, num_items_in_batch=tokens).loss.backward()
+        if recipe.preference is None:
+            model(**batch, num_items_in_batch=tokens).loss.backward()
+        else:
+            preference_loss(model, batch, recipe.preference).loss.backward()
         held.release()
         torch.nn.utils.clip_grad_norm_(trained, recipe.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
+    return peak_in(profiler)
+
+
+def several_examples_a_row(length: int, rows: int) -> dict[str, Any]:
+    """A micro-batch whose attention needs a mask, every token trained, as a plan counts."""
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [length // 4] * 4}
+    batch = collate([row] * rows, pad_token_id=0)
+    return batch | {"trained_positions": torch.zeros(length * rows, dtype=torch.int64)}
+
+
+def packed_row(length: int) -> dict[str, Any]:
+    """A micro-batch of packed attention with as many examples as a plan assumes, every token trained."""
+    examples = length // SHORT_EXAMPLE_TOKENS + 1
+    lengths = [length // examples] * (examples - 1)
+    row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
+    batch = collate([row], pad_token_id=0, padding_free=True)
+    return batch | {"trained_positions": torch.zeros(length, dtype=torch.int64)}
+
+
+def peak_in(profiler: profile) -> int:
+    """Bytes that the allocator has given out since the profiler began, at the worst moment."""
     now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -142,6 +182,55 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_real_step(
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
     print(f"{architecture}, {policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.fixture(scope="module")
+def preference_forecasts(forecasts):
+    """Of the small Llama, for each loss that learns from better and worse answers."""
+    recipe, setting = forecasts["llama", "lean"].recipe, forecasts["llama", "lean"].setting
+    return {loss: Forecast(replace(recipe, preference=PreferenceSpec(loss)), setting) for loss in PREFERENCE_DEFAULTS}
+
+
+def preference_cases() -> Iterator[Any]:
+    """Every policy with DPO, every other loss with one that does both; the others of each loss are slow tests."""
+    for loss in PREFERENCE_DEFAULTS:
+        for policy in POLICIES:
+            fast = loss == "dpo" or policy == "some layers"
+            yield pytest.param(loss, policy, marks=[] if fast else pytest.mark.slow)  # 20 of them, 1.5 s each
+
+
+@pytest.mark.parametrize(("loss", "policy"), list(preference_cases()))
+def test_a_step_that_learns_from_preferences_is_counted_as_it_runs(preference_forecasts, loss, policy, monkeypatch):
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    forecast = preference_forecasts[loss]
+    step = forecast.step(TOKENS, POLICIES[policy])
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy])
+    print(f"{loss}, {policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+def allocated_in_a_real_forward(recipe: Recipe, rows: int) -> int:
+    """As allocated_in_a_real_step, of a forward pass without gradients, with the log-likelihood of each answer."""
+    model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
+    use_lean_layers(model, recipe.train.kernels)
+    checkpoint_activations(model, Policy(LAYERS))
+    model.eval()
+    batch = several_examples_a_row(TOKENS // rows, rows)
+    batch |= preference_entries(batch["labels"].shape, recipe.preference)
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        answer_likelihoods(model, batch)
+    return peak_in(profiler)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_pass_without_gradients_is_counted_as_it_runs(preference_forecasts, rows):
+    forecast = preference_forecasts["dpo"]
+    step = forecast.forward(TOKENS, rows=rows)
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_forward(forecast.recipe, rows)
+    print(f"{rows} rows: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
 
 

@@ -10,9 +10,9 @@ from common.model.activation_checkpointing import Policy
 from common.plan.forecast import Forecast
 from common.plan.ledger import Ledger
 from common.plan.planner import TILES
-from common.plan.speed import SPEEDS, speed_of
+from common.plan.speed import KNOWN_GPUS, speed_of
 from common.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
-from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec
 
 LLAMA, QWEN = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
 RECIPE = Recipe(ModelSpec(LLAMA), DataSpec("none"), LoraSpec(16, 16), TrainSpec(2048, 16, 2e-4))
@@ -78,6 +78,31 @@ def test_a_few_layers_give_the_bytes_of_the_whole_model(name):
     forecast = Forecast(replace(RECIPE, model=ModelSpec(name)))
     for policy in (Policy(forecast.layers, 7), Policy(forecast.layers, offload=True)):
         same(forecast, policy)
+
+
+@pytest.mark.parametrize("layers", [1, 12])
+def test_a_few_layers_give_the_pass_without_gradients_of_all(layers):
+    forecast = Forecast(replace(cut(layers), preference=PreferenceSpec()))
+    spliced = forecast.forward(2048)
+    counted = forecast.count(2048, Policy(layers, layers), False, gradients=False)
+    assert (spliced.peak(), spliced.resident) == (counted.peak(), counted.resident)
+    assert spliced.seconds(forecast.speed) == pytest.approx(counted.seconds(forecast.speed), rel=1e-4)
+    assert not spliced.has_backward and forecast.step(2048, Policy(layers)).has_backward
+
+
+def test_a_pass_without_gradients_computes_half_and_takes_less_than_any_step(whole):
+    """So KTO, which computes one over a step's own micro-batches before their gradients, makes no row shorter."""
+    forecast = Forecast(replace(RECIPE, preference=PreferenceSpec("kto")))
+    forward = forecast.forward(2048)
+    for policy in (Policy(32), Policy(32, offload=True), Policy(32, 32)):
+        step = forecast.step(2048, policy)
+        assert forward.peak() < step.peak()
+        # Entries of an example are small beside 2,048 tokens of 4,096 numbers.
+        assert step.peak() == pytest.approx(whole.step(2048, policy).peak(), rel=1e-3)
+    flops = [sum(segment.work.flops for segment in one.segments) for one in (forward, step)]
+    # A layer: forward, and as much again for the gradients of its inputs; adapters a little more. The head: forward,
+    # and its gradient with it, which is there in a forward pass without gradients only where it is wanted.
+    assert flops[0] / flops[1] == pytest.approx(1 / 2, abs=0.02)
 
 
 @pytest.mark.parametrize("policy", [Policy(3, tile=256), Policy(3, tile=300, by_head=True, offload=True)], ids=str)
@@ -154,12 +179,12 @@ def test_dora_adds_a_number_for_each_output(whole):
 
 def test_speed_changes_time_and_nothing_else(whole):
     step = whole.step(2048, Policy(32))
-    assert step.seconds(speed_of("NVIDIA H200")) < step.seconds(SPEEDS[0]) < step.seconds(speed_of("RTX 3090"))
+    assert step.seconds(speed_of("NVIDIA H200")) < step.seconds(KNOWN_GPUS[0]) < step.seconds(speed_of("RTX 3090"))
 
 
 def test_keeping_more_costs_memory_and_saves_time(whole):
     steps = [whole.step(2048, Policy(32, kept)) for kept in (0, 8, 16, 24, 32)]
-    peaks, seconds = [step.peak() for step in steps], [step.seconds(SPEEDS[0]) for step in steps]
+    peaks, seconds = [step.peak() for step in steps], [step.seconds(KNOWN_GPUS[0]) for step in steps]
     assert peaks == sorted(peaks)
     assert seconds == sorted(seconds, reverse=True)
     # Derived: 43.0 against 32.1 GFLOP a token, +34 %, without the down projection of a recompute

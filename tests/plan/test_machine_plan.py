@@ -17,6 +17,7 @@ from common.plan import card, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card
+from common.plan.speed import speed_of
 from common.recipe import ModelSpec, TrainSpec, UserError
 from tests.plan.planners import RECIPE, edited, plan_for
 
@@ -92,14 +93,32 @@ def test_where_triton_cannot_compile_the_plan_is_made_for_the_references_that_ru
     assert plan.peak_bytes == references + WORKSPACE_BYTES > kernels + WORKSPACE_BYTES
 
 
-def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_memory(monkeypatch):
-    free, properties = (8 * GIB, 6 * GIB), SimpleNamespace(total_memory=8 * GIB, major=8, minor=9)
-    planned = []
+@pytest.fixture
+def planned(monkeypatch):
+    """What `make plan` would count, which takes seconds: cards, settings and processes."""
+    asked = []
 
-    def stop_before_counting(_, card, *__):
-        planned.append(card)
+    def stop_before_counting(_, card, setting, processes):
+        asked.append((card, setting, processes))
         raise UserError("a plan takes seconds")
 
+    monkeypatch.setattr(plan, "choose_option", stop_before_counting)
+    return asked
+
+
+def test_a_plan_for_a_kind_of_gpu_counts_its_memory_its_number_format_and_its_attention(planned, capsys):
+    """A T4 has neither bf16 nor flash attention, and this machine has no GPU at all."""
+    for flags in (["--gpu", "t4"], ["--gpu", "T4", "--card-gib", "6", "--gpus", "2"], ["--gpu", "l4"]):
+        assert run_command("plan", "tiny", TINY, flags) == 2
+    (t4, on_t4, _), (small, on_small, processes), (l4, on_l4, _) = planned
+    assert (t4.size, small.size, l4.size) == (14.5 * GIB, 6 * GIB, 22 * GIB)
+    assert on_t4 == on_small == Setting(torch.float16, "sdpa") and on_l4 == Setting()
+    assert (speed_of(t4.gpu).name, speed_of(l4.gpu).name, processes) == ("T4", "L4", 2)
+    assert "computing in float16 (the GPU has no bf16), attention with a mask" in capsys.readouterr().out
+
+
+def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_memory(monkeypatch, planned):
+    free, properties = (8 * GIB, 6 * GIB), SimpleNamespace(total_memory=8 * GIB, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_86"])
@@ -107,11 +126,11 @@ def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_me
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 8 * GIB))
     monkeypatch.setattr(card, "available_ram", lambda: 100 * GIB)
-    monkeypatch.setattr(plan, "choose_option", stop_before_counting)
     this_machine.cache_clear()
     try:
         assert run_command("plan", "tiny", TINY, ["--gpus", "2"]) == 2
     finally:
         this_machine.cache_clear()
-    assert planned[0].name == "6.0 GiB free on Faked GPU 1, 8.0 GiB, the smallest of 2 cards"
-    assert planned[0].host_bytes == card.HOST_SHARE * 100 * GIB / 2
+    smallest = planned[0][0]
+    assert smallest.name == "6.0 GiB free on Faked GPU 1, 8.0 GiB, the smallest of 2 cards"
+    assert smallest.host_bytes == card.HOST_SHARE * 100 * GIB / 2

@@ -22,6 +22,8 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
         changed.append(replace(recipe, train=replace(recipe.train, seq_len=int(tokens))))
     for rank in re.findall(r"rank=(\d+)", message):
         changed.append(replace(recipe, lora=replace(recipe.lora, rank=int(rank))))
+    if "weights_on_host='auto'" in message:
+        changed.append(replace(recipe, train=replace(recipe.train, weights_on_host="auto")))
     for policy in re.findall(r"checkpointing='([a-z ]+)'", message):
         changed.append(replace(recipe, train=replace(recipe.train, checkpointing=policy)))
     return message, changed
@@ -30,9 +32,15 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
 @pytest.mark.parametrize(
     ("recipe", "gib", "named"),
     [
-        pytest.param(edited(seq_len=8192), 8, ["seq_len="], marks=pytest.mark.slow),
-        (edited(seq_len=4096, checkpointing="every layer"), 8.2, ["seq_len=", "checkpointing='offload'"]),
-        pytest.param(replace(RECIPE, lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow),
+        pytest.param(edited(seq_len=8192, weights_on_host=0), 8, ["seq_len="], marks=pytest.mark.slow),
+        (
+            edited(seq_len=4096, checkpointing="every layer", weights_on_host=0),
+            8.2,
+            ["seq_len=", "checkpointing='offload'"],
+        ),
+        pytest.param(
+            replace(edited(weights_on_host=0), lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_what_does_not_fit_does_the_arithmetic_and_every_change_it_names_fits(recipe, gib, named):
@@ -50,7 +58,7 @@ def test_what_does_not_fit_does_the_arithmetic_and_every_change_it_names_fits(re
 
 
 def test_a_policy_that_does_not_fit_names_a_leaner_one():
-    message, changed = moves(edited(checkpointing="none"), 12)
+    message, changed = moves(edited(checkpointing="none", weights_on_host=0), 12)
     assert "checkpointing='every layer'" in message
     for recipe in changed:
         assert plan_for(recipe, 12).micro_batch_rows >= 1
@@ -58,7 +66,7 @@ def test_a_policy_that_does_not_fit_names_a_leaner_one():
 
 def test_a_card_smaller_than_the_weights_is_too_small():
     with pytest.raises(UserError, match="The model alone is too large: take a smaller model, or a larger card"):
-        plan_for(RECIPE, 4)
+        plan_for(edited(weights_on_host=0), 4)
 
 
 def test_what_fits_no_card_of_several_says_what_would():
@@ -67,9 +75,9 @@ def test_what_fits_no_card_of_several_says_what_would():
     ):
         choose_or_explain(planner_for(RECIPE, 2.5, SHARDED))
     with pytest.raises(UserError, match="or let several share it"):
-        plan_for(RECIPE, 5)
+        plan_for(edited(weights_on_host=0), 5)
     with pytest.raises(UserError, match="let the cards share it"):
-        choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
+        choose_option(edited(sharding="never", weights_on_host=0), Card.of_size(6), None, 2)
     with pytest.raises(UserError, match="LoraSpec.dora"):
         choose_option(replace(RECIPE, lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
 

@@ -73,8 +73,11 @@ def test_llama_3_70b_fits_two_cards_of_24_gib():
     shared, option = choose_option(recipe, CARD_24, None, 2)
     assert shared.layout.sharded and 0 < option.on_host < 80
     assert option.peak + shared.card.overhead_bytes <= 24 * GIB
+    whole = replace(recipe, train=replace(recipe.train, weights_on_host=0))
     with pytest.raises(UserError, match="let several share it"):
-        choose_option(recipe, CARD_24, None, 1)
+        choose_option(whole, CARD_24, None, 1)
+    one, option = choose_option(recipe, CARD_24, None, 1)
+    assert option.on_host > 2 and option.peak + one.card.overhead_bytes <= 24 * GIB
 
 
 @pytest.mark.parametrize(("processes", "planned"), [(1, (4, 4)), (1, (16, 1)), (2, (4, 2)), (2, (2, 4)), (16, (1, 1))])

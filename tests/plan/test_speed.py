@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from common.plan.speed import SPEEDS, Speed, Work, data_sheet_flops, speed_of
+from common.plan.speed import KNOWN_GPUS, Speed, Work, data_sheet_flops, named_gpu, speed_of
+from common.recipe import UserError
 
 
 def test_an_operator_takes_as_long_as_its_slower_side_and_copies_and_launches_go_beside():
@@ -25,7 +26,22 @@ def test_a_gpu_is_known_by_its_name_and_an_unknown_one_is_the_first():
         assert speed_of(f"NVIDIA {name}").name == name  # and L40S is no L4
     assert speed_of("NVIDIA A100-SXM4-80GB").name == "A100"
     assert speed_of("NVIDIA GeForce RTX 3090 Ti").name == "RTX 3090"
-    assert speed_of("an unknown card") is speed_of(None) is SPEEDS[0]
+    assert speed_of("an unknown card") is speed_of(None) is KNOWN_GPUS[0]
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [("t4", "T4"), ("Tesla T4", "T4"), ("RTX-4090", "RTX 4090"), ("geforce_rtx 3090", "RTX 3090"), ("5090", "RTX 5090")]
+    + [("l4", "L4"), ("L40S", "L40S"), ("nvidia a100", "A100"), (None, None), ("0", None), ("17", None)],
+)
+def test_a_kind_of_gpu_is_known_however_it_is_written_and_a_number_is_none(typed, name):
+    known = named_gpu(typed)
+    assert (known and known.name) == name
+
+
+def test_an_unknown_kind_names_those_that_are_known():
+    with pytest.raises(UserError, match=r"GPU=nonsense: a plan knows rtx-4090 \(23.5 GiB\), .*, t4 \(14.5 GiB\)"):
+        named_gpu("nonsense")
 
 
 @pytest.mark.parametrize(
@@ -52,6 +68,6 @@ def test_the_data_sheet_is_that_of_this_very_card(gpu, teraflops):
 
 def test_no_card_is_planned_to_be_faster_than_its_data_sheet():
     names = {"RTX 4090": "NVIDIA GeForce RTX 4090", "RTX 3090": "NVIDIA GeForce RTX 3090", "H200": "NVIDIA H200"}
-    for speed in SPEEDS:
+    for speed in KNOWN_GPUS:
         if speed.name in names:
             assert speed.flops_per_second <= data_sheet_flops(names[speed.name])

@@ -7,6 +7,7 @@ from common.data.rows import load_rows
 from common.recipe import DataSpec, UserError
 from common.run.prompts import Prompt, load_prompts, sample_prompts
 from common.tokens.chat_format import ChatFormat
+from tests.sources.test_other_kind import data
 from tests.tokens.test_chat_format import QWEN3, TEMPLATES, qwen
 
 HELD_OUT = "data/tiny/held_out.jsonl"
@@ -100,3 +101,36 @@ def test_a_sample_of_plain_text_goes_on_from_its_first_quarter(tokenizer, tmp_pa
     (sample,) = sample_prompts(rows, tokenizer, 5)
     assert len(sample.input_ids) == len(rows[0]["input_ids"]) // 4
     assert sample.reference.endswith("the tea is ready.")
+
+
+def write_rows(folder, rows: list[dict]) -> str:
+    path = folder / "answers.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_the_chosen_answer_of_a_pair_is_the_reference_and_a_prompt_is_asked_once(tokenizer, tmp_path):
+    pairs = [{"prompt": f"{n % 3}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(6)]
+    prompts = load_prompts(write_rows(tmp_path, pairs), tokenizer)
+    assert [(prompt.text, prompt.reference) for prompt in prompts] == [(f"{n}?", f"yes {n}") for n in range(3)]
+    assert prompts[0].input_ids == ChatFormat(tokenizer).prompt_ids(Conversation((Message("user", "0?"),)))
+
+
+def test_a_good_answer_is_the_reference_and_a_bad_one_never(tokenizer, tmp_path):
+    rated = [{"prompt": f"{n % 3}?", "completion": f"said {n}", "label": n > 3} for n in range(6)]
+    prompts = load_prompts(write_rows(tmp_path, rated), tokenizer)
+    assert [(prompt.text, prompt.reference) for prompt in prompts] == [("1?", "said 4"), ("2?", "said 5")]
+
+
+def test_packed_pairs_are_asked_for_the_chosen_answer_and_each_prompt_once(tokenizer, tmp_path):
+    pairs = [{"prompt": f"{n % 5}?", "chosen": f"yes {n}", "rejected": "no"} for n in range(20)]
+    rows = load_rows(data(write_rows(tmp_path, pairs), "dpo", eval_rows=0), tokenizer, 64).train
+    prompts = sample_prompts(rows, tokenizer, 20)
+    assert sorted(prompt.text for prompt in prompts) == [f"{n}?" for n in range(5)]
+    assert all(prompt.reference.startswith("yes ") for prompt in prompts)
+
+
+def test_packed_rated_answers_are_asked_for_the_good_ones(tokenizer, tmp_path):
+    rated = [{"prompt": f"{n}?", "completion": f"said {n}", "label": n > 3} for n in range(6)]
+    rows = load_rows(data(write_rows(tmp_path, rated), "kto", eval_rows=0), tokenizer, 64).train
+    assert {prompt.text for prompt in sample_prompts(rows, tokenizer, 20)} == {"4?", "5?"}

@@ -14,6 +14,8 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch):
     assert command_line([program, "finetune", "tiny", "--out=v$HOME"]) == "make finetune MODEL=tiny 'OUT=v$HOME'"
     assert command_line([program, "finetune", "my-bot", "--out", "~/o/"]) == "make finetune MODEL=my-bot 'OUT=~/o/'"
     assert command_line([program, "dryrun", "tiny", "--layers", "2"]) == "make dryrun MODEL=tiny 'ARGS=--layers 2'"
+    kernel = ["/usr/lib/ipykernel_launcher.py", "-f", "/home/me/.local/share/jupyter/kernel-1.json"]
+    assert command_line(kernel) == "main(recipe), in a notebook"  # and no path of the machine
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert command_line([program, "tiny"]) == "make finetune MODEL=tiny GPUS=2"
     assert command_line(["recipes/tiny.py", "--max-steps", "5"]) == "python recipes/tiny.py --max-steps 5"

@@ -3,7 +3,7 @@
 import pytest
 
 from common.conversations.row_reader import RowReader
-from common.sources.source_row import BadRow, NotToLearn, PreferenceData
+from common.sources.source_row import BadRow, NotToLearn, OtherKind
 
 ASK, SAY = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}
 LEARN = [("weight", 1), ("weight", 1.0), ("train", True), ("loss", True), ("loss_weight", 1.0), ("masked", False)]
@@ -135,19 +135,19 @@ def test_a_user_turn_that_is_to_be_learnt_is_counted_as_unread():
     ids=lambda row: "+".join(row),
 )
 def test_rows_with_a_preference_label_are_refused_as_a_whole(row, name, label):
-    with pytest.raises(PreferenceData, match="preference data .* is true or false, as KTO takes it"):
+    with pytest.raises(OtherKind, match="preference data .* is true or false, as KTO takes it"):
         RowReader().read(row | {name: label})
 
 
 @pytest.mark.parametrize("tag", [0, 1, "0", "1", 1.0])
 def test_a_tag_for_kto_is_one_however_true_and_false_are_written(tag):
-    with pytest.raises(PreferenceData):
+    with pytest.raises(OtherKind):
         RowReader().read({"instruction": "a", "output": "b", "kto_tag": tag})
 
 
 @pytest.mark.parametrize("label", ["True", "false", "TRUE"])
 def test_a_preference_label_of_a_csv_file_is_one_too(label):
-    with pytest.raises(PreferenceData):
+    with pytest.raises(OtherKind):
         RowReader().read({"prompt": "a", "completion": "b", "label": label})
 
 
@@ -188,7 +188,7 @@ def test_another_label_is_a_column_like_any_other(row, unread):
     ids=lambda row: "+".join(row),
 )
 def test_better_and_worse_answers_are_refused_as_a_whole(row):
-    with pytest.raises(PreferenceData, match="preference data .*, as DPO takes them.*keep the better answers alone"):
+    with pytest.raises(OtherKind, match="preference data .*, as DPO takes them.*keep the better answers alone"):
         RowReader().read(row)
 
 

@@ -1,0 +1,41 @@
+"""Where the weights of a trained model lie while it answers: on the card, as far as it has room for them."""
+
+from dataclasses import replace
+
+from common.machine.device import GIB, Machine
+from common.machine.layout import ONE_PROCESS, Layout
+from common.model.activation_checkpointing import Policy
+from common.plan.card import Card
+from common.plan.forecast import Setting
+from common.plan.planner import Planner
+from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS
+from common.recipe import Recipe, UserError
+
+# Of the card beside weights, adapter and what no count sees: keys and values, logits, a layer's working set. Assumed;
+# eight answers of Llama 3 8B at a time have 1.2 GiB of keys and values.
+ANSWER_BYTES = int(1.5 * GIB)
+
+
+def layout_to_answer(recipe: Recipe, card: Card, setting: Setting | None = None) -> Layout:
+    """How many layers' weights wait in host memory so that the model can answer on a card.
+
+    None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own number
+    counts for training alone. None too where not even that would fit: loading then says so.
+    """
+    train = replace(recipe.train, weights_on_host="auto", rows_per_step=1)
+    try:
+        planner = Planner(replace(recipe, train=train), card, setting)
+        there = planner.forecast.step(planner.seq_len, Policy(planner.layers)).resident
+        if there[WEIGHTS] + there[EMBEDDINGS] + there[ADAPTERS] + ANSWER_BYTES <= card.budget:
+            return ONE_PROCESS
+        option = planner.choose()
+    except UserError:
+        return ONE_PROCESS
+    return ONE_PROCESS if option is None else Layout(on_host=option.on_host)
+
+
+def layout_on(recipe: Recipe, machine: Machine) -> Layout:
+    """layout_to_answer on this machine. On a CPU weights are in host memory already."""
+    if not machine.is_gpu:
+        return ONE_PROCESS
+    return layout_to_answer(recipe, Card.of_machine(machine))

@@ -1,0 +1,208 @@
+"""The plan's third lever: how many layers' frozen weights wait in host memory."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+
+from common.machine.device import GIB
+from common.machine.host_memory import page_locked_bytes
+from common.machine.layout import Layout, spread_layers
+from common.model.activation_checkpointing import Policy, decoder_layers
+from common.model.loading import load_4bit
+from common.model.weight_streaming import RING_SLOTS, stream_weights, streamed_tensors, weight_ring
+from common.plan import ledger
+from common.plan.card import Card
+from common.plan.forecast import Forecast
+from common.plan.ledger import round_up
+from common.plan.machine_plan import plan_for_card
+from common.plan.misfit import choose_or_explain
+from common.plan.plan import choose_option, make_plan
+from common.plan.report import CHOICE, EVERY_LAYER, build_report
+from common.plan.step import WEIGHTS
+from common.recipe import ModelSpec, TrainSpec, UserError
+from tests.conftest import FP32, MIXED
+from tests.plan.planners import LLAMA, QWEN, RECIPE, edited, plan_for, planner_for
+from tests.plan.test_count import LAYERS, POLICIES, allocated_in_a_real_step, forecasts, recipe_for
+
+LLAMA_70B = "meta-llama/Meta-Llama-3-70B-Instruct"
+# Of a layer of Llama 3 8B: 218,103,808 weights in half a byte, their scales in a byte a block of 64, and the scales'
+# scales in 4 bytes a block of 256 of those.
+BLOCK = 218_103_808 // 2 + 218_103_808 // 64 + 218_103_808 // 64 // 256 * 4
+
+__all__ = ["forecasts"]  # the fixture of test_count
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return Forecast(RECIPE)
+
+
+def test_the_card_holds_a_ring_and_the_host_every_layer_that_streams(llama):
+    policy = Policy(32)
+    whole, streamed = llama.step(2048, policy), llama.step(2048, policy, on_host=20)
+    assert whole.streamed_per_layer == whole.streamed_at_most == BLOCK
+    assert whole.resident[WEIGHTS] - streamed.resident[WEIGHTS] == (20 - RING_SLOTS) * BLOCK
+    assert whole.peak() - streamed.peak() == (20 - RING_SLOTS) * BLOCK
+    assert streamed.host_peak() - whole.host_peak() == 20 * page_locked_bytes(BLOCK) == 20 * BLOCK
+    # In forward and in backward those come that do not lie in the ring already.
+    assert streamed.link_bytes() - whole.link_bytes() == pytest.approx(2 * (20 - RING_SLOTS) * BLOCK)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kernels", ["lean", pytest.param("stock", marks=pytest.mark.slow)])
+def test_the_count_is_what_the_allocator_gives_out_in_a_step_whose_weights_stream(
+    forecasts, policy, kernels, monkeypatch
+):
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    forecast = forecasts["llama", kernels]
+    step = forecast.step(768, POLICIES[policy], on_host=LAYERS)
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], on_host=LAYERS)
+    print(f"{policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("on_host", [3, LAYERS])
+def test_the_count_of_what_stays_is_what_a_model_holds(forecasts, on_host):
+    forecast = forecasts["llama", "lean"]
+    model = load_4bit(forecast.recipe.model, FP32)
+    chosen = [decoder_layers(model)[index] for index in spread_layers(on_host, LAYERS)]
+    before = [
+        weakref.ref(getattr(tensor.owner, tensor.name).untyped_storage())
+        for layer in chosen
+        for tensor in streamed_tensors(layer)[0]
+    ]
+    given_back = sum(round_up(storage().nbytes()) for storage in before)
+    stream_weights(model, on_host)
+    assert not any(storage() for storage in before)
+    ring = weight_ring(model)
+    whole, streamed = (forecast.step(768, Policy(LAYERS), on_host=count).resident[WEIGHTS] for count in (0, on_host))
+    assert whole - streamed == given_back - sum(slot.nbytes for slot in ring.slots)
+    assert sum(block.nbytes for block in ring.blocks) == given_back
+
+
+def test_a_checkpoint_of_several_sizes_has_a_ring_for_its_largest_layer(four_bit):
+    step = Forecast(recipe_for(str(four_bit(**MIXED)))).step(256, Policy(4))
+    model = load_4bit(ModelSpec(str(four_bit(**MIXED))), FP32)
+    stream_weights(model, 4)
+    ring = model.model.layers[0].weight_ring
+    assert step.streamed_at_most >= ring.slots[0].nbytes / 2  # the plan's 16-bit weights have 2 bytes, these here 4
+    assert step.streamed_at_most > step.streamed_per_layer
+
+
+def test_nothing_streams_where_one_row_fits_without():
+    chosen = plan_for(RECIPE, 8)
+    assert chosen.layout == Layout()
+    assert chosen == plan_for(edited(weights_on_host=0), 8)
+
+
+@pytest.mark.parametrize("gib", [6, 4])
+def test_where_nothing_fits_the_fastest_that_streams_is_taken_and_it_fits(gib):
+    shared = planner_for(RECIPE, gib)
+    option = choose_or_explain(shared)
+    assert option.on_host > RING_SLOTS
+    assert option.peak + shared.card.overhead_bytes <= gib * GIB
+    fewer, _ = shared.exact(option.rows, option.policy, option.on_host - 1)
+    assert not shared.fits(fewer)
+    for rows in (1, 2, 4):
+        for policy in (Policy(32), Policy(32, offload=True), Policy(32, 8, offload=True)):
+            other, _ = shared.exact(rows, policy, 32)
+            # of options that take about as long the one is taken that sends least
+            assert not shared.fits(other) or option.seconds_per_token <= 1.021 * other.seconds_per_token
+    text = plan_for(RECIPE, gib).text
+    assert f"the weights of {option.on_host} layers stream from host memory" in text
+    assert "cross the link in a micro-batch" in text
+
+
+def test_a_number_is_obeyed_and_zero_refuses():
+    chosen = plan_for(edited(weights_on_host=16), 24)
+    assert chosen.layout == Layout(on_host=16)
+    with pytest.raises(UserError, match="does not fit a card of 6 GiB"):
+        plan_for(edited(weights_on_host=0), 6)
+
+
+@pytest.mark.parametrize("number", [-1, 1, 2])
+def test_a_number_that_saves_nothing_is_refused(number):
+    with pytest.raises(UserError, match=f'weights_on_host is {number}; give "auto", 0, or 3 and more'):
+        edited(weights_on_host=number)
+    with pytest.raises(UserError, match="'none'; give"):
+        edited(weights_on_host="none")
+
+
+def test_more_layers_than_the_model_has_are_refused():
+    with pytest.raises(UserError, match="weights_on_host is 33, and the model has 32 layers"):
+        planner_for(edited(weights_on_host=33), 24)
+    tiny = replace(RECIPE, model=ModelSpec("models/tiny"), card_gib=None)
+    with pytest.raises(UserError, match="weights_on_host is 5, and the model has 4 layers"):
+        plan_for_card(replace(tiny, train=TrainSpec(256, 16, 1e-3, weights_on_host=5)))
+    assert plan_for_card(replace(tiny, train=TrainSpec(256, 16, 1e-3, weights_on_host=4))).layout.streamed == 4
+
+
+def test_layers_that_are_shared_out_and_stream_are_refused():
+    with pytest.raises(UserError, match="weights_on_host is 8, of layers that are whole, and sharding='always'"):
+        edited(weights_on_host=8, sharding="always")
+
+
+def test_host_memory_is_a_limit_of_streaming_too():
+    needed = planner_for(RECIPE, 4).choose().host_bytes
+    assert planner_for(RECIPE, 4, host_bytes=needed).choose().on_host > 0
+    with pytest.raises(UserError, match=r"do not fit the host memory: .* are available"):
+        choose_or_explain(planner_for(RECIPE, 4, host_bytes=GIB))
+
+
+def test_a_misfit_without_streaming_names_it():
+    with pytest.raises(UserError, match="TrainSpec.weights_on_host='auto'"):
+        plan_for(edited(weights_on_host=0), 6)
+    with pytest.raises(UserError, match="TrainSpec.weights_on_host='auto'"):
+        plan_for(edited(weights_on_host=0), 4)
+
+
+@pytest.mark.slow  # counts of sharded layers, and of data parallel ones
+def test_several_cards_share_the_model_before_its_weights_stream():
+    planner, option = choose_option(RECIPE, Card.of_size(6), None, 2)
+    assert planner.layout.sharded
+    text = make_plan(planner, option).text
+    _, streamed = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
+    assert f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers" in text
+    assert f"{streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of" in text
+    planner, option = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
+    assert option == streamed
+    assert (planner.layout.sharded, option.on_host > 0) == (False, True)
+    planner, option = choose_option(edited(weights_on_host=32), Card.of_size(6), None, 2)
+    assert (planner.layout.sharded, option.on_host) == (False, 32)
+
+
+@pytest.mark.parametrize("name", [LLAMA, pytest.param(QWEN, marks=pytest.mark.slow), LLAMA_70B])
+@pytest.mark.parametrize("tokens", [2048, 8192])
+@pytest.mark.parametrize("offload", [False, True])
+def test_by_the_model_of_time_copies_hide_behind_2048_tokens_and_more(name, tokens, offload):
+    forecast = Forecast(replace(RECIPE, model=ModelSpec(name)))
+    policy = Policy(forecast.layers, offload=offload)
+    on_card, streamed = (
+        forecast.step(tokens, policy, on_host=count).seconds(forecast.speed, 16) for count in (0, forecast.layers)
+    )
+    print(f"{name}, {tokens}: {streamed / on_card:.3f}")
+    assert streamed <= 1.05 * on_card
+
+
+def test_short_rows_show_the_copies_and_the_plan_takes_more_rows_at_a_time(llama):
+    one, four = (llama.step(tokens, Policy(32), on_host=32) for tokens in (256, 2048))
+    assert one.seconds(llama.speed) / 256 > 1.5 * four.seconds(llama.speed) / 2048
+    option = planner_for(edited(seq_len=256), 5).choose()
+    assert option.on_host > 0 and option.rows * 256 >= 2048
+
+
+def test_the_report_shows_the_lever_beside_plans_without_it():
+    shared = planner_for(RECIPE, 6)
+    report = build_report(shared, choose_or_explain(shared))
+    text = report.text()
+    on_host = report.plan.layout.on_host
+    (line,) = [line for line in text.splitlines() if line.startswith("layers whose weights stream")]
+    assert line.split()[-12:] == ["0", "of", "32"] * 3 + [str(on_host), "of", "32"]
+    assert report.row(EVERY_LAYER).parts[WEIGHTS] > report.row(CHOICE).parts[WEIGHTS]
+    assert not report.row(EVERY_LAYER).fits and report.row(CHOICE).fits
+    assert "with all weights on the card even the leanest policy would be 0." in text
+    assert max(map(len, text.splitlines())) <= 120
+    shared = planner_for(RECIPE, 24)
+    assert "stream" not in build_report(shared, choose_or_explain(shared)).text()
