@@ -144,7 +144,8 @@ def _rms_norm_backward_onto_(grad: Tensor, x: Tensor, weight: Tensor, eps: float
 def rms_norm_backward_onto_triton_(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> None:
     assert residual.is_contiguous()
     grad, x = grad.contiguous(), x.contiguous()
-    _launch(_rms_norm_backward_kernel, x, grad, x, weight, residual, residual, eps=eps, HAS_RESIDUAL=True)
+    constants = {"ONE_PLUS": False, "HAS_RESIDUAL": True}
+    _launch(_rms_norm_backward_kernel, x, grad, x, weight, residual, residual, eps=eps, **constants)
 
 
 # The gradient as rms_norm_backward with a residual, written over the residual, which is contiguous.

@@ -127,7 +127,8 @@ def _swiglu_onto_(gate: Tensor, up: Tensor) -> None:
 
 def swiglu_onto_triton_(gate: Tensor, up: Tensor) -> None:
     assert gate.is_contiguous()
-    _swiglu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up.contiguous(), gate, gate.numel(), BLOCK=BLOCK)
+    constants = {"BLOCK": BLOCK, "GELU": False, "LINEAR": LINEAR, "CUBIC": CUBIC}
+    _swiglu_kernel[(triton.cdiv(gate.numel(), BLOCK),)](gate, up.contiguous(), gate, gate.numel(), **constants)
 
 
 # The product as swiglu, written over gate, which is contiguous.
@@ -145,7 +146,8 @@ def _swiglu_backward_onto_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
 def swiglu_backward_onto_triton_(grad: Tensor, gate: Tensor, up: Tensor) -> None:
     assert grad.is_contiguous() and gate.is_contiguous() and up.is_contiguous()
     grid = (triton.cdiv(grad.numel(), BLOCK),)
-    _swiglu_backward_kernel[grid](grad, gate, up, up, gate, grad.numel(), BLOCK=BLOCK)
+    constants = {"BLOCK": BLOCK, "GELU": False, "LINEAR": LINEAR, "CUBIC": CUBIC}
+    _swiglu_backward_kernel[grid](grad, gate, up, up, gate, grad.numel(), **constants)
 
 
 # The same as swiglu_backward_, and nothing is allocated: grad is overwritten with the gradient of up, gate with its

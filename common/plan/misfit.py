@@ -23,7 +23,7 @@ def choose_or_explain(planner: Planner) -> Option:
 def explain_misfit(planner: Planner) -> str:
     """One line: what the leanest way to run one row takes, how much that is too much, and what to change."""
     wanted, card = planner.recipe.train.checkpointing, planner.card
-    leanest, step = planner.exact(1, planner.leanest_policy(wanted), planner.offload_choices()[-1])
+    leanest, step = planner.leanest(wanted, planner.offload_choices()[-1])
     excess = leanest.peak - card.budget
     if excess <= 0 and card.host_bytes is not None:
         if planner.layout.streams(leanest.on_host):
@@ -95,7 +95,7 @@ def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int
     """Changes of the recipe, each of which alone makes one row fit. excess: bytes over the budget."""
     yield from _streaming_that_fits(planner, leanest.policy)
     for name in CHECKPOINTING_BY_MEMORY:
-        leaner, _ = planner.exact(1, planner.leanest_policy(name), leanest.on_host)
+        leaner, _ = planner.leanest(name, leanest.on_host)
         if leaner.peak < leanest.peak and planner.fits(leaner):
             yield f"checkpointing={name!r} ({leaner.peak / GIB:.1f} GiB)"
             break

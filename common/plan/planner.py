@@ -117,10 +117,11 @@ class Planner:
         plain = [Policy.named(name, self.layers) for name in names]
         return [replace(policy, tile=tile, by_head=by_head) for policy in plain for tile, by_head in TILES]
 
-    def leanest_policy(self, wanted: Checkpointing) -> Policy:
-        """Of the policies that TrainSpec.checkpointing allows the one with the least memory."""
-        in_tiles = self.policies_in_tiles(wanted)
-        return in_tiles[-1] if in_tiles else Policy.named("offload" if wanted == "auto" else wanted, self.layers)
+    def leanest(self, wanted: Checkpointing, on_host: int) -> tuple[Option, Step]:
+        """One row under that of the policies which TrainSpec.checkpointing allows that takes the least memory."""
+        plain = Policy.named("offload" if wanted == "auto" else wanted, self.layers)
+        policies = [plain, *self.policies_in_tiles(wanted)[-1:]]  # tiles take more where a row is shorter than one
+        return min((self.exact(1, policy, on_host) for policy in policies), key=lambda pair: pair[0].peak)
 
     def _candidates(self, choices: Sequence[int]) -> Iterator[Option | None]:
         """For each micro-batch and each number of layers on the host the options worth comparing; None for a misfit."""

@@ -306,7 +306,7 @@ def packed(folder, lora=LORA, bits=16):
     return model
 
 
-@pytest.mark.parametrize("case", [*ARCHITECTURES, "mistral with a window"])
+@pytest.mark.parametrize("case", [*modules.TILED_MODEL_TYPES, "mistral with a window"])
 def test_every_way_of_a_long_row_gives_the_gradients_of_the_stock_layers_in_float64(case, folders, small_model):
     folder = folders.get(case) or small_model("mistral", num_hidden_layers=3, sliding_window=16)
     stock = copy.deepcopy(adapted(folder, "stock", bits=16)).double()
@@ -389,9 +389,13 @@ def test_layers_that_become_lean_later_compute_in_tiles_then(folders):
             assert torch.equal(parameter.grad, expected[1][name])
 
 
-def test_tiles_are_refused_with_dropout_and_with_an_attention_that_has_a_mask(folders):
-    for dropout, implementation in ((0.1, attention.PACKED_ATTENTION), (0.0, "sdpa")):
-        model = adapted(folders["llama"], "stock", LoraSpec(4, 8, dropout=dropout))
-        model.set_attn_implementation(implementation)
-        with pytest.raises(ValueError, match="only lean layers with packed attention can compute in tiles"):
-            checkpoint_activations(model, WAYS["tiles"])
+@pytest.mark.parametrize(
+    ("architecture", "dropout", "implementation"),
+    [("llama", 0.1, attention.PACKED_ATTENTION), ("llama", 0.0, "sdpa"), ("gemma3_text", 0.0, "packed")],
+)
+def test_tiles_are_refused_where_they_compute_something_else(folders, architecture, dropout, implementation):
+    """LoRA dropout, an attention with a mask, and layers with other norms."""
+    model = adapted(folders[architecture], "stock", LoraSpec(4, 8, dropout=dropout))
+    model.set_attn_implementation(implementation)
+    with pytest.raises(ValueError, match="only lean layers with packed attention can compute in tiles"):
+        checkpoint_activations(model, WAYS["tiles"])

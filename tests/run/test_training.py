@@ -18,6 +18,7 @@ from common.data.rows import load_rows
 from common.data.steps import settle_rows_per_step
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
@@ -28,6 +29,7 @@ from common.run.metrics_file import read_metrics
 from common.run.trainer import Trainer
 from common.run.trainer_config import build_trainer
 from common.run.training import train
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32, TRAIN
 
 EVERY = Policy(2)
@@ -161,6 +163,32 @@ def test_pitfall_20_a_resumed_run_ends_at_the_same_adapter(recipe, tmp_path, opt
     train(*prepare(replace(broken, existing_run="resume")))
     assert "going on from" in capsys.readouterr().out
     assert [e["step"] for e in read_metrics(tmp_path / "broken") if "loss" in e] == [1, 2, 3, 4]
+    whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_in_tiles_learns_as_without_and_is_resumed_bit_for_bit(recipe, tmp_path, monkeypatch):
+    """Packed rows through the whole trainer: held adapters, clipping, rehearsal, evaluation and recompute check."""
+    recipe = replace(recipe, train=replace(recipe.train, max_steps=4, save_every=2))
+
+    def in_tiles(out: str, policy: Policy, **changes):
+        arguments = prepare(replace(recipe, out=str(tmp_path / out), **changes), split(recipe, 2))
+        model = arguments[0]
+        model.set_attn_implementation(PACKED_ATTENTION)
+        checkpoint_activations(model, policy)
+        return *arguments[:4], split(recipe, 2, policy)
+
+    layers = EVERY.layers
+    tiles = Policy(layers, tile=48, by_head=True, offload=True)
+    metrics = [train(*in_tiles(out, policy)) for out, policy in (("plain", Policy(layers)), ("whole", tiles))]
+    assert metrics[1]["step_downs"] == []
+    for name in ("first_loss", "last_loss", "eval_loss"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "log", interrupt_at(3))
+        with pytest.raises(KeyboardInterrupt):
+            train(*in_tiles("broken", tiles))
+    train(*in_tiles("broken", tiles, existing_run="resume"))
     whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "broken")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
