@@ -125,8 +125,8 @@ def test_a_model_that_reads_pictures_is_refused_and_its_text_part_is_not(tmp_pat
     vision |= {"image_size": 28, "patch_size": 14}
     text = SMALL | SMALL_BESIDES["gemma3_text"]
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    whole = Gemma3ForConditionalGeneration(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
+    Gemma3ForConditionalGeneration(config).bfloat16().save_pretrained(tmp_path / "whole")
+    whole = Gemma3ForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype=torch.float32).eval()
     with pytest.raises(UserError, match="reads pictures too .type 'gemma3'., and the recipes train text alone"):
         load_config(ModelSpec(str(tmp_path / "whole")))
     page = (ROOT / "docs" / "new_architecture.md").read_text()
