@@ -24,7 +24,9 @@ from common.model.lean_layers import is_lean, unsupported_reason, use_lean_layer
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.optimizer import build_optimizer
-from common.recipe import LoraSpec, ModelSpec, UserError
+from common.model.preference_loss import preference_loss
+from common.model.weight_streaming import stream_weights
+from common.recipe import LoraSpec, ModelSpec, PreferenceSpec, UserError
 from common.run.artefacts import save_adapter
 from common.run.trainer_config import build_trainer
 from common.tokens.labels import IGNORED
@@ -334,6 +336,25 @@ def test_other_adapters_and_4_bits_give_the_same_in_tiles(folders, architecture,
     expected = of_packed_row(packed(folders[architecture], lora, bits), WAYS["every layer"])
     assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["tiles"]), expected)
     assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["by head"]), expected)
+
+
+@pytest.mark.parametrize("way", ["tiles", "by head, offload"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_a_loss_that_learns_from_preferences_is_the_same_in_tiles_with_weights_on_the_host(folders, architecture, way):
+    """It scales each token's gradient, which tiles write over the hidden states; weights come beside each layer."""
+    row = packed_row() | {"signs": [1.0, -1.0] * 2, "reference": [-200.0, -90.0, -20.0, -150.0]}
+    found = []
+    for policy, on_host in ((WAYS["every layer"], 0), (WAYS[way], 0), (WAYS[way], 3)):
+        model = packed(folders[architecture], bits=4)
+        stream_weights(model, on_host)
+        checkpoint_activations(model.train(), policy)
+        result = preference_loss(model, collate([row], 0, padding_free=True), PreferenceSpec(sft_weight=0.5))
+        result.loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found.append((result.loss.item(), gradients))
+    assert_same(found[1], found[0])
+    assert found[2][0] == found[1][0]
+    assert all(torch.equal(found[2][1][name], gradient) for name, gradient in found[1][1].items())
 
 
 def test_adapters_that_are_held_give_the_same_bits_in_tiles(folders):
