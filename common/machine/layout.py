@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+# Of the ring on the card for layers whose weights stream (common.model.weight_streaming), each for a layer's weights.
+RING_SLOTS = 2
+
 
 @dataclass(frozen=True)
 class Layout:

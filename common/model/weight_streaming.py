@@ -25,11 +25,10 @@ from transformers import PreTrainedModel
 
 from common.machine.copy_stream import CopyStream
 from common.machine.host_memory import empty_on_host
-from common.machine.layout import spread_layers
+from common.machine.layout import RING_SLOTS, spread_layers
 from common.model.activation_checkpointing import decoder_layers
 from common.recipe import ALL_LINEAR, UserError
 
-RING_SLOTS = 2
 # A tensor begins at a multiple of this in its layer's block, as torch's allocator would place it.
 ALIGNMENT_BYTES = 512
 

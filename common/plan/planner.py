@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 
-from common.machine.layout import ONE_PROCESS, Layout
+from common.machine.layout import ONE_PROCESS, RING_SLOTS, Layout
 from common.model.activation_checkpointing import Policy
 from common.model.config import load_config, refuse_more_positions
-from common.model.weight_streaming import RING_SLOTS
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.speed import speed_of

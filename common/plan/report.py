@@ -74,8 +74,8 @@ class PlanReport:
             return "why: the fastest that fits; no layer needs to recompute"
         leanest = self.row(OFFLOAD)
         if self.plan.layout.streamed and not leanest.fits:
-            over = f"; with all weights on the card even the leanest policy would be {room_on(self.card, leanest)}"
-            return f"why: the fastest that fits{over}"
+            over = f"the leanest policy of those below would be {room_on(self.card, leanest)}"
+            return f"why: the fastest that fits; with all weights on the card {over}"
         over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
         least = ", and of about as fast ones it sends the least between cards and host" * self.plan.layout.sharded
         return f"why: the fastest that fits{least}{over}"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.machine.host_memory import page_locked_bytes
-from common.model.weight_streaming import RING_SLOTS
+from common.machine.layout import RING_SLOTS
 from common.plan.speed import Speed, Work
 
 # What a byte is there for. A saved activation outlives the part of the forward pass that made it. All else that comes

@@ -7,10 +7,10 @@ import pytest
 
 from common.machine.device import GIB
 from common.machine.host_memory import page_locked_bytes
-from common.machine.layout import Layout, spread_layers
+from common.machine.layout import RING_SLOTS, Layout, spread_layers
 from common.model.activation_checkpointing import Policy, decoder_layers
 from common.model.loading import load_4bit
-from common.model.weight_streaming import RING_SLOTS, stream_weights, streamed_tensors, weight_ring
+from common.model.weight_streaming import stream_weights, streamed_tensors, weight_ring
 from common.plan import ledger
 from common.plan.card import Card
 from common.plan.forecast import Forecast
@@ -202,7 +202,8 @@ def test_the_report_shows_the_lever_beside_plans_without_it():
     assert line.split()[-12:] == ["0", "of", "32"] * 3 + [str(on_host), "of", "32"]
     assert report.row(EVERY_LAYER).parts[WEIGHTS] > report.row(CHOICE).parts[WEIGHTS]
     assert not report.row(EVERY_LAYER).fits and report.row(CHOICE).fits
-    assert "with all weights on the card even the leanest policy would be 0." in text
+    # At one row 0.6 GiB are missing: the smallest card is 8 GiB in docs/memory.md. These are micro-batches of several.
+    assert "with all weights on the card the leanest policy of those below would be 2." in text
     assert max(map(len, text.splitlines())) <= 120
     shared = planner_for(RECIPE, 24)
     assert "stream" not in build_report(shared, choose_or_explain(shared)).text()
