@@ -97,7 +97,7 @@ def plan_lines() -> list[str]:
 def long_row_lines() -> list[str]:
     """For each model and card the longest row, layers' inputs on the host: without tiles, in tiles, and by head too."""
     lines = []
-    for name in MODELS:
+    for name in dict.fromkeys(name.removesuffix("-dpo") for name in MODELS):  # preferences change no row's memory
         planner = Planner(recipe_of(name), Card.of_size(24))
         in_tiles = planner.policies_in_tiles("offload")
         for gib in LONG_ROW_CARDS:
