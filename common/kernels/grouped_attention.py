@@ -168,7 +168,8 @@ def _backward_by_head(
     grad_z = None if b is None else grad @ b
     adapters = backward_to_adapters(output, [grad], grad_z, [out], copies)
     share = query.shape[1] // key.shape[1]  # query heads of a key/value head
-    for head in range(key.shape[1] // dim):
+    for part in tiles.split(key.shape[1] // dim, 1):  # of the heads: they are alike, and a plan computes a few
+        head = part.start
         heads, columns = slice(head * share, (head + 1) * share), slice(head * share * dim, (head + 1) * share * dim)
         inner = query[:, columns], key[:, head * dim : (head + 1) * dim], value[:, head * dim : (head + 1) * dim]
         rotated = inner[:2] if norms is None else block.norm_and_rotate(*inner[:2], cos, sin)

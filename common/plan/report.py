@@ -23,7 +23,7 @@ NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE = (
     "our choice",
 )
 # Ways to compute a long row, beside the first ones (common.plan.planner.TILES).
-IN_TILES, BY_HEAD = "the same in tiles", "the same in tiles and by head"
+IN_TILES = "the same in tiles"
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
 
 
@@ -160,11 +160,11 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
         )
         for name, (exact, step) in counted.items()
     )
-    ways = {name: policies[name] for name in (EVERY_LAYER, OFFLOAD)}
-    if in_tiles := planner.policies_in_tiles("offload"):
-        ways |= {IN_TILES: in_tiles[0], BY_HEAD: in_tiles[-1]}
-    rows_of = {name: planner.longest_option(policy, option.on_host) for name, policy in ways.items()}
+    rows_of = {name: planner.longest_option(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
     positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
+    in_tiles = planner.policies_in_tiles("offload")
+    if in_tiles and (positions is None or rows_of[OFFLOAD][0] < positions):  # else it is two counts that nobody needs
+        rows_of[IN_TILES] = planner.longest_option(in_tiles[-1], option.on_host)
     return PlanReport(
         planner.recipe,
         planner.card,
