@@ -71,9 +71,12 @@ def runs(tmp_path_factory) -> Callable[..., tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("processes")
 
     @cache
-    def run(processes: int, steps: int = STEPS, sharding: Sharding = "never") -> tuple[Path, str]:
+    def make(processes: int, steps: int, sharding: Sharding) -> tuple[Path, str]:
         name = f"{processes}x{steps}-{sharding}"
         return folder / name, train(folder, processes, name=name, steps=steps, sharding=sharding)
+
+    def run(processes: int, steps: int = STEPS, sharding: Sharding = "never") -> tuple[Path, str]:
+        return make(processes, steps, sharding)  # in one form: a cache takes runs(2) and runs(2, 20) for two
 
     return run
 
