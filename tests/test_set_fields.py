@@ -59,6 +59,7 @@ def test_every_field_can_be_typed_as_its_type(text, recipe):
         ("data.sources=a.jsonl", "DataSpec.sources is a tuple of pairs"),
         ("train.lr=3", "SET: TrainSpec has no lr; it is learning_rate"),
         ("lora.seq_len=3", "SET: LoraSpec has no seq_len; it is a field of TrainSpec"),
+        ("data.kind=pairs", "SET: DataSpec has no kind"),  # the recipe sets it
         ("seed=3", "SET: Recipe has no seed; it is a field of TrainSpec"),
         ("training.seed=3", "SET has 'training.seed=3'; write a field and its value"),
         ("train.seed", "SET has 'train.seed'; write a field and its value"),

@@ -73,17 +73,18 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
     missing there keep the value of `default`.
     """
 
+    def known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
+        names = {field.name for field in fields(kind) if field.init}
+        return {key: value for key, value in given.items() if key in names}
+
     def spec(kind: Any, name: str) -> Any:
-        known = {field.name for field in fields(kind) if field.init}
-        given = {key: value for key, value in values.get(name, {}).items() if key in known}
-        return replace(getattr(default, name), **given)
+        return replace(getattr(default, name), **known(kind, values.get(name, {})))
 
     lora: LoraSpec = spec(LoraSpec, "lora")
     preference = default.preference
     if "preference" in values:
-        known = {field.name for field in fields(PreferenceSpec)}
         given = values["preference"]
-        preference = given and PreferenceSpec(**{key: value for key, value in given.items() if key in known})
+        preference = given and PreferenceSpec(**known(PreferenceSpec, given))
     return replace(
         default,
         model=spec(ModelSpec, "model"),

@@ -44,7 +44,7 @@ def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = tuple(SPECS)) -
             raise UserError(f"SET has {word!r}; {_HOW}, with {', '.join(PARTS)} before the dot")
         if part not in parts:
             raise UserError(f"SET has {name}, and this command takes what the run recorded: only model.… can be set")
-        kinds = {entry.name: entry.type for entry in fields(SPECS[part])}
+        kinds = {entry.name: entry.type for entry in fields(SPECS[part]) if entry.init}
         if not part and (field in PARTS or field in ELSEWHERE):
             instead = ELSEWHERE.get(field, f'a field of it: SET="{field}.name=value"')
             raise UserError(f"SET has {field}, which is given as {instead}")
