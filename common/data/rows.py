@@ -56,8 +56,13 @@ class Rows:
     @property
     def trained_tokens(self) -> int:
         """Of an epoch: those of the training rows that the loss counts."""
-        labels = self.train.with_format("arrow")["labels"].chunks
-        return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in labels)
+        return count_trained_tokens(self.train)
+
+
+def count_trained_tokens(rows: Dataset) -> int:
+    """Of packed rows: how many labels the loss counts."""
+    chunks = rows.with_format("arrow")["labels"].chunks
+    return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in chunks)
 
 
 def load_rows(

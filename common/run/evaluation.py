@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from common.data.batches import collate
+from common.data.rows import count_trained_tokens
 from common.machine.disk import write_named_file
 from common.model.attention import uses_packed_attention
 from common.recipe import PreferenceSpec
@@ -19,7 +20,7 @@ from common.run.drift import Drift, measure_drift
 from common.run.general_texts import GeneralTexts
 from common.run.generation import Completion, cut_of, generate, shown
 from common.run.held_out_loss import batch_nll, mean_nll, perplexity
-from common.run.preference_comparison import compare_preferences, count_trained_tokens
+from common.run.preference_comparison import compare_preferences
 from common.run.preference_metrics import ACCURACY, MARGIN
 from common.run.prompts import Prompt
 

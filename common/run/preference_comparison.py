@@ -13,7 +13,6 @@ from common.recipe import PreferenceSpec
 from common.run.preference_evaluation import held_out_metrics
 from common.run.preference_metrics import HELD_OUT
 from common.run.reference import with_reference_columns
-from common.tokens.labels import IGNORED
 
 
 def compare_preferences(
@@ -38,8 +37,3 @@ def compare_preferences(
         | {name.removeprefix(HELD_OUT): value for name, value in metrics.items()}
         for who, metrics in found.items()
     }
-
-
-def count_trained_tokens(rows: Dataset) -> int:
-    chunks = rows.with_format("arrow")["labels"].chunks
-    return sum(int((chunk.flatten().to_numpy() != IGNORED).sum()) for chunk in chunks)
