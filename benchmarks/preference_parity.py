@@ -35,7 +35,8 @@ U = 2**-24  # half of the distance of two neighbouring fp32 numbers, relative
 # A number on its way to a gradient goes through this many additions, one after the other: 4 layers, forward and
 # backward, 4 products of matrices each, whose sums have 192 to 512 terms.
 ADDITIONS = 4 * 2 * 4 * 350
-LARGEST = 210.0  # nats of an answer: 30 tokens of a vocabulary of 1,024, each as likely as any other, have 208
+COMPARISONS = 8  # of an optimizer step: pairs, or rated answers
+ANSWER_TOKENS, TOKEN_NATS = 20, 7.0  # at most; of 1,024 tokens that are all equally likely each has 6.9
 
 # Ours, in a process of its own. It also writes the rows of its steps, and how long the reference took.
 RUN_OURS = """
@@ -184,16 +185,19 @@ def run_plain(loss: str, steps: int, folder: Path, *, precompute: bool) -> dict[
 def allowed_difference(step: int, grad_norm: float, parameters: int) -> float:
     """How far the losses of a step may part, with fp32 sums in another order. step: from 0 on.
 
-    Errors of roundings add up as a random walk, so a gradient is off by U * sqrt(ADDITIONS) of its norm, 6e-6. So is
-    each of Adam's updates, which are as large as the learning rate in each number: after k steps the adapter is off by
-    at most k * rate * sqrt(parameters) * 6e-6, and the loss, to first order, by that times the norm of its gradient.
-    (Where a gradient is smaller than its error Adam's update may be anything up to the rate; but there the loss does
-    not depend on it, to first order.) The loss itself changes by at most beta with each log-likelihood. Four of them,
-    of at most LARGEST nats, are off by 6e-6 of theirs; TRL rounds their differences to fp32, which is less.
+    Errors of roundings add up as a random walk. In a forward pass a number is off by U * sqrt(ADDITIONS / 2), 4e-6, of
+    its size, and so is the log-likelihood of a token, of TOKEN_NATS: independently of other tokens. The loss of a pair
+    depends on four log-likelihoods of answers; that of a rated answer on two, and on KTO's point of comparison, which
+    is a mean of as many again. It changes by at most beta with each, and is a mean over COMPARISONS. Both sides round.
+
+    A gradient is off by U * sqrt(ADDITIONS) of its norm, 6e-6. So is each of Adam's updates, which are as large as the
+    learning rate in each number: after k steps the adapter is off by at most k * rate * sqrt(parameters) * 6e-6, and
+    the loss, to first order, by that times the norm of its gradient. (Where a gradient is smaller than its error Adam's
+    update may be anything up to the rate; but there the loss does not depend on it, to first order.)
     """
-    relative = U * ADDITIONS**0.5
-    moved = step * LEARNING_RATE * parameters**0.5 * relative
-    return BETA * 4 * LARGEST * relative + moved * grad_norm
+    forward = BETA * (4 * ANSWER_TOKENS / COMPARISONS) ** 0.5 * TOKEN_NATS * U * (ADDITIONS / 2) ** 0.5
+    moved = step * LEARNING_RATE * parameters**0.5 * U * ADDITIONS**0.5
+    return 2**0.5 * forward + moved * grad_norm
 
 
 def compare(loss: str, steps: int, repeats: int = 1, *, precompute: bool = False) -> dict[str, Any]:

@@ -3,17 +3,19 @@ import importlib
 import inspect
 import pickle
 import re
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
 
 import common.recipe
 from common.model.config import load_config
-from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
+from common.recipe import ALL_LINEAR, DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.recipe_fields import BROUGHT
+from tests.conftest import ROOT
 
-NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo"]
+LARGE = ["llama3_8b", "mistral_7b", "qwen_14b"]
+NAMES = [*LARGE, "llama3_70b", "smollm2_135m", "tiny", "llama3_8b_dpo", "tiny_dpo"]
 
 
 def train_spec(**values) -> TrainSpec:
@@ -164,7 +166,7 @@ def test_each_shipped_recipe_is_a_recipe_with_a_story(name):
     assert len(module.RECIPE.lora.target_modules) == 7  # all linear layers
 
 
-@pytest.mark.parametrize("name", NAMES[:3])
+@pytest.mark.parametrize("name", LARGE)
 def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
@@ -181,7 +183,7 @@ def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learn
     assert dpo.RECIPE.data.eval_rows > 0
 
 
-@pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b"])
+@pytest.mark.parametrize("name", [*LARGE, "llama3_70b"])
 def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
     # tinker-cookbook's rule for alpha 32 and 128 conversations a step: 5e-4 * (2000 / hidden) ** p, with p 0.781 for
     # Llama and 0.0775 for Qwen. A step of 32k tokens is about 0.36 of theirs, whose square root is 0.6. Rounded to one
@@ -196,6 +198,23 @@ def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
 def test_alpha_is_the_same_in_every_recipe_that_ships():
     """The learning rates of recipes can be compared, and none follows the rank."""
     assert {importlib.import_module(f"recipes.{name}").RECIPE.lora.alpha for name in NAMES} == {32}
+
+
+def test_the_page_of_defaults_has_each_field_of_the_training_with_its_value():
+    page = (ROOT / "docs" / "defaults.md").read_text().split("## Every default")[1].split("\n## ")[0]
+    said: dict[str, str] = {}
+    for spec, names, values in re.findall(r"^\| `(\w+)\((.*?)\)` \| (.*?) \|", page, re.MULTILINE):
+        told = [value.strip('`"') for value in values.split(", ")]
+        said |= {f"{spec}.{name}": value for name, value in zip(names.split(", "), told, strict=False)}
+    for spec in (LoraSpec, TrainSpec):
+        for entry in fields(spec):
+            name, default = f"{spec.__name__}.{entry.name}", entry.default
+            if name in ("LoraSpec.start_from", "TrainSpec.max_steps"):  # of one run
+                continue
+            words = {ALL_LINEAR: "all linear layers"}.get(default, "off" if default is False else str(default))
+            assert default is MISSING or said[name] == words or float(said[name]) == default, name
+            assert said.pop(name), name
+    assert not [name for name in said if name.startswith(("LoraSpec", "TrainSpec"))]
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,8 @@ def this_machine() -> Machine:
     """
     if torch.cuda.is_available() and _without_code() is None:
         return _gpu(local_rank())
-    cores = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cores = f"CPU, {threads} thread" + "s" * (threads > 1)
     # Some CPUs are faster in bf16 (AMX). But models on a CPU are small, and with fp32 no result depends on the CPU.
     return Machine(torch.device("cpu"), torch.float32, "as on every CPU", cores)
 

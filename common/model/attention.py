@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 
 from common.machine.device import Machine
+from common.recipe import UserError
 
 PACKED_ATTENTION = "packed"
 MIN_FLASH_CAPABILITY = (8, 0)  # CUDA compute capability; torch, ATen/native/transformers/cuda
@@ -44,6 +45,19 @@ def attention_implementation(machine: Machine) -> str:
 def attention_of(capability: tuple[int, int]) -> str:
     """The same for a GPU of this compute capability."""
     return PACKED_ATTENTION if capability >= MIN_FLASH_CAPABILITY else "sdpa"
+
+
+def refuse_attention_dropout(name: str, config: PretrainedConfig, attention: str) -> None:
+    """Raises UserError where the model's config wants dropout in attention, and this attention has none.
+
+    name: of the model. attention: as attention_implementation.
+    """
+    if attention == PACKED_ATTENTION and (dropout := getattr(config, "attention_dropout", 0.0)):
+        raise UserError(
+            f"{name} has attention_dropout {dropout:g} in its config.json, and attention over packed rows on a GPU has "
+            "no dropout: take a folder with a copy of the model that says 0.0 there (LoraSpec.dropout is another one, "
+            "of the adapters)"
+        )
 
 
 def packed_attention(

@@ -235,6 +235,6 @@ def preference_entries(shape: tuple[int, ...], spec: PreferenceSpec) -> dict[str
     }
     if spec.needs_reference:
         entries[REFERENCE] = torch.zeros(examples, dtype=torch.float64)
-    if spec.loss == "kto":
+    if spec.kind == "rated":
         entries[KL] = torch.zeros((), dtype=torch.float64)
     return entries

@@ -24,7 +24,7 @@ def compare_preferences(
     base.
     """
     collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
-    if spec.loss == "kto":
+    if spec.kind == "rated":
         collate_rows = partial(collate_with_mismatched, collate_rows=collate_rows)
     if spec.needs_reference and "reference" not in rows.column_names:
         with model.disable_adapter():

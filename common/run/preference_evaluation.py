@@ -36,7 +36,7 @@ def metric_sums(result: LossAndRewards, batch: Batch, spec: PreferenceSpec) -> T
     where its reward lies on its side of what it is compared with. A tie counts half: before the first step all are.
     """
     signs, rewards, likelihoods = batch[SIGNS], result.rewards, result.likelihoods
-    if spec.loss == "kto":
+    if spec.kind == "rated":
         ahead = signs * (rewards - spec.value("beta") * batch[KL])
     else:
         ahead = rewards[0::2] - rewards[1::2]
@@ -103,7 +103,7 @@ def held_out_metrics(
     mismatched = [batch.pop(MISMATCHED) for batch in own if MISMATCHED in batch]
     totals = torch.zeros(COUNT, dtype=torch.float64, device=this_machine().device)
     with report_slow_work("held-out loss", len(rows), "rows") as work:
-        kl = point_of_comparison(model, mismatched, compute, filler) if spec.loss == "kto" else None
+        kl = point_of_comparison(model, mismatched, compute, filler) if spec.kind == "rated" else None
         for number, batch in enumerate(fill_up(own, filler)):
             found = compute(lambda part: batch_metrics(model, part, spec, kl), batch)
             if number < len(own):

@@ -31,7 +31,7 @@ class PreferenceTrainer(Trainer):
 
     def __init__(self, *arguments: Any, preference: PreferenceSpec, **named: Any) -> None:
         self.preference = preference
-        self.is_rated = preference.loss == "kto"
+        self.is_rated = preference.kind == "rated"
         if self.is_rated:
             named["data_collator"] = partial(collate_with_mismatched, collate_rows=named["data_collator"])
         super().__init__(*arguments, **named)

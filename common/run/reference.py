@@ -72,7 +72,7 @@ def with_reference(
     sets = {"train": rows.train} | ({"evaluation": rows.evaluation} if rows.evaluation is not None else {})
     names = _reference_columns(spec)
     sizes = [count for data in sets.values() for name in names for count in _lengths(data, name)]
-    path = _place(model, rows, recipe, spec.loss == "kto")
+    path = _place(model, rows, recipe)
     flat = broadcast_from_main(_load(path, sum(sizes)) if path is not None and is_main_process() else None)
     if flat is not None:
         print(f"reference: {len(flat):,} log-likelihoods, taken from {path}")
@@ -103,7 +103,7 @@ def with_reference_columns(
 
 
 def _reference_columns(spec: PreferenceSpec) -> tuple[str, ...]:
-    return ("reference", "kl_reference") if spec.loss == "kto" else ("reference",)
+    return ("reference", "kl_reference") if spec.kind == "rated" else ("reference",)
 
 
 def _lengths(rows: Dataset, name: str) -> list[int]:
@@ -215,7 +215,7 @@ def _refuse_not_finite(
     )
 
 
-def _place(model: PeftModel, rows: Rows, recipe: Recipe, is_rated: bool) -> Path | None:
+def _place(model: PeftModel, rows: Rows, recipe: Recipe) -> Path | None:
     """The file of these log-likelihoods. None for random weights, which nothing identifies."""
     base, start = base_record(model), start_record(model)
     if base is None:
@@ -225,7 +225,7 @@ def _place(model: PeftModel, rows: Rows, recipe: Recipe, is_rated: bool) -> Path
         "base": base.sha256,
         "start": None if start is None else start.sha256,
         "rows": [hash_rows(data) for data in (rows.train, rows.evaluation) if data is not None],
-        "rated": is_rated,
+        "kind": recipe.data.kind,
         "bits": recipe.model.bits,
         "lora": [recipe.lora.dora, recipe.lora.rslora],
         "kernels": recipe.train.kernels,

@@ -95,7 +95,7 @@ def _preference_values(
     return {
         "loss": spec.loss,
         "in_words": values,
-        "unit": "rated answer" if spec.loss == "kto" else "pair",
+        "unit": "rated answer" if spec.kind == "rated" else "pair",
         "collapse": sign and collapse_line(*sign, spec),
         "held_out": {name: pair for name, pair in found.items() if None not in pair},
     }

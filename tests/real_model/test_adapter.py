@@ -14,7 +14,11 @@ from common.adapter.load import load_trained
 from common.adapter.merge_check import KL_BOUND
 from common.cli import run_command
 from common.data.rows import load_rows
+from common.recipe import Recipe
+from common.run.training import train
+from tests.real_model.conftest import real_recipe
 from tests.real_model.test_base import TOLERANCE, stock_loss, stock_model
+from tests.run.test_training import prepare
 
 ASKED = ("What is the capital of France?", "Turn the hall lights off.", "你好,今天天气怎么样? 🎉")
 
@@ -35,11 +39,26 @@ def divergence(trained: torch.Tensor, other: torch.Tensor) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
+@pytest.fixture
+def run(request, real_model, tmp_path) -> Recipe:
+    """A run that has ended, on the base in so many bits."""
+    if request.param == 4:
+        return request.getfixturevalue("trained")
+    recipe = real_recipe(real_model, tmp_path, request.param, max_steps=5)
+    train(*prepare(recipe))
+    return recipe
+
+
 @pytest.mark.slow  # loads the model four times, and merges it
-@torch.no_grad()
-def test_plain_peft_and_the_merged_model_are_the_trained_one(trained, tmp_path, capsys):
+@pytest.mark.parametrize("run", [4, 16], indirect=True)
+def test_plain_peft_and_the_merged_model_are_the_trained_one(run, tmp_path, capsys):
+    with torch.no_grad():
+        compare(run, tmp_path, capsys)
+
+
+def compare(trained: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(trained.out)
-    plain = PeftModel.from_pretrained(stock_model(Path(trained.model.name), 4), trained.out).eval()
+    plain = PeftModel.from_pretrained(stock_model(Path(trained.model.name), trained.model.bits), trained.out).eval()
     rows = load_rows(trained.data, tokenizer, trained.train.seq_len)
     told = json.loads((Path(trained.out) / "run.json").read_text())["metrics"]
     assert stock_loss(plain, rows.evaluation) == pytest.approx(told["eval_loss"], abs=TOLERANCE)

@@ -1,6 +1,7 @@
 """The texts on which drift is measured: the ones that ship, and a user's own."""
 
 import json
+import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_the_texts_that_ship_are_many_short_and_varied(real_tokenizer):
     for script in ("LATIN", "CYRILLIC", "ARABIC", "DEVANAGARI", "CJK", "HIRAGANA", "HANGUL"):
         assert script in letters
     assert sum("```" in json.dumps(row) for row in rows) >= 5  # code
+    assert sum(bool(re.search(r"\d [-+×*/=] \d", json.dumps(row, ensure_ascii=False))) for row in rows) >= 5  # sums
     tokenizer = real_tokenizer("smollm2")
     texts = load_general_texts(GENERAL, tokenizer, 2048)
     assert (texts.texts, texts.left_out) == (len(rows), 0)
