@@ -3,12 +3,14 @@
 import argparse
 import os
 import sys
+import time
+from pathlib import Path
 
 from common.commands.flags import add_run_flags, apply_run_flags, has_several_processes
 from common.machine.launch import launch
 from common.machine.processes import is_main_process
 from common.recipe import Recipe, Stopped, require
-from common.run.folder import refuse_run_under_way
+from common.run.folder import CHECKPOINTS, refuse_run_under_way
 from common.run.provenance import make_command
 from common.run.recipe_main import run_story
 
@@ -40,23 +42,39 @@ def _resume_command(flags: argparse.Namespace) -> str:
 def start_run(recipe: Recipe, flags: argparse.Namespace, *, hint: str = "") -> int | None:
     """Runs the recipe's story in this process; where --gpus or --nnodes are more than 1, starts those of the run.
 
-    hint: printed behind the message when a signal stops the run. Returns the exit status; None when the run has ended.
-    Raises UserError as launch and run_story.
+    hint: printed behind the message when a signal stops a run that has a checkpoint. Returns the exit status; None when
+    the run has ended. Raises UserError as launch and run_story.
     """
     if is_main_process():
         refuse_run_under_way(recipe.out)  # at once: what follows imports torch, and may start processes
     is_launched = "WORLD_SIZE" in os.environ  # by launch or by torchrun: this is one of the run's processes
     if has_several_processes(flags) and not is_launched:
         return launch(recipe.train, flags.gpus or 1, flags.nnodes, flags.rdzv_endpoint)
-    status = None
+    status, started = None, time.time()
     try:
         run_story(flags.story, recipe)
     except Stopped as stop:
         if is_main_process():  # all processes stop
             print(f"\n{stop}{hint if stop.can_go_on else ''}", file=sys.stderr)
         status = 128 + stop.signal_number
+    except KeyboardInterrupt:  # who insists, or stops it where no step is under way
+        newest = _newest_checkpoint(recipe, started)
+        if newest is None:
+            raise
+        if is_main_process():
+            print(f"\nstopped at once; the newest checkpoint is {newest}{hint}", file=sys.stderr)
+        return 130
     from common.machine.collectives import shut_down_distributed
 
     # Not after an error: the others may not come here, and NCCL would wait for them.
     shut_down_distributed()
     return status
+
+
+def _newest_checkpoint(recipe: Recipe, started: float) -> Path | None:
+    """None where the run has none: after --overwrite the folder may hold those of the run that was put back."""
+    from common.run.checkpoints import list_checkpoints
+
+    newest = next(iter(list_checkpoints(Path(recipe.out) / CHECKPOINTS)), None)
+    put_back = newest is not None and recipe.existing_run == "overwrite" and newest.stat().st_mtime < started
+    return None if put_back else newest

@@ -149,18 +149,27 @@ def test_pitfall_31_a_stopped_run_says_how_to_go_on_and_ends_at_the_same_adapter
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_second_signal_stops_at_once(long_run, tmp_path):
+@pytest.mark.parametrize("whole", [0, 1])
+def test_a_second_signal_stops_at_once_and_names_the_newest_whole_checkpoint(long_run, tmp_path, whole):
+    """whole: checkpoints that are whole when another one is being written."""
+    folder, stock = Path(long_run.out) / "checkpoints", disk.fsync
+
+    def is_written() -> bool:
+        return checkpoints.staging_folder(folder).exists() and len(checkpoints.list_checkpoints(folder)) == whole
+
     def slow_steps() -> None:
-        disk.fsync = lambda _: time.sleep(60)
+        disk.fsync = lambda file: time.sleep(60) if is_written() else stock(file)
 
     log = tmp_path / "log"
     child = forked(long_run, log, before=slow_steps)
-    wait_until(checkpoints.staging_folder(Path(long_run.out) / "checkpoints").exists, "a checkpoint being written")
+    wait_until(is_written, "a checkpoint being written")
     for _ in range(2):
         os.kill(child, signal.SIGINT)
         time.sleep(0.5)
     assert ended(child) == 130
-    assert log.read_text().splitlines()[-1] == "stopped"
+    hint = ". Go on with: make finetune MODEL=test-faults ARGS=--resume"
+    named = f"stopped at once; the newest checkpoint is {folder / 'checkpoint-1'}{hint}"
+    assert log.read_text().splitlines()[-1] == (named if whole else "stopped")
     assert "stopping after this step, with a checkpoint; once more stops at once" in log.read_text()
 
 

@@ -44,3 +44,17 @@ def test_a_run_that_ends_well_replaces_the_old_one(finished):
     assert finetune(finished, "--overwrite", "--max-steps", "1") == 0
     assert steps(finished) == 1
     assert not list(Path(finished.out).glob(".replaced*"))
+
+
+def test_ctrl_c_before_the_first_checkpoint_names_none_of_the_old_run(finished, capsys):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    named = (
+        f"stopped at once; the newest checkpoint is {finished.out}/checkpoints/checkpoint-2. Go on with: make finetune"
+    )
+    for flag in ("--resume", "--overwrite"):
+        capsys.readouterr()
+        assert run_command("finetune", "x", finished, ["--out", finished.out, flag], interrupt) == 130
+        said = capsys.readouterr().err
+        assert named in said if flag == "--resume" else said == "\nstopped\n"
