@@ -16,7 +16,7 @@ from common.cli import run_command
 from common.data.rows import load_rows
 from common.recipe import Recipe
 from common.run.training import train
-from tests.real_model.conftest import real_recipe
+from tests.real_model.conftest import STEPS, real_recipe
 from tests.real_model.test_base import TOLERANCE, stock_loss, stock_model
 from tests.run.test_training import prepare
 
@@ -79,4 +79,4 @@ def compare(trained: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     said = float(re.search(r"KL ([\d.e+-]+) nats a token to the trained model", printed)[1])
     assert said <= KL_BOUND or "all of it is rounding" in printed
     assert kl <= 10 * max(said, KL_BOUND)  # of other prompts
-    assert moved > 100 * kl
+    assert moved > (100 if trained.train.max_steps == STEPS else 10) * kl  # fewer steps move it less
