@@ -146,7 +146,7 @@ def measure_recipe(
     keep: is given each measurement as soon as it is there. on_host: layers whose weights stream.
     """
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
-    forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
+    forecast = Forecast(recipe, setting_of(machine, recipe.model), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine, layout=Layout(on_host=on_host)), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     results = []

@@ -39,8 +39,8 @@ KERNEL_KINDS = {
     "copies": r"^mem(cpy|set)",
     "attention": r"flash|fmha|attention",
     "dequantisation": r"dequant",
-    "optimizer": r"adam|multi_tensor",
-    "our kernels": r"^_(forward|backward)_kernel|^_kernel|common::",
+    "optimizer": r"adam|optimizer|multi_tensor",
+    "our kernels": r"^_\w+_kernel|common::",  # Triton's are called as the functions of common/kernels
     "matmul": r"gemm|cutlass|nvjet|xmma|matmul|aten::(add)?mm",
 }
 
@@ -70,7 +70,7 @@ def profile_step(model_name: str, tokens: int, layers: int | None, recompute: bo
     recipe = recipe_of(model_name)
     if model_name != "tiny":
         recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=layers))
-    forecast = Forecast(recipe, setting_of(machine), speed_of(machine.name))
+    forecast = Forecast(recipe, setting_of(machine, recipe.model), speed_of(machine.name))
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     checkpoint_activations(model, Policy(forecast.layers, 0 if recompute else forecast.layers))

@@ -35,8 +35,9 @@ from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast
 from common.plan.machine_plan import plan_for_card, setting_of
 from common.plan.plan import Plan
-from common.recipe import DataSpec
+from common.recipe import DataSpec, PreferenceSpec
 from common.run.metrics_file import read_metrics
+from common.run.reference import with_reference
 from common.run.trainer_config import build_trainer
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
@@ -118,6 +119,21 @@ def run(out: str, layers: int | None, steps: int, plan: Plan | None = None) -> t
     return train(model, tokenizer, rows, recipe, plan), torch.cuda.max_memory_allocated()
 
 
+def make_data(folder: Path, name: str) -> Path:
+    """A file of data/tiny, or the answers of its pairs as rated ones, which do not ship."""
+    source = ROOT / "data" / "tiny" / name
+    if name != "rated.jsonl":
+        return source
+    pairs = (json.loads(line) for line in source.with_name("preferences.jsonl").read_text().splitlines())
+    rated = [
+        {"prompt": pair["prompt"], "completion": pair[answer], "label": answer == "chosen"}
+        for pair in pairs
+        for answer in ("chosen", "rejected")
+    ]
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rated))
+    return folder / name
+
+
 class WaitingIsAnError(TrainerCallback):
     """From the end of a micro-batch to that of the next one, in each step but the first."""
 
@@ -134,29 +150,48 @@ class WaitingIsAnError(TrainerCallback):
         self.done = 0
 
 
-def test_no_micro_batch_makes_the_host_wait(tmp_path):
+@pytest.mark.parametrize(
+    ("policy", "on_host", "preference"),
+    [
+        (Policy(2, 1), 0, None),
+        (Policy(2, offload=True), 0, None),
+        (Policy(2, offload=True), 2, None),
+        (Policy(2, tile=512, by_head=True, offload=True), 0, None),
+        (Policy(2, tile=512, by_head=True, offload=True), 2, PreferenceSpec("dpo")),
+        (Policy(2, 1), 0, PreferenceSpec("kto")),
+    ],
+    ids=str,
+)
+def test_no_micro_batch_makes_the_host_wait(tmp_path, monkeypatch, policy, on_host, preference):
     """By torch's own count. The last micro-batch of a step is left out: the gradient norm is read before a callback."""
+    monkeypatch.chdir(tmp_path)
+    source = "train.jsonl"
+    if preference is not None:
+        source = "rated.jsonl" if preference.loss == "kto" else "preferences.jsonl"
     recipe = replace(
         RECIPE,
         model=replace(RECIPE.model, weights="random", layers=2),
-        data=DataSpec(str(ROOT / "data" / "tiny" / "train.jsonl"), eval_rows=0, drift_source=None),
+        data=DataSpec(str(make_data(tmp_path, source)), eval_rows=0, drift_source=None),
         train=replace(RECIPE.train, rows_per_step=4, max_steps=3),
+        preference=preference,
         out=str(tmp_path),
     )
+    layout = Layout(on_host=on_host)
     tokenizer = load_tokenizer(recipe.model)
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len)
-    for policy in (Policy(2, 1), Policy(2, offload=True)):
-        model = attach_lora(load_4bit(recipe.model), recipe.lora, recipe.train.seed)
-        use_lean_layers(model, recipe.train.kernels)
-        checkpoint_activations(model, policy)
-        trainer = build_trainer(model, tokenizer, rows, recipe, Plan(1, 4, Layout(), policy, "a test"), tmp_path)
-        strict = WaitingIsAnError()
-        trainer.add_callback(strict)
-        try:
-            trainer.train()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert strict.micro_batches == 2 * 2  # of steps 2 and 3: the second and third micro-batch
+    model = attach_lora(load_4bit(recipe.model, layout=layout), recipe.lora, recipe.train.seed)
+    use_lean_layers(model, recipe.train.kernels)
+    checkpoint_activations(model, policy)
+    plan = Plan(1, 4, layout, policy, "a test")
+    rows = with_reference(model, tokenizer, rows, recipe, plan)
+    trainer = build_trainer(model, tokenizer, rows, recipe, plan, tmp_path)
+    strict = WaitingIsAnError()
+    trainer.add_callback(strict)
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert strict.micro_batches == 2 * 2  # of steps 2 and 3: the second and third micro-batch
 
 
 def test_the_same_seed_gives_nearly_the_same_adapter_on_a_gpu(tmp_path):
@@ -383,7 +418,7 @@ def test_every_policy_gives_the_same_gradients_on_a_gpu():
 def test_weights_that_stream_give_the_gradients_of_those_on_the_card_and_stay_within_the_plan():
     """A wait too few shows as a wrong gradient, sometimes: so there are many steps, with short ones among them."""
     recipe, machine = replace(RECIPE, model=replace(RECIPE.model, weights="random", layers=8)), this_machine()
-    forecast = Forecast(recipe, setting_of(machine))
+    forecast = Forecast(recipe, setting_of(machine, recipe.model))
     nothing_else_is_there()
 
     def gradients(model, policy: Policy, tokens: int) -> dict[str, torch.Tensor]:
@@ -430,7 +465,7 @@ def test_the_predicted_peak_is_the_measured_one(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     recipe = replace(recipe, model=replace(recipe.model, weights="random", layers=6))
     machine = this_machine()
-    forecast = Forecast(recipe, setting_of(machine))
+    forecast = Forecast(recipe, setting_of(machine, recipe.model))
     nothing_else_is_there()
     model = attach_lora(load_4bit(recipe.model, machine), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)

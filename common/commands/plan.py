@@ -26,13 +26,12 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
     """
     from common.machine.device import first_gpus, this_machine
     from common.plan.card import Card, smallest_of
-    from common.plan.forecast import Setting
     from common.plan.machine_plan import describe_kind, plan_for_card, setting_of, setting_of_kind
     from common.plan.picture import draw_plan
     from common.plan.plan import choose_option
     from common.plan.report import build_report
     from common.plan.report_json import write_json
-    from common.plan.speed import named_gpu
+    from common.plan.speed import named_gpu, speed_of
 
     if flags.json:
         refuse_inside(flags.json, recipe.out, "JSON")
@@ -42,18 +41,17 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
     if flags.card_gib is not None:
         recipe = replace(recipe, card_gib=flags.card_gib)
     kind, machine = named_gpu(flags.gpu), this_machine()
-    setting: Setting | None = None
     if kind is not None:
-        print(describe_kind(kind))
-        card, setting = Card.of_kind(kind, flags.card_gib), setting_of_kind(kind)
+        print(describe_kind(kind, recipe.model))
+        card, setting = Card.of_kind(kind, flags.card_gib), setting_of_kind(kind, recipe.model)
     elif flags.card_gib is None and machine.is_gpu:
         here = flags.gpus or 1
         card = smallest_of([(Card.of_machine(gpu), gpu.dtype) for gpu in first_gpus(here)])
         if card.host_bytes is not None:
             card = replace(card, host_bytes=card.host_bytes // here)  # the run's processes share it
-        setting = setting_of(machine)
+        setting = setting_of(machine, recipe.model)
     elif recipe.card_gib is not None:
-        card = Card.of_size(recipe.card_gib)
+        card, setting = Card.of_size(recipe.card_gib), setting_of_kind(speed_of(None), recipe.model)
     else:
         plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")

@@ -2,8 +2,8 @@
 
 The rows of a micro-batch lie one after another, (1, tokens), and flash attention takes the places where examples begin.
 It needs no mask and no padding, and its memory grows with the tokens, not with their square. It comes with torch (2.10
-or newer, NVIDIA GPUs from the RTX 30 series on). Elsewhere transformers' SDPA with a block-diagonal mask gives the same
-result.
+or newer, NVIDIA GPUs from the RTX 30 series on, heads of up to 256 numbers). Elsewhere transformers' SDPA with a
+block-diagonal mask gives the same result.
 
 Importing this module adds "packed" to transformers' attention functions, for the whole process. It changes none of
 those that are there, and only a model whose config names "packed" uses it.
@@ -18,10 +18,12 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PretrainedConfig
 
 from common.machine.device import Machine
-from common.recipe import UserError
+from common.model.config import head_dim_of
 
 PACKED_ATTENTION = "packed"
 MIN_FLASH_CAPABILITY = (8, 0)  # CUDA compute capability; torch, ATen/native/transformers/cuda
+# Of a head, in numbers: a multiple of the one, and at most the other (torch, flash_attn/flash_api.cpp, mha_varlen_bwd).
+HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 8, 256
 _ARGUMENTS = inspect.signature(varlen_attn).parameters
 # torch 2.10 takes is_causal, and key and value with fewer heads; later versions have other arguments for both.
 _CAUSAL: dict[str, Any] = {"is_causal": True} if "is_causal" in _ARGUMENTS else {"window_size": (-1, 0)}
@@ -37,27 +39,18 @@ ATTENTION_OPERATORS = (
 )
 
 
-def attention_implementation(machine: Machine) -> str:
-    """transformers' name of the attention for this machine: "packed", or "sdpa" where torch has no flash attention."""
-    return attention_of(torch.cuda.get_device_capability(machine.device)) if machine.is_gpu else "sdpa"
+def attention_implementation(machine: Machine, config: PretrainedConfig) -> str:
+    """transformers' name of the attention for this machine and model: "packed", or "sdpa" where flash attention is not
+    for one of them."""
+    return attention_of(torch.cuda.get_device_capability(machine.device), config) if machine.is_gpu else "sdpa"
 
 
-def attention_of(capability: tuple[int, int]) -> str:
-    """The same for a GPU of this compute capability."""
-    return PACKED_ATTENTION if capability >= MIN_FLASH_CAPABILITY else "sdpa"
-
-
-def refuse_attention_dropout(name: str, config: PretrainedConfig, attention: str) -> None:
-    """Raises UserError where the model's config wants dropout in attention, and this attention has none.
-
-    name: of the model. attention: as attention_implementation.
-    """
-    if attention == PACKED_ATTENTION and (dropout := getattr(config, "attention_dropout", 0.0)):
-        raise UserError(
-            f"{name} has attention_dropout {dropout:g} in its config.json, and attention over packed rows on a GPU has "
-            "no dropout: take a folder with a copy of the model that says 0.0 there (LoraSpec.dropout is another one, "
-            "of the adapters)"
-        )
+def attention_of(capability: tuple[int, int], config: PretrainedConfig) -> str:
+    """The same for a GPU of this compute capability. A model with dropout in its attention needs "sdpa" too."""
+    head_dim = head_dim_of(config)
+    fits = head_dim % HEAD_DIM_MULTIPLE == 0 and head_dim <= MAX_HEAD_DIM
+    dropout = getattr(config, "attention_dropout", 0.0)
+    return PACKED_ATTENTION if capability >= MIN_FLASH_CAPABILITY and fits and not dropout else "sdpa"
 
 
 def packed_attention(

@@ -70,14 +70,18 @@ def _first_layers(kinds: list[str], layers: int) -> list[str]:
     return [*first[:-1], later] if later and layers > 1 else first
 
 
+def head_dim_of(config: PretrainedConfig) -> int:
+    """The numbers of an attention head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def lora_parameters(config: PretrainedConfig, lora: LoraSpec) -> int:
     """Elements of the matrices A and B on all decoder layers: rank * (inputs + outputs) for each target module.
 
     The models of ARCHITECTURES have the same seven linear layers. A target of another name, which attach_lora refuses,
     counts nothing.
     """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    hidden, heads, head_dim = config.hidden_size, config.num_attention_heads, head_dim_of(config)
     queries, keys = heads * head_dim, config.num_key_value_heads * head_dim
     width_of = {  # inputs + outputs
         "q_proj": hidden + queries,

@@ -44,7 +44,7 @@ def build_hollow_model(
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=machine.dtype, attn_implementation=attention_implementation(machine)
+            config, dtype=machine.dtype, attn_implementation=attention_implementation(machine, config)
         )
         if spec.bits == 4:
             make_linears_4bit(model, names_of_4bit_linears(model), machine.dtype)

@@ -183,7 +183,7 @@ def load_whole_model(
         "config": config,
         "dtype": machine.dtype,
         "device_map": {"": machine.device},
-        "attn_implementation": attention_implementation(machine),
+        "attn_implementation": attention_implementation(machine, config),
         "output_loading_info": True,
         "generation_config": generation,  # transformers would read the file itself, whatever it holds
     }

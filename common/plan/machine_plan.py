@@ -18,7 +18,7 @@ from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
 from common.plan.planner import refuse_more_layers
 from common.plan.speed import KnownGpu
-from common.recipe import Recipe, rows_per_process
+from common.recipe import ModelSpec, Recipe, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
 
@@ -47,23 +47,27 @@ def plan_for_card(recipe: Recipe) -> Plan:
     return plan
 
 
-def setting_of(machine: Machine) -> Setting:
-    """What a step on this machine depends on. Says in a line when a GPU runs references in the place of kernels."""
+def setting_of(machine: Machine, model: ModelSpec) -> Setting:
+    """What a step of the model on this machine depends on.
+
+    Says in a line when a GPU runs references in the place of kernels.
+    """
     reason = why_no_triton() if machine.is_gpu else None
     if reason:
         say_references_run(reason)
-    return Setting(machine.dtype, attention_implementation(machine), triton=machine.is_gpu and reason is None)
+    attention = attention_implementation(machine, load_config(model))
+    return Setting(machine.dtype, attention, triton=machine.is_gpu and reason is None)
 
 
-def setting_of_kind(gpu: KnownGpu) -> Setting:
-    """What a step on a GPU of this kind depends on, where Triton can launch kernels."""
-    return Setting(compute_dtype(gpu.capability)[0], attention_of(gpu.capability))
+def setting_of_kind(gpu: KnownGpu, model: ModelSpec) -> Setting:
+    """What a step of the model on a GPU of this kind depends on, where Triton can launch kernels."""
+    return Setting(compute_dtype(gpu.capability)[0], attention_of(gpu.capability, load_config(model)))
 
 
-def describe_kind(gpu: KnownGpu) -> str:
-    """One line: how this kind of GPU computes."""
+def describe_kind(gpu: KnownGpu, model: ModelSpec) -> str:
+    """One line: how this kind of GPU computes the model."""
     dtype, reason = compute_dtype(gpu.capability)
-    has_flash = attention_of(gpu.capability) == PACKED_ATTENTION
+    has_flash = setting_of_kind(gpu, model).attention == PACKED_ATTENTION
     attention = "flash attention over packed rows" if has_flash else "attention with a mask (no flash attention)"
     version = ".".join(map(str, gpu.capability))
     return (
@@ -73,7 +77,7 @@ def describe_kind(gpu: KnownGpu) -> str:
 
 
 def _plan_for_gpus(recipe: Recipe, machine: Machine) -> Plan:
-    setting = setting_of(machine)
+    setting = setting_of(machine, recipe.model)
     cards = all_gather((Card.of_machine(machine), machine.dtype, why_no_triton()))
     for reason in (reason for *_, reason in cards if reason):  # perhaps of another machine
         say_references_run(reason)

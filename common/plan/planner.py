@@ -12,7 +12,6 @@ from itertools import product
 
 from common.machine.layout import ONE_PROCESS, RING_SLOTS, Layout
 from common.model.activation_checkpointing import Policy
-from common.model.attention import refuse_attention_dropout
 from common.model.config import load_config, refuse_more_positions
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
@@ -60,9 +59,7 @@ class Planner:
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
         refuse_more_layers(recipe)
-        setting = setting or Setting()
-        refuse_attention_dropout(recipe.model.name, load_config(recipe.model), setting.attention)
-        self.forecast = Forecast(recipe, setting, speed_of(card.gpu), layout)
+        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
         self.layers = self.forecast.layers
         other_stream = self.forecast.gathered_layer_bytes()
         self.card = replace(card, uses_nccl=layout.processes > 1, other_stream_bytes=other_stream)

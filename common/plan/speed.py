@@ -95,7 +95,7 @@ KNOWN_GPUS = (
 )
 
 
-def speed_of(gpu: str | None) -> Speed:
+def speed_of(gpu: str | None) -> KnownGpu:
     """The speed of a GPU by its name. An unknown one counts as the first: a plan compares ratios of times only."""
     return next((known for known in KNOWN_GPUS if gpu and re.search(rf"\b{known.name}\b", gpu)), KNOWN_GPUS[0])
 

@@ -41,7 +41,7 @@ def metric_sums(result: LossAndRewards, batch: Batch, spec: PreferenceSpec) -> T
     else:
         ahead = rewards[0::2] - rewards[1::2]
     right = (ahead > 0).sum() + 0.5 * (ahead == 0).sum()
-    found = [result.loss.detach(), ahead.new_tensor(len(ahead)), right]
+    found = [result.loss.detach(), ahead.new_full((), len(ahead)), right]  # new_tensor would wait for the GPU
     for sign in (1, -1):
         own = (signs * sign > 0).double()
         values = (torch.ones_like(rewards), rewards, -likelihoods.total, likelihoods.tokens)
@@ -66,7 +66,7 @@ def log_ratio_sums(model: Any, batch: Batch) -> Tensor:
     """The sum over the examples of how much likelier each answer is than under the reference, in nats, and their
     number: float64 (2,). batch: with reference."""
     ratios = likelihoods_without_gradient(model, batch).total - on_device(batch)[REFERENCE]
-    return torch.stack([ratios.sum(), ratios.new_tensor(len(ratios))])
+    return torch.stack([ratios.sum(), ratios.new_full((), len(ratios))])
 
 
 def point_of_comparison(

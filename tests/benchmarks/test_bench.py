@@ -14,8 +14,9 @@ from benchmarks import gpu_check
 from benchmarks.bench import describe_machine, in_teraflops, read_report, summarize, table
 from benchmarks.model_flops import flops_per_token
 from benchmarks.run_stack import tokens_per_s
-from benchmarks.stacks import DPO_STACKS, NEEDS_GPU, STACKS, Job, packed_pair, read_pairs
+from benchmarks.stacks import DPO_STACKS, NEEDS_GPU, STACKS, Job, ours, packed_pair, read_pairs
 from common.model.config import load_config
+from common.model.weight_streaming import weight_ring
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
 from common.tokens.labels import IGNORED
@@ -130,6 +131,15 @@ def test_the_stacks_that_train_on_pairs_are_timed_and_give_the_same_losses(tmp_p
     assert all(entry["tokens_per_s"] > 0 for entry in entries.values())
     assert entries["ours, dpo"]["loss_difference"] < 0.02  # as in benchmarks/parity.py
     assert len(report["measurements"][0]["losses"]) == 6
+
+
+def test_our_stack_has_its_weights_where_the_plan_has_them(tmp_path):
+    """A longest row may be one whose weights wait in host memory."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(list(range(5, 69))) + "\n")
+    job = Job(str(ROOT / "models" / "tiny"), str(rows), 64, 1, 1, 1, None, 0.0)
+    trainer = ours(job, str(tmp_path / "run"), weights_on_host=3)
+    assert len(weight_ring(trainer.model).blocks) == 3
 
 
 @pytest.mark.parametrize("tokens", [8, 256])

@@ -1,10 +1,12 @@
 """What the profile counts of torch's events."""
 
+import re
 from types import SimpleNamespace
 
 from torch.autograd import DeviceType
 
-from benchmarks.profile_step import describe_profile, kernels_of
+from benchmarks.profile_step import describe_profile, kernels_of, kind_of
+from tests.conftest import ROOT
 
 GPU, CPU = DeviceType.CUDA, DeviceType.CPU
 
@@ -38,3 +40,14 @@ def test_on_a_gpu_each_kernel_is_counted_once():
 
 def test_on_a_cpu_every_operator_is_counted():
     assert len(kernels_of(EVENTS, on_gpu=False)) == len(EVENTS)
+
+
+def test_each_kernel_of_the_house_has_its_kind():
+    """On a GPU a Triton kernel has the name of its function."""
+    sources = [path.read_text() for path in (ROOT / "common" / "kernels").glob("*.py")]
+    names = re.findall(r"^@jit\ndef (\w+)\(", "\n".join(sources), re.MULTILINE)
+    assert len(names) == 7
+    assert {name: kind_of(name) for name in names} == {
+        name: "dequantisation" if "dequantize" in name else "our kernels" for name in names
+    }
+    assert kind_of("void kOptimizerStatic8bit2StateBlockwise<float, 1, 256, 1>(float*)") == "optimizer"

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from common.data.batches import collate
 from common.data.packing import pack
 from common.model import attention
-from common.model.attention import PACKED_ATTENTION
+from common.model.attention import PACKED_ATTENTION, attention_of
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -59,3 +60,19 @@ def test_the_second_document_is_unmoved_by_the_first(small_model, architecture, 
             torch.testing.assert_close(
                 gradients[name], gradient, rtol=0, atol=1e-5 * gradient.abs().max().item() + 1e-9
             )
+
+
+@pytest.mark.parametrize(
+    ("capability", "values", "expected"),
+    [
+        ((8, 0), {}, PACKED_ATTENTION),
+        ((12, 0), {"head_dim": 256}, PACKED_ATTENTION),
+        ((7, 5), {}, "sdpa"),
+        ((8, 0), {"hidden_size": 3200, "num_attention_heads": 32}, "sdpa"),  # OpenLLaMA 3B: heads of 100
+        ((8, 0), {"head_dim": 512}, "sdpa"),
+        ((8, 0), {"attention_dropout": 0.1}, "sdpa"),
+    ],
+)
+def test_a_model_that_flash_attention_does_not_take_has_another(capability, values, expected):
+    """torch would say so in the first step, when the model is loaded already."""
+    assert attention_of(capability, LlamaConfig(**values)) == expected

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -16,9 +17,16 @@ from common.data.batches import collate
 from common.data.rows import load_rows
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
+from common.machine.copy_stream import CopyStream
 from common.model import attention
 from common.model import lean_layers as modules
-from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers, watch_recompute
+from common.model.activation_checkpointing import (
+    Policy,
+    checkpoint_activations,
+    decoder_layers,
+    finish_copies,
+    watch_recompute,
+)
 from common.model.held_adapters import held_adapters
 from common.model.lean_layers import is_lean, unsupported_reason, use_lean_layers
 from common.model.loading import load_4bit, load_tokenizer
@@ -34,6 +42,7 @@ from recipes.tiny import RECIPE as TINY_RECIPE
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch
+from tests.poisoned_clock import PoisonedClock
 from tests.run.test_training import prepare, split
 
 IDS = torch.arange(10, 74).view(2, 32)
@@ -355,6 +364,34 @@ def test_a_loss_that_learns_from_preferences_is_the_same_in_tiles_with_weights_o
     assert_same(found[1], found[0])
     assert found[2][0] == found[1][0]
     assert all(torch.equal(found[2][1][name], gradient) for name, gradient in found[1][1].items())
+
+
+@pytest.mark.parametrize(
+    ("way", "on_host"), [("tiles, offload", 0), ("by head, offload", 0), ("by head, offload", 3), ("by head", 3)]
+)
+def test_copies_beside_layers_in_tiles_may_happen_whenever_they_can(folders, way, on_host):
+    """By head a layer's input returns when attention's backward is done, not earlier; weights return beside it."""
+    model = packed(folders["llama"], bits=4)
+    expected = of_packed_row(model, WAYS[way])
+    with PoisonedClock() as clock:
+        stream_weights(model, on_host)
+        for _ in range(2):
+            model.zero_grad()
+            found = of_packed_row(model, WAYS[way])
+        finish_copies(model)
+        torch.cuda.synchronize()
+    assert clock.copies >= (6 if "offload" in way else 3)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
+
+
+def test_a_wait_that_is_missing_beside_layers_in_tiles_is_noticed(folders, monkeypatch):
+    model = packed(folders["llama"], bits=4)
+    monkeypatch.setattr(CopyStream, "wait", lambda _: None)
+    with PoisonedClock(), np.errstate(all="ignore"):
+        _, gradients = of_packed_row(model, WAYS["by head, offload"])
+        finish_copies(model)
+    assert not all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def test_adapters_that_are_held_give_the_same_bits_in_tiles(folders):

@@ -13,6 +13,7 @@ from common.plan.planner import TILES
 from common.plan.speed import KNOWN_GPUS, speed_of
 from common.plan.step import ADAPTERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec
+from tests.conftest import ROOT
 
 LLAMA, QWEN = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
 RECIPE = Recipe(ModelSpec(LLAMA), DataSpec("none"), LoraSpec(16, 16), TrainSpec(2048, 16, 2e-4))
@@ -54,6 +55,14 @@ EXTRAS = [{}, {"keep_attention": True}, {"offload": True}, {"keep_attention": Tr
 )
 def test_a_few_layers_give_the_bytes_of_twelve(twelve, policy):
     same(twelve, policy)
+
+
+def test_a_layer_starts_as_many_operators_as_the_page_says(whole):
+    keeps, recomputes = (whole.step(2048, Policy(whole.layers, kept)) for kept in (whole.layers, 0))
+    forward, backward = (keeps.segment(f"{way} 1").work.launches for way in ("forward", "backward"))
+    recomputed = recomputes.segment("backward 1").work.launches
+    said = f"Llama 3 8B starts {forward} in forward and {backward} in backward, {recomputed} with its recompute"
+    assert said in (ROOT / "docs" / "speed.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -117,6 +117,13 @@ def test_a_plan_for_a_kind_of_gpu_counts_its_memory_its_number_format_and_its_at
     assert "computing in float16 (the GPU has no bf16), attention with a mask" in capsys.readouterr().out
 
 
+def test_a_plan_for_a_model_that_flash_attention_does_not_take_counts_its_mask(small_model, planned):
+    odd = replace(TINY, model=ModelSpec(str(small_model(hidden_size=80, num_attention_heads=4, head_dim=20))))
+    for flags in (["--gpu", "l4"], ["--card-gib", "24"]):
+        assert run_command("plan", "tiny", odd, flags) == 2
+    assert [setting.attention for _, setting, _ in planned] == ["sdpa", "sdpa"]
+
+
 def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_memory(monkeypatch, planned):
     free, properties = (8 * GIB, 6 * GIB), SimpleNamespace(total_memory=8 * GIB, major=8, minor=9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,7 +12,7 @@ from common.plan.card import Card
 from common.plan.forecast import Setting
 from common.plan.plan import make_plan
 from common.plan.planner import Planner
-from common.recipe import ModelSpec, UserError
+from common.recipe import ModelSpec
 from tests.plan.planners import LLAMA, MISTRAL, QWEN, RECIPE, SHARDED, edited, plan_for, planner_for
 
 
@@ -31,16 +31,6 @@ def test_rows_per_step_are_kept_whatever_the_card_and_a_larger_one_is_no_slower(
         kept.append(option.policy.kept * option.rows)
     assert speeds == sorted(speeds)
     assert kept == sorted(kept)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_dropout_that_attention_does_not_have_is_refused_with_the_plan(small_model, architecture):
-    """Before anything is loaded. Attention with a mask has it."""
-    folder = small_model(architecture, attention_dropout=0.1)
-    recipe = replace(edited(seq_len=64), model=ModelSpec(str(folder)))
-    with pytest.raises(UserError, match="has attention_dropout 0.1 in its config.json, and attention over packed rows"):
-        planner_for(recipe, 24)
-    assert Planner(recipe, Card.of_size(24), Setting(torch.float16, "sdpa")).layers == 2
 
 
 @pytest.mark.parametrize("gib", [12, 16, 24, 40])

@@ -12,16 +12,20 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from common.model import attention
-from common.model.activation_checkpointing import Policy
+from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.attention import PACKED_ATTENTION
+from common.model.weight_streaming import stream_weights
+from common.recipe import PreferenceSpec
 from common.run.metrics_file import read_metrics
+from common.run.reference import with_reference
 from common.run.trainer_config import build_trainer
 from common.run.training import train as train_whole
+from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
+from tests.run.preference_rows import made_recipe, prepare_by_hand
 from tests.run.test_training import prepare, split
 
 # Operators whose result the host must have: a number, or the size of another tensor. torch's own warning of them is
@@ -73,6 +77,7 @@ class HostCalls(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         to_host = name == "to" and "cpu" in (*args[1:], *(kwargs or {}).values())
         from_list = function in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None
+        from_list |= function is Tensor.new_tensor
         if to_host or from_list or (name in WAITING_METHODS and (resolve_name(function) or "").startswith("torch.T")):
             self.found[name] += 1
         return function(*args, **(kwargs or {}))
@@ -95,17 +100,12 @@ def waits_in(run) -> Counter[str]:
         lambda x: x.to("cpu"),
         lambda x: x.tolist(),
         lambda x: torch.tensor([1, 2], device=x.device),
+        lambda x: x.new_tensor(3),
         lambda x: x.masked_select(x > 0),
     ],
 )
 def test_the_count_sees_each_way_to_wait(wait):
     assert waits_in(lambda: wait(torch.randn(4)))
-
-
-def flash_attention(q, k, v, *_, enable_gqa=True, **__):
-    """In place of torch's varlen_attn: of its shapes, on a CPU, and as it asks the host for nothing."""
-    q, k, v = (states.transpose(0, 1) for states in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(0, 1)
 
 
 class Moments(TrainerCallback):
@@ -129,10 +129,7 @@ class Moments(TrainerCallback):
         self.in_micro_batches.append(self.take())
 
 
-def train(recipe, policy, *, packed: bool, rows: int = 1) -> Moments:
-    model, tokenizer, data, recipe, plan = prepare(recipe, split(recipe, rows, policy))
-    if packed:
-        model.set_attn_implementation(attention.PACKED_ATTENTION)
+def train(model, tokenizer, data, recipe, plan) -> Moments:
     trainer = build_trainer(model, tokenizer, data, recipe, plan, Path(recipe.out))
     with HostCalls() as calls, Waits() as waits:
         moments = Moments(calls, waits)
@@ -141,11 +138,32 @@ def train(recipe, policy, *, packed: bool, rows: int = 1) -> Moments:
     return moments
 
 
-@pytest.mark.parametrize("policy", [Policy(2, 1), Policy(2, keep_attention=True), Policy(2, offload=True)], ids=str)
-def test_no_micro_batch_waits_for_the_gpu(recipe, policy, monkeypatch):
+def train_packed(prepared, policy: Policy, on_host: int = 0) -> Moments:
+    """As on a GPU: packed rows, and the operators of flash attention. on_host: layers whose weights stream."""
+    model, tokenizer, data, recipe, plan = prepared
+    model.set_attn_implementation(PACKED_ATTENTION)
+    stream_weights(model, on_host)
+    checkpoint_activations(model, policy)
+    if recipe.preference is not None:
+        data = with_reference(model, tokenizer, data, recipe, plan)
+    return train(model, tokenizer, data, recipe, replace(plan, checkpointing=policy))
+
+
+POLICIES = (
+    Policy(2, 1),
+    Policy(2, keep_attention=True),
+    Policy(2, offload=True),
+    Policy(2, tile=48, offload=True),
+    Policy(2, tile=48, by_head=True, offload=True),
+)
+
+
+@pytest.mark.parametrize(
+    ("policy", "on_host"), [*((policy, 0) for policy in POLICIES), (POLICIES[0], 2), (POLICIES[-1], 2)], ids=str
+)
+def test_no_micro_batch_waits_for_the_gpu(recipe, policy, on_host):
     """Forward, loss and backward of packed rows as on a GPU: the host only launches."""
-    monkeypatch.setattr(attention, "varlen_attn", flash_attention)
-    moments = train(recipe, policy, packed=True)
+    moments = train_packed(prepare(recipe, split(recipe, 1)), policy, on_host)
     assert len(moments.in_micro_batches) == 3 * 3  # of four the last one ends with the step
     assert not any(moments.in_micro_batches), moments.in_micro_batches
     # Once a step: whether loss and gradient norm are finite; both are shown. The batches are made on the host, where
@@ -154,9 +172,19 @@ def test_no_micro_batch_waits_for_the_gpu(recipe, policy, monkeypatch):
     assert moments.in_steps[-1] == shown | {"nonzero": 4}
 
 
+@pytest.mark.parametrize("spec", [PreferenceSpec("dpo", sft_weight=0.1), PreferenceSpec("orpo"), PreferenceSpec("kto")])
+def test_no_micro_batch_of_preferences_waits_either(small_llama, tmp_path, monkeypatch, spec):
+    """The loss, and what is added up for the metrics of the step."""
+    monkeypatch.chdir(tmp_path)
+    prepared = prepare_by_hand(made_recipe(small_llama, tmp_path / "run", spec), 1)
+    moments = train_packed(prepared, POLICIES[-1])
+    assert len(moments.in_micro_batches) == 3 * 3
+    assert not any(moments.in_micro_batches), moments.in_micro_batches
+
+
 def test_where_there_is_no_flash_attention_a_micro_batch_waits_once_for_its_mask(recipe):
     """transformers asks whether a row holds several examples."""
-    moments = train(recipe, Policy(2, 1), packed=False)
+    moments = train(*prepare(recipe, split(recipe, 1, Policy(2, 1))))
     assert all(found == {"__bool__": 1, "_local_scalar_dense": 1} for found in moments.in_micro_batches)
 
 
