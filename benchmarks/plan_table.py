@@ -1,4 +1,4 @@
-"""Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
+"""Prints the tables of plans in docs/memory.md and docs/long_rows.md, and of what a layer saves in docs/speed.md.
 
     python -m benchmarks.plan_table            # two minutes
     python -m benchmarks.plan_table --write    # and writes them into the pages, and the peaks into the README's table
@@ -18,10 +18,11 @@ from common.model.activation_checkpointing import Policy
 from common.plan.card import WORKSPACE_BYTES, Card
 from common.plan.forecast import Forecast
 from common.plan.planner import Planner
+from common.plan.speed import speed_of
 from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec
 
-MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")
+MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")  # llama3-1-8b is of the size of llama3-8b
 CARDS = (24, 16, 12)  # GiB
 LARGEST, STREAMING_CARDS = "llama3-70b", (24, 16, 12, 8)
 LONG_ROW_CARDS = (8, 12, 16, 24, 48, 80)  # GiB
@@ -31,6 +32,19 @@ BASES = (
     "Qwen/Qwen2.5-14B-Instruct",
     "Qwen/Qwen3-14B",
 )
+# The longest row of Llama 3.1 8B in 4 bits, rank 32 on all linear layers, micro-batch 1, by GiB of the card: that of
+# unsloth, and of transformers with FlashAttention-2 (unsloth.ai/docs/basics/unsloth-benchmarks, made in January
+# 2025). The GPU is the one whose speed is modelled.
+LONG_ROWS, UNSLOTH_RANK = "llama3-1-8b", 32
+UNSLOTH_2025 = {
+    8: ("2,972", "none"),
+    12: ("21,848", "932"),
+    16: ("40,724", "2,551"),
+    24: ("78,475", "5,789"),
+    48: ("191,728", "15,502"),
+    80: ("342,733", "28,454"),
+}
+GPU_OF_SIZE = {48: "L40S", 80: "A100"}  # RTX 4090 for all others
 # From a hosting company's guide, which does not give its settings: GB without and with activation checkpointing, and
 # how much slower training is with it.
 PUBLISHED = {"mistral-7b": (26, 12, "25 %"), "llama3-8b": (17, 11, "20 %"), "qwen-14b": (38, 18, "25 %")}
@@ -108,6 +122,27 @@ def long_row_lines() -> list[str]:
             row, option = longest[-1]
             host = f"{option.host_bytes / GIB:.0f} GiB" if row else "–"
             lines.append(f"| {name}, {gib} GiB | {tokens} | {host} |")
+    return lines
+
+
+def beside_peers_lines() -> list[str]:
+    """For each card the longest row of Llama 3.1 8B beside the published one, with host memory and modelled speed."""
+    recipe = recipe_of(LONG_ROWS)
+    recipe = replace(recipe, lora=replace(recipe.lora, rank=UNSLOTH_RANK))
+    planner = Planner(recipe, Card.of_size(24))
+    policy = planner.policies_in_tiles("offload")[-1]
+    lines = []
+    for gib, (unsloth, trainer) in UNSLOTH_2025.items():
+        planner.card = Card.of_size(gib)
+        tokens, option = planner.longest_option(policy)
+        gpu = GPU_OF_SIZE.get(gib, "RTX 4090")
+        # As one example: attention's arithmetic grows with the square.
+        forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)))
+        seconds = forecast.step(tokens, policy).seconds(speed_of(gpu))
+        lines.append(
+            f"| Llama 3.1 8B, {gib} GiB | {trainer} | {unsloth} | {tokens:,} | {option.host_bytes / GIB:.0f} GiB "
+            f"| {tokens / seconds:,.0f} ({gpu}) |"
+        )
     return lines
 
 
@@ -195,7 +230,7 @@ def write_readme(page: Path, plans: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activations, plans, policies, published, smallest, streaming, long_rows = (
+    tables = activations, plans, policies, published, smallest, streaming, long_rows, beside_peers = (
         activation_lines(),
         plan_lines(),
         policy_lines(),
@@ -203,11 +238,13 @@ if __name__ == "__main__":
         smallest_lines(),
         streaming_lines(),
         long_row_lines(),
+        beside_peers_lines(),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
     if "--write" in sys.argv:
         root = Path(__file__).parents[1]
         write_tables(root / "docs" / "speed.md", activations)
         write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming, *long_rows])
+        write_tables(root / "docs" / "long_rows.md", beside_peers)
         write_readme(root / "README.md", plans)
     sys.exit(0)

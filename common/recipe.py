@@ -146,7 +146,7 @@ class ModelSpec(_Spec):
     template_date: str | None = None
     # Stretches the positions, for rows longer than the model's own, in transformers' words (linear, yarn, llama3,
     # dynamic): {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}. It takes the place of
-    # the model's own scaling, and belongs to the adapter from then on: docs/memory.md. None keeps the model's.
+    # the model's own scaling, and belongs to the adapter from then on: docs/long_rows.md. None keeps the model's.
     rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -24,6 +24,7 @@ _KEYS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     ),
     "llama3": ({"factor": float, "low_freq_factor": float, "high_freq_factor": float, ORIGINAL: int}, {}),
 }
+_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}  # transformers'
 _ALWAYS_OPTIONAL = {"rope_theta": float}
 
 
@@ -61,9 +62,8 @@ def _out_of_range(values: dict[str, Any], name: str) -> str | None:
             f"{name}: factor is {values['factor']}; it must be above 1, None leaves the model's positions as they are"
         )
     for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
-        defaults = {"beta_fast": 32.0, "beta_slow": 1.0}  # transformers'
         if {high, low} & values.keys():
-            above, below = (values.get(key, defaults.get(key)) for key in (high, low))
+            above, below = (values.get(key, _DEFAULTS.get(key, 0.0)) for key in (high, low))
             if above <= below:
                 return f"{name}: {high} is {above} and {low} is {below}; {high} must be the larger one"
     if ("mscale" in values) != ("mscale_all_dim" in values):

@@ -13,7 +13,7 @@ from common.model.config import load_config
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
 from common.recipe_fields import BROUGHT
 
-NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo"]
+NAMES = ["llama3_8b", "mistral_7b", "qwen_14b", "tiny", "llama3_8b_dpo", "tiny_dpo", "llama3_1_8b"]
 
 
 def train_spec(**values) -> TrainSpec:
@@ -171,6 +171,16 @@ def test_the_large_recipes_are_for_a_24_gib_card(name):
     assert (recipe.train.seq_len, recipe.train.rows_per_step, recipe.train.lr_schedule) == (2048, 16, "cosine")
 
 
+def test_the_recipe_of_long_rows_is_the_other_one_with_fewer_rows_of_as_many_tokens():
+    short, long = (importlib.import_module(f"recipes.{name}") for name in ("llama3_8b", "llama3_1_8b"))
+    assert inspect.getsource(short.main) == inspect.getsource(long.main)  # the same story
+    assert (long.RECIPE.data, long.RECIPE.lora) == (short.RECIPE.data, short.RECIPE.lora)
+    assert long.RECIPE.train == replace(short.RECIPE.train, seq_len=8 * 2048, rows_per_step=16 // 8)
+    configs = [load_config(module.RECIPE.model).to_dict() for module in (short, long)]
+    differ = {name for name in configs[0] if configs[0][name] != configs[1][name]}
+    assert differ == {"max_position_embeddings", "rope_parameters", "eos_token_id"}  # of the same size: the same plan
+
+
 def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learning_rate():
     sft, dpo = (importlib.import_module(f"recipes.{name}") for name in ("llama3_8b", "llama3_8b_dpo"))
     assert inspect.getsource(sft.main) == inspect.getsource(dpo.main)  # the same story
@@ -181,7 +191,7 @@ def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learn
     assert dpo.RECIPE.data.eval_rows > 0
 
 
-@pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b"])
+@pytest.mark.parametrize("name", [*NAMES[:3], "llama3_70b", "llama3_1_8b"])
 def test_alpha_and_learning_rate_are_those_of_the_public_sweep(name):
     # tinker-cookbook's rule for alpha 32 and 128 conversations a step: 5e-4 * (2000 / hidden) ** p, with p 0.781 for
     # Llama and 0.0775 for Qwen. A step of 32k tokens is about 0.36 of theirs, whose square root is 0.6. Rounded to one

@@ -144,8 +144,8 @@ def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path,
     """
     if adapter.recipe.model.rope_scaling is not None:
         raise UserError(
-            "an adapter that was trained with ModelSpec.rope_scaling cannot be exported alone: a GGUF adapter cannot say "
-            "it, and the base's own GGUF has another RoPE; take FORMAT=gguf"
+            "an adapter that was trained with ModelSpec.rope_scaling cannot be exported alone: a GGUF adapter says "
+            "nothing of it, and a GGUF of the base has another RoPE; take FORMAT=gguf"
         )
     if adapter.config.use_dora:
         raise UserError("a DoRA adapter cannot be exported alone: GGUF adapters are plain LoRA; take FORMAT=gguf")

@@ -59,7 +59,7 @@ def _is_gemma(config: PretrainedConfig) -> bool:
 
 
 def refuse_other_attention(config: PretrainedConfig) -> None:
-    """Raises UserError for a RoPE, and for attention of a Gemma, that GGUF has no words for or llama.cpp does not read."""
+    """Raises UserError for a RoPE, and for attention of a Gemma, that GGUF cannot say or llama.cpp does not compute."""
     arch, rope = ARCHITECTURES[config.model_type].gguf_name, full_rope(config)
     if _is_gemma(config):
         is_27b = config.num_hidden_layers == GEMMA_27B_LAYERS
@@ -82,7 +82,8 @@ def refuse_other_attention(config: PretrainedConfig) -> None:
             )
     if rope["rope_type"] not in ("default", "linear", *ROPES_BESIDE[arch]):
         raise UserError(
-            f"a model with {rope['rope_type']} RoPE cannot be exported to GGUF, llama.cpp has none for {arch}; {TAKE_MERGE}"
+            f"a model with {rope['rope_type']} RoPE cannot be exported to GGUF, llama.cpp has none for {arch}; "
+            f"{TAKE_MERGE}"
         )
     if rope["rope_type"] == "yarn":
         _refuse_other_yarn(config, rope)
@@ -101,7 +102,8 @@ def _refuse_other_yarn(config: PretrainedConfig, rope: dict[str, Any]) -> None:
     for key, value in ours.items():
         if abs(value - theirs[key]) > 1e-6:
             raise UserError(
-                f"YaRN RoPE with {key} {value:g} cannot be exported to GGUF, llama.cpp takes {theirs[key]:g}; {TAKE_MERGE}"
+                f"YaRN RoPE with {key} {value:g} cannot be exported to GGUF, llama.cpp takes {theirs[key]:g}; "
+                f"{TAKE_MERGE}"
             )
 
 

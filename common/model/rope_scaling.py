@@ -116,4 +116,4 @@ def longer_rows(seq_len: int, config: PretrainedConfig) -> str:
     why = f"its {kind} RoPE changes with the longest row beyond them, so no row would be trained alone. " * (
         kind in CHANGING
     )
-    return f"{why}ModelSpec(rope_scaling={scaling}) gives {factor * original:,} (docs/memory.md)"
+    return f"{why}ModelSpec(rope_scaling={scaling}) gives {factor * original:,} (docs/long_rows.md)"

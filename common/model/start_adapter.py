@@ -92,8 +92,8 @@ def _refuse_another_base(folder: Path, config: LoraConfig, run: dict[str, Any], 
     scaling = stored_rope_scaling(config)
     if scaling is not None and model.rope_scaling is None:
         raise UserError(
-            f"LoraSpec.start_from: the adapter in {folder} was trained with rope_scaling, and the recipe has none: write "
-            f"ModelSpec(rope_scaling={scaling})"
+            f"LoraSpec.start_from: the adapter in {folder} was trained with rope_scaling, and the recipe has none: "
+            f"write ModelSpec(rope_scaling={scaling})"
         )
     if not run and config.revision not in (None, model.revision or "main"):
         raise UserError(
