@@ -24,7 +24,7 @@ _KEYS: dict[str, tuple[dict[str, type], dict[str, type]]] = {
     ),
     "llama3": ({"factor": float, "low_freq_factor": float, "high_freq_factor": float, ORIGINAL: int}, {}),
 }
-_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}  # transformers'
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0}  # transformers'
 _ALWAYS_OPTIONAL = {"rope_theta": float}
 
 
@@ -63,7 +63,7 @@ def _out_of_range(values: dict[str, Any], name: str) -> str | None:
         )
     for high, low in (("high_freq_factor", "low_freq_factor"), ("beta_fast", "beta_slow")):
         if {high, low} & values.keys():
-            above, below = (values.get(key, _DEFAULTS.get(key, 0.0)) for key in (high, low))
+            above, below = (values.get(key, _YARN_DEFAULTS.get(key, 0.0)) for key in (high, low))
             if above <= below:
                 return f"{name}: {high} is {above} and {low} is {below}; {high} must be the larger one"
     if ("mscale" in values) != ("mscale_all_dim" in values):
@@ -79,7 +79,7 @@ def needed_keys(kind: str) -> list[str]:
 
 
 def plain_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which whole numbers are floats where the key's type is float."""
+    """A copy with its keys in one order, and whole numbers as floats where the key's type is float."""
     needed, optional = _KEYS[values["rope_type"]]
-    types = needed | optional | _ALWAYS_OPTIONAL
-    return {key: float(value) if types.get(key) is float else value for key, value in values.items()}
+    types = {"rope_type": str} | needed | optional | _ALWAYS_OPTIONAL
+    return {key: float(values[key]) if types[key] is float else values[key] for key in types if key in values}

@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig
 
 from common.recipe import UserError
-from common.rope_scaling import wrong_rope_scaling
+from common.rope_scaling import plain_numbers, wrong_rope_scaling
 
 # What a trained adapter computes: the types that these fields of PEFT's LoraConfig (0.21) have in the file.
 _SUPPORTED: dict[str, tuple[type, ...]] = {
@@ -109,7 +109,9 @@ def read_adapter_config(path: Path) -> LoraConfig:
     given = {field: values[field] for field in _SUPPORTED if values.get(field) is not None}
     try:
         if (scaling := values.get("rope_scaling")) is not None:
-            return ScaledLoraConfig(task_type="CAUSAL_LM", inference_mode=True, rope_scaling=scaling, **given)
+            return ScaledLoraConfig(
+                task_type="CAUSAL_LM", inference_mode=True, rope_scaling=plain_numbers(scaling), **given
+            )
         return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **given)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of an adapter: {error}") from error
