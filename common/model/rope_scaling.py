@@ -37,7 +37,7 @@ def usable_positions(config: PretrainedConfig) -> int:
     """Tokens of the longest row that can be trained, or read in an answer."""
     rope, positions = full_rope(config), int(config.max_position_embeddings)
     if rope["rope_type"] == "yarn":  # Qwen's documentation adds it to config.json and leaves max_position_embeddings
-        return max(positions, int(rope["factor"] * original_positions(config)))
+        return max(positions, int((rope["factor"] or 1) * original_positions(config)))
     return original_positions(config) if rope["rope_type"] in CHANGING else positions
 
 
