@@ -44,6 +44,15 @@ UNSLOTH_2025 = {
     48: ("191,728", "15,502"),
     80: ("342,733", "28,454"),
 }
+# Rows of the models' own positions, and of more: recipe, tokens, YaRN's factor on 32,768 positions.
+LONG_LENGTHS = (
+    ("llama3-1-8b", 16_384, None),
+    ("llama3-1-8b", 131_072, None),
+    ("mistral-7b", 32_768, None),
+    ("mistral-7b", 131_072, 4.0),
+    ("qwen-14b", 40_960, None),
+    ("qwen-14b", 131_072, 4.0),
+)
 GPU_OF_SIZE = {48: "L40S", 80: "A100"}  # RTX 4090 for all others
 # From a hosting company's guide, which does not give its settings: GB without and with activation checkpointing, and
 # how much slower training is with it.
@@ -122,6 +131,24 @@ def long_row_lines() -> list[str]:
             row, option = longest[-1]
             host = f"{option.host_bytes / GIB:.0f} GiB" if row else "–"
             lines.append(f"| {name}, {gib} GiB | {tokens} | {host} |")
+    return lines
+
+
+def long_length_lines() -> list[str]:
+    """What is planned on 24 GiB for rows of LONG_LENGTHS, two an optimizer step."""
+    lines = []
+    for name, tokens, factor in LONG_LENGTHS:
+        recipe = recipe_of(name)
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32_768}
+        model = replace(recipe.model, rope_scaling=yarn if factor else None)
+        train = replace(recipe.train, seq_len=tokens, rows_per_step=2)
+        best = Planner(replace(recipe, model=model, train=train), Card.of_size(24)).choose()
+        assert best is not None
+        scaled = f"YaRN, factor {factor:g}" if factor else "–"
+        lines.append(
+            f"| `{name}` | {tokens:,} | {scaled} | {(best.peak + WORKSPACE_BYTES) / GIB:.1f} GiB "
+            f"| {best.host_bytes / GIB:.1f} GiB | {1 / best.seconds_per_token:,.0f} |"
+        )
     return lines
 
 
@@ -222,12 +249,14 @@ def write_tables(page: Path, lines: list[str]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def write_readme(page: Path, plans: list[str]) -> None:
-    """Puts the planned peaks on 24 GiB into the table of recipes. plans: of plan_lines."""
+def write_readme(page: Path, plans: list[str], long_lengths: list[str]) -> None:
+    """Puts the planned peaks on 24 GiB into the table of recipes. plans, long_lengths: of the functions of that name."""
     text = page.read_text(encoding="utf-8")
-    for name in MODELS:
-        peak = next(line.split(" | ")[4] for line in plans if line.startswith(f"| `{name}` | 24 GiB |"))
-        text, found = re.subn(rf"(?m)^(\| `{name}` \|.*\| )[^|]* \|$", rf"\g<1>{peak} |", text)
+    peaks = {name: next(line for line in plans if line.startswith(f"| `{name}` | 24 GiB |")) for name in MODELS}
+    peaks[LONG_ROWS] = long_lengths[0]
+    for name, line in peaks.items():
+        peak = re.findall(r"[\d.]+ GiB", line.removeprefix(f"| `{name}` | 24 GiB |"))[0]
+        text, found = re.subn(rf"(?m)^(\| `{name}` \|.*\| )[\d.]+ GiB(; [^|]*)? \|$", rf"\g<1>{peak}\g<2> |", text)
         assert found == 1, f"{page} has {found} lines of {name}"
     page.write_text(text, encoding="utf-8")
 
@@ -235,7 +264,7 @@ def write_readme(page: Path, plans: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activations, plans, policies, published, smallest, streaming, long_rows, beside_peers = (
+    tables = activations, plans, policies, published, smallest, streaming, long_rows, long_lengths, beside_peers = (
         activation_lines(),
         plan_lines(),
         policy_lines(),
@@ -243,6 +272,7 @@ if __name__ == "__main__":
         smallest_lines(),
         streaming_lines(),
         long_row_lines(),
+        long_length_lines(),
         beside_peers_lines(),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
@@ -250,6 +280,6 @@ if __name__ == "__main__":
         root = Path(__file__).parents[1]
         write_tables(root / "docs" / "speed.md", activations)
         write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming, *long_rows])
-        write_tables(root / "docs" / "long_rows.md", beside_peers)
-        write_readme(root / "README.md", plans)
+        write_tables(root / "docs" / "long_rows.md", [*long_lengths, *beside_peers])
+        write_readme(root / "README.md", plans, long_lengths)
     sys.exit(0)
