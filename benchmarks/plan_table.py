@@ -250,7 +250,7 @@ def write_tables(page: Path, lines: list[str]) -> None:
 
 
 def write_readme(page: Path, plans: list[str], long_lengths: list[str]) -> None:
-    """Puts the planned peaks on 24 GiB into the table of recipes. plans, long_lengths: of the functions of that name."""
+    """Puts the planned peaks on 24 GiB into the table of recipes. plans, long_lengths: of those functions."""
     text = page.read_text(encoding="utf-8")
     peaks = {name: next(line for line in plans if line.startswith(f"| `{name}` | 24 GiB |")) for name in MODELS}
     peaks[LONG_ROWS] = long_lengths[0]
