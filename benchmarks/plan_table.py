@@ -1,4 +1,4 @@
-"""Prints the tables of plans in docs/memory.md, and the one of what a layer saves in docs/speed.md.
+"""Prints the tables of plans in docs/memory.md and docs/long_rows.md, and of what a layer saves in docs/speed.md.
 
     python -m benchmarks.plan_table            # two minutes
     python -m benchmarks.plan_table --write    # and writes them into the pages, and the peaks into the README's table
@@ -18,10 +18,11 @@ from common.model.activation_checkpointing import Policy
 from common.plan.card import WORKSPACE_BYTES, Card
 from common.plan.forecast import Forecast
 from common.plan.planner import Planner
+from common.plan.speed import speed_of
 from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec
 
-MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")
+MODELS = ("mistral-7b", "llama3-8b", "llama3-8b-dpo", "qwen-14b")  # llama3-1-8b is of the size of llama3-8b
 CARDS = (24, 16, 12)  # GiB
 LARGEST, STREAMING_CARDS = "llama3-70b", (24, 16, 12, 8)
 LONG_ROW_CARDS = (8, 12, 16, 24, 48, 80)  # GiB
@@ -31,6 +32,28 @@ BASES = (
     "Qwen/Qwen2.5-14B-Instruct",
     "Qwen/Qwen3-14B",
 )
+# The longest row of Llama 3.1 8B in 4 bits, rank 32 on all linear layers, micro-batch 1, by GiB of the card: that of
+# unsloth, and of transformers with FlashAttention-2 (unsloth.ai/docs/basics/unsloth-benchmarks, made in January
+# 2025). The GPU is the one whose speed is modelled.
+LONG_ROWS, UNSLOTH_RANK = "llama3-1-8b", 32
+UNSLOTH_2025 = {
+    8: ("2,972", "none"),
+    12: ("21,848", "932"),
+    16: ("40,724", "2,551"),
+    24: ("78,475", "5,789"),
+    48: ("191,728", "15,502"),
+    80: ("342,733", "28,454"),
+}
+# Rows of the models' own positions, and of more: recipe, tokens, YaRN's factor on 32,768 positions.
+LONG_LENGTHS = (
+    ("llama3-1-8b", 16_384, None),
+    ("llama3-1-8b", 131_072, None),
+    ("mistral-7b", 32_768, None),
+    ("mistral-7b", 131_072, 4.0),
+    ("qwen-14b", 40_960, None),
+    ("qwen-14b", 131_072, 4.0),
+)
+GPU_OF_SIZE = {48: "L40S", 80: "A100"}  # RTX 4090 for all others
 # From a hosting company's guide, which does not give its settings: GB without and with activation checkpointing, and
 # how much slower training is with it.
 PUBLISHED = {"mistral-7b": (26, 12, "25 %"), "llama3-8b": (17, 11, "20 %"), "qwen-14b": (38, 18, "25 %")}
@@ -111,6 +134,50 @@ def long_row_lines() -> list[str]:
     return lines
 
 
+def long_length_lines() -> list[str]:
+    """What is planned on 24 GiB for rows of LONG_LENGTHS, two an optimizer step."""
+    lines = []
+    for name, tokens, factor in LONG_LENGTHS:
+        recipe = recipe_of(name)
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 32_768}
+        model = replace(recipe.model, rope_scaling=yarn if factor else None)
+        train = replace(recipe.train, seq_len=tokens, rows_per_step=2)
+        best = Planner(replace(recipe, model=model, train=train), Card.of_size(24)).choose()
+        assert best is not None
+        scaled = f"YaRN, factor {factor:g}" if factor else "–"
+        lines.append(
+            f"| `{name}` | {tokens:,} | {scaled} | {(best.peak + WORKSPACE_BYTES) / GIB:.1f} GiB "
+            f"| {best.host_bytes / GIB:.1f} GiB | {1 / best.seconds_per_token:,.0f} |"
+        )
+    return lines
+
+
+def beside_peers_lines() -> list[str]:
+    """For each card the longest row of Llama 3.1 8B beside the published one, with host memory and modelled speed."""
+    recipe = recipe_of(LONG_ROWS)
+    recipe = replace(recipe, lora=replace(recipe.lora, rank=UNSLOTH_RANK))
+    planner = Planner(recipe, Card.of_size(24))
+    policy = planner.policies_in_tiles("offload")[-1]
+    lines = []
+    for gib, (unsloth, trainer) in UNSLOTH_2025.items():
+        planner.card = Card.of_size(gib)
+        on_host = 0
+        tokens, option = planner.longest_option(policy)
+        if not tokens:  # the weights have to wait in host memory
+            on_host = planner.layers
+            tokens, option = planner.longest_option(policy, on_host)
+        weights = ", with the weights" * bool(on_host)
+        gpu = GPU_OF_SIZE.get(gib, "RTX 4090")
+        # As one example: attention's arithmetic grows with the square.
+        forecast = Forecast(replace(recipe, train=replace(recipe.train, seq_len=tokens)))
+        seconds = forecast.step(tokens, policy, on_host=on_host).seconds(speed_of(gpu))
+        lines.append(
+            f"| Llama 3.1 8B, {gib} GiB | {trainer} | {unsloth} | {tokens:,} "
+            f"| {option.host_bytes / GIB:.0f} GiB{weights} | {tokens / seconds:,.0f} ({gpu}) |"
+        )
+    return lines
+
+
 def policy_lines(name: str = "llama3-8b") -> list[str]:
     """For each policy its peak, its host memory and its time, with a micro-batch of one row of the recipe."""
     planner = Planner(recipe_of(name), Card.of_size(24))
@@ -182,12 +249,14 @@ def write_tables(page: Path, lines: list[str]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-def write_readme(page: Path, plans: list[str]) -> None:
-    """Puts the planned peaks on 24 GiB into the table of recipes. plans: of plan_lines."""
+def write_readme(page: Path, plans: list[str], long_lengths: list[str]) -> None:
+    """Puts the planned peaks on 24 GiB into the table of recipes. plans, long_lengths: of those functions."""
     text = page.read_text(encoding="utf-8")
-    for name in MODELS:
-        peak = next(line.split(" | ")[4] for line in plans if line.startswith(f"| `{name}` | 24 GiB |"))
-        text, found = re.subn(rf"(?m)^(\| `{name}` \|.*\| )[^|]* \|$", rf"\g<1>{peak} |", text)
+    peaks = {name: next(line for line in plans if line.startswith(f"| `{name}` | 24 GiB |")) for name in MODELS}
+    peaks[LONG_ROWS] = long_lengths[0]
+    for name, line in peaks.items():
+        peak = re.findall(r"[\d.]+ GiB", line.removeprefix(f"| `{name}` | 24 GiB |"))[0]
+        text, found = re.subn(rf"(?m)^(\| `{name}` \|.*\| )[\d.]+ GiB(; [^|]*)? \|$", rf"\g<1>{peak}\g<2> |", text)
         assert found == 1, f"{page} has {found} lines of {name}"
     page.write_text(text, encoding="utf-8")
 
@@ -195,7 +264,7 @@ def write_readme(page: Path, plans: list[str]) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     quiet_libraries()
-    tables = activations, plans, policies, published, smallest, streaming, long_rows = (
+    tables = activations, plans, policies, published, smallest, streaming, long_rows, long_lengths, beside_peers = (
         activation_lines(),
         plan_lines(),
         policy_lines(),
@@ -203,11 +272,14 @@ if __name__ == "__main__":
         smallest_lines(),
         streaming_lines(),
         long_row_lines(),
+        long_length_lines(),
+        beside_peers_lines(),
     )
     print("\n\n".join("\n".join(lines) for lines in tables))
     if "--write" in sys.argv:
         root = Path(__file__).parents[1]
         write_tables(root / "docs" / "speed.md", activations)
         write_tables(root / "docs" / "memory.md", [*plans, *policies, *published, *smallest, *streaming, *long_rows])
-        write_readme(root / "README.md", plans)
+        write_tables(root / "docs" / "long_rows.md", [*long_lengths, *beside_peers])
+        write_readme(root / "README.md", plans, long_lengths)
     sys.exit(0)

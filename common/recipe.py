@@ -11,6 +11,7 @@ from datetime import date
 from typing import Any, Literal, Self, get_args
 
 from common.recipe_fields import unknown_field, wrong_type
+from common.rope_scaling import plain_numbers, wrong_rope_scaling
 
 # What DataSpec.columns can name: the two sides of a row, or its messages, or its plain text; a better and a worse
 # answer, or an answer's rating; and what goes with them.
@@ -143,9 +144,17 @@ class ModelSpec(_Spec):
     # The date that a chat template writes where it asks for today's, as Llama 3.2's does: "2026-11-27". None takes the
     # day on which the run began.
     template_date: str | None = None
+    # Stretches the positions, for rows longer than the model's own, in transformers' words (linear, yarn, llama3,
+    # dynamic): {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}. It takes the place of
+    # the model's own scaling, and belongs to the adapter from then on: docs/long_rows.md. None keeps the model's.
+    rope_scaling: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.check_types()
+        if self.rope_scaling is not None:
+            message = wrong_rope_scaling(self.rope_scaling, "ModelSpec.rope_scaling")
+            require(message is None, message or "")
+            object.__setattr__(self, "rope_scaling", plain_numbers(self.rope_scaling))
         require(bool(self.name.strip()), "ModelSpec.name is empty; give a hub id or the path of a folder")
         require(self.bits in (4, 16), f"ModelSpec.bits is {self.bits}; choose 4 or 16")
         require_one_of(self.weights, Weights, "ModelSpec.weights")

@@ -31,6 +31,7 @@ BROUGHT = {
         ),
         "nothing: no code from a model's repository runs": ("trust_remote_code",),
         "TrainSpec(seq_len=...)": ("max_seq_length", "max_length"),
+        "rope_scaling": ("rope_parameters", "rope_config", "rope"),
     },
     "DataSpec": {
         "source": ("dataset", "datasets", "data", "data_files", "train_file", "dataset_name", "path", "file"),

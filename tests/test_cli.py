@@ -55,8 +55,8 @@ def project(tmp_path) -> Path:
 
 def test_an_unknown_recipe_prints_those_that_exist():
     assert refused(recipes("nope")) == (
-        "error: there is no recipe 'nope'; there are: llama3-70b, llama3-8b, llama3-8b-dpo, mistral-7b, qwen-14b, "
-        "smollm2-135m, tiny, tiny-dpo"
+        "error: there is no recipe 'nope'; there are: llama3-1-8b, llama3-70b, llama3-8b, llama3-8b-dpo, mistral-7b, "
+        "qwen-14b, smollm2-135m, tiny, tiny-dpo"
     )
     for name in ("", "../common/cli", "__main__", "tiny.py"):
         assert "there is no recipe" in refused(recipes(name))
@@ -67,7 +67,9 @@ def test_help_lists_what_can_be_typed(words):
     done = recipes(*words.split())
     assert (done.returncode, done.stderr) == (0, "")
     assert all(command in done.stdout for command in COMMANDS)
-    assert "recipes: llama3-70b, llama3-8b" in done.stdout and "python -m recipes NAME [flags]" in done.stdout
+    assert (
+        "recipes: llama3-1-8b, llama3-70b, llama3-8b" in done.stdout and "python -m recipes NAME [flags]" in done.stdout
+    )
 
 
 def test_a_copied_recipe_is_found_without_registration(project):

@@ -274,4 +274,6 @@ def test_as_it_is_typed_it_prints_what_the_page_shows():
 
 
 def test_an_unknown_model_is_refused_and_names_those_that_exist():
-    assert refused(recipes("data", "nope")).startswith("error: there is no recipe 'nope'; there are: llama3-70b")
+    assert refused(recipes("data", "nope")).startswith(
+        "error: there is no recipe 'nope'; there are: llama3-1-8b, llama3-70b"
+    )

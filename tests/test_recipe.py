@@ -14,7 +14,7 @@ from common.recipe import ALL_LINEAR, DataSpec, LoraSpec, ModelSpec, PreferenceS
 from common.recipe_fields import BROUGHT
 from tests.conftest import ROOT
 
-LARGE = ["llama3_8b", "mistral_7b", "qwen_14b"]
+LARGE = ["llama3_8b", "llama3_1_8b", "mistral_7b", "qwen_14b"]
 NAMES = [*LARGE, "llama3_70b", "smollm2_135m", "tiny", "llama3_8b_dpo", "tiny_dpo"]
 
 
@@ -171,6 +171,16 @@ def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
     assert (recipe.train.seq_len, recipe.train.rows_per_step, recipe.train.lr_schedule) == (2048, 16, "cosine")
+
+
+def test_the_recipe_of_long_rows_is_the_other_one_with_fewer_rows_of_as_many_tokens():
+    short, long = (importlib.import_module(f"recipes.{name}") for name in ("llama3_8b", "llama3_1_8b"))
+    assert inspect.getsource(short.main) == inspect.getsource(long.main)  # the same story
+    assert (long.RECIPE.data, long.RECIPE.lora) == (short.RECIPE.data, short.RECIPE.lora)
+    assert long.RECIPE.train == replace(short.RECIPE.train, seq_len=8 * 2048, rows_per_step=16 // 8)
+    configs = [load_config(module.RECIPE.model).to_dict() for module in (short, long)]
+    differ = {name for name in configs[0] if configs[0][name] != configs[1][name]}
+    assert differ == {"max_position_embeddings", "rope_parameters", "eos_token_id"}  # of the same size: the same plan
 
 
 def test_the_recipe_of_preferences_is_the_other_one_with_pairs_and_a_small_learning_rate():

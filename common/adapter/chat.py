@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.conversations.conversation import Conversation, Message
 from common.machine.slow_work import report_slow_work
+from common.model.rope_scaling import usable_positions
 from common.process_state import edit_lines
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
@@ -89,7 +90,7 @@ class Chat:
             )
         refuse_other_bytes(self.system)
         self.chat_format = ChatFormat(self.tokenizer)
-        self.positions = self.model.config.max_position_embeddings
+        self.positions = usable_positions(self.model.config)
         self.arguments = fit_to_answers(self.model.generation_config, self.model.config, self.tokenizer)
         self.arguments |= self.sampling.arguments()
         self.model.set_attn_implementation("sdpa")  # common.model.attention has no key-value cache

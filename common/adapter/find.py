@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from common.machine.disk import sha256_of
 from common.machine.paths import is_same_place
-from common.model.adapter_config import read_adapter_config
+from common.model.adapter_config import read_adapter_config, stored_rope_scaling
 from common.model.adapter_files import read_run_json, require_adapter_files
 from common.model.integrity import check_complete
 from common.recipe import DataSpec, LoraSpec, ModelSpec, PreferenceSpec, Recipe, TrainSpec, UserError
@@ -57,6 +57,15 @@ def find_adapter(recipe: Recipe) -> TrainedAdapter:
             f"the adapter in {folder} was trained on the revision {config.revision} of {recipe.model.name}, "
             f"and the recipe says {recipe.model.revision or 'main'}: set ModelSpec.revision"
         )
+    scaling = stored_rope_scaling(config)
+    if scaling is not None and ran.model.rope_scaling != scaling:
+        if run:
+            raise UserError(
+                f"{folder / ADAPTER_CONFIG} says rope_scaling {scaling}, and {RUN_JSON} beside it "
+                f"{ran.model.rope_scaling}: one of the two is another run's, copy the folder again"
+            )
+        print(f"the adapter in {folder} was trained with ModelSpec(rope_scaling={scaling}), and gets that")
+        ran = replace(ran, model=replace(ran.model, rope_scaling=scaling))
     expected = run.get("adapter_sha256")
     if expected and expected != sha256_of(folder / ADAPTER_WEIGHTS):
         raise UserError(
@@ -70,8 +79,9 @@ def recipe_from_run(values: dict[str, Any], default: Recipe) -> Recipe:
     """Rebuilds the recipe that run.json holds as `values`.
 
     Fields that this version does not know, because another version wrote the file, are left out. Fields that are
-    missing there keep the value of `default`.
+    missing there keep the value of `default`, but for ModelSpec.rope_scaling, which such a run did not have.
     """
+    values = values | {"model": {"rope_scaling": None} | values.get("model", {})}
 
     def known(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
         names = {field.name for field in fields(kind) if field.init}

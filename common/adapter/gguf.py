@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
 
 from common.adapter.find import TrainedAdapter
-from common.adapter.gguf_dimensions import GEMMA, add_dimensions, full_rope, llama3_factors, refuse_other_attention
+from common.adapter.gguf_dimensions import GEMMA, add_dimensions, llama3_factors, refuse_other_attention
 from common.adapter.gguf_kinds import FILE_TYPES, Quant, gguf_kind
 from common.adapter.gguf_tokenizer import MAX_ENDING_TOKENS, add_tokenizer, ending_tokens, read_vocabulary
 from common.adapter.k_quants import K_QUANTS, quantize_k
@@ -28,6 +28,7 @@ from common.adapter.sampling import add_sampling, untranslated
 from common.adapter.tokenizer_files import trained_generation_config
 from common.machine.slow_work import report_slow_work
 from common.model.architectures import ARCHITECTURES
+from common.model.rope_scaling import full_rope
 from common.model.safetensors_files import Entry
 from common.recipe import UserError
 from common.run.folder import ADAPTER_WEIGHTS
@@ -138,9 +139,14 @@ class GgufModel:
 def write_adapter(adapter: TrainedAdapter, config: PretrainedConfig, path: Path, name: str) -> None:
     """Writes the adapter alone, in f32 as it was trained, to be used with a GGUF of the base.
 
-    Raises UserError for DoRA, and for layers with ranks or alphas of their own, which a GGUF adapter cannot have, and
-    as attach_adapter.
+    Raises UserError for DoRA, layers with ranks or alphas of their own, and a scaled RoPE, which a GGUF adapter cannot
+    have, and as attach_adapter.
     """
+    if adapter.recipe.model.rope_scaling is not None:
+        raise UserError(
+            "an adapter that was trained with ModelSpec.rope_scaling cannot be exported alone: a GGUF adapter says "
+            "nothing of it, and a GGUF of the base has another RoPE; take FORMAT=gguf"
+        )
     if adapter.config.use_dora:
         raise UserError("a DoRA adapter cannot be exported alone: GGUF adapters are plain LoRA; take FORMAT=gguf")
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:

@@ -3,6 +3,7 @@
 Keys: github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.tokenizer_json import TAKE_MERGE
 from common.model.architectures import ARCHITECTURES
+from common.model.rope_scaling import full_rope, original_positions, usable_positions
 from common.recipe import UserError
 
 # llama.cpp, llama-model.cpp: of a Gemma 3 every sixth layer attends to everything, unless the file says otherwise, and
 # queries are scaled by their dimension; only those of the 27B, known by its layers, by hidden size / heads.
 GEMMA, GEMMA_PERIOD, GEMMA_27B_LAYERS = "gemma3", 6, 62
+# Kinds of RoPE that llama.cpp computes beside default and linear, by its name of the architecture. The factors of
+# Llama 3.1 are a tensor, which it reads for "llama" alone.
+ROPES_BESIDE = {"llama": ("yarn", "llama3"), "qwen2": ("yarn",), "qwen3": ("yarn",), GEMMA: ()}
 
 
 def add_dimensions(writer: GGUFWriter, config: PretrainedConfig) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
+    writer.add_context_length(usable_positions(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
@@ -40,8 +45,7 @@ def add_dimensions(writer: GGUFWriter, config: PretrainedConfig) -> None:
         writer.add_rope_scaling_type(kind)
         writer.add_rope_scaling_factor(rope["factor"])
         if kind == RopeScalingType.YARN:
-            original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-            writer.add_rope_scaling_orig_ctx_len(original)
+            writer.add_rope_scaling_orig_ctx_len(original_positions(config))
     if _is_gemma(config):
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
@@ -54,20 +58,10 @@ def _is_gemma(config: PretrainedConfig) -> bool:
     return ARCHITECTURES[config.model_type].gguf_name == GEMMA
 
 
-def full_rope(config: PretrainedConfig) -> dict[str, Any]:
-    """The RoPE of layers that attend to everything; Gemma's others have one of their own."""
-    rope: dict[str, Any] = config.rope_parameters
-    return rope.get("full_attention", rope)
-
-
 def refuse_other_attention(config: PretrainedConfig) -> None:
-    """Raises UserError for a kind of RoPE, and for attention of a Gemma, that GGUF has no words for."""
-    kinds, known = {full_rope(config)["rope_type"]}, {"default", "linear", "yarn", "llama3"}
+    """Raises UserError for a RoPE, and for attention of a Gemma, that GGUF cannot say or llama.cpp does not compute."""
+    arch, rope = ARCHITECTURES[config.model_type].gguf_name, full_rope(config)
     if _is_gemma(config):
-        kinds, known = (
-            kinds | {config.rope_parameters["sliding_attention"]["rope_type"]} - {"default"},
-            {"default", "linear"},
-        )
         is_27b = config.num_hidden_layers == GEMMA_27B_LAYERS
         divisor = config.hidden_size // config.num_attention_heads if is_27b else config.head_dim
         if config.query_pre_attn_scalar != divisor:
@@ -80,8 +74,37 @@ def refuse_other_attention(config: PretrainedConfig) -> None:
                 f"a Gemma without a layer of sliding attention cannot be exported to GGUF, llama.cpp stops at it; "
                 f"{TAKE_MERGE}"
             )
-    for kind in sorted(kinds - known):
-        raise UserError(f"a model with {kind} RoPE cannot be exported to GGUF; {TAKE_MERGE}")
+        sliding = config.rope_parameters["sliding_attention"]["rope_type"]
+        if sliding != "default":
+            raise UserError(
+                f"a Gemma with {sliding} RoPE on its layers of sliding attention cannot be exported to GGUF, llama.cpp "
+                f"scales the other layers alone; {TAKE_MERGE}"
+            )
+    if rope["rope_type"] not in ("default", "linear", *ROPES_BESIDE[arch]):
+        raise UserError(
+            f"a model with {rope['rope_type']} RoPE cannot be exported to GGUF, llama.cpp has none for {arch}; "
+            f"{TAKE_MERGE}"
+        )
+    if rope["rope_type"] == "yarn":
+        _refuse_other_yarn(config, rope)
+
+
+def _refuse_other_yarn(config: PretrainedConfig, rope: dict[str, Any]) -> None:
+    """llama.cpp (ggml_rope_yarn_corr_dims, rope_yarn) has these values of YaRN's paper in it, and reads no others."""
+    factor = rope["factor"]
+    ours = {
+        "attention_factor": ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))[1],
+        "beta_fast": rope.get("beta_fast") or 32,
+        "beta_slow": rope.get("beta_slow") or 1,
+        "truncate": rope.get("truncate", True),
+    }
+    theirs = {"attention_factor": 0.1 * math.log(factor) + 1, "beta_fast": 32, "beta_slow": 1, "truncate": True}
+    for key, value in ours.items():
+        if abs(value - theirs[key]) > 1e-6:
+            raise UserError(
+                f"YaRN RoPE with {key} {value:g} cannot be exported to GGUF, llama.cpp takes {theirs[key]:g}; "
+                f"{TAKE_MERGE}"
+            )
 
 
 def llama3_factors(config: PretrainedConfig) -> Tensor:

@@ -28,6 +28,7 @@ from common.model.config import load_config
 from common.model.integrity import refuse_other_names
 from common.model.nf4 import STORED_SETTINGS, dequantize, names_of_4bit_linears, quantize, read_4bit
 from common.model.quantization import config_as_stored
+from common.model.rope_scaling import with_rope_scaling
 from common.model.safetensors_files import (
     Entry,
     SafetensorsFile,
@@ -178,6 +179,7 @@ def write_merged(weights: MergedWeights, folder: Path) -> None:
 
         write_files(folder, weights.shards, merge_entry, say=partial(show_status, keep=True))
     config = json.loads((weights.folder / "config.json").read_text(encoding="utf-8"))
+    config = with_rope_scaling(config, weights.adapter.recipe.model)
     config.pop("quantization_config", None)
     config.pop("transformers_weights", None)  # the name of the base's file or index
     config.pop("torch_dtype", None)  # the older name of `dtype`

@@ -29,7 +29,8 @@ def set_fields(recipe: Recipe, text: str, parts: Sequence[str] = tuple(SPECS)) -
     """The recipe with the values of `text`, words as of a shell: part.field=value, or field=value of the recipe itself.
 
     A value is read as the field's type says. None, where the field may be None, is the word None. Names of modules are
-    divided by commas, and so are pairs: data.sources=a.jsonl:0.8,b.jsonl:0.2 data.columns=user:frage,assistant:antwort.
+    divided by commas, and so are pairs: data.sources=a.jsonl:0.8,b.jsonl:0.2 data.columns=user:frage,assistant:antwort
+    model.rope_scaling=rope_type:yarn,factor:4,original_max_position_embeddings:32768.
     parts: those that may be set. Raises UserError for a field that is not there, and as the recipe's own checks.
     """
     try:
@@ -93,6 +94,8 @@ def read_value(text: str, kind: Any) -> Any:
             return tuple(name for name in text.split(",") if name)
         if choice == dict[str, str]:
             return {key: value for key, _, value in _pairs(text)}
+        if choice == dict[str, Any]:
+            return {key: read_value(value, bool | int | float | str) for key, _, value in _pairs(text)}
         if choice == tuple[tuple[str, float], ...]:
             return tuple((source, read_value(weight, float)) for source, _, weight in _pairs(text))
         if choice is str or get_origin(choice) is Literal:

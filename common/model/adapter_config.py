@@ -6,12 +6,14 @@ which may be one of a later PEFT, has to be off.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
 from common.recipe import UserError
+from common.rope_scaling import plain_numbers, wrong_rope_scaling
 
 # What a trained adapter computes: the types that these fields of PEFT's LoraConfig (0.21) have in the file.
 _SUPPORTED: dict[str, tuple[type, ...]] = {
@@ -64,6 +66,21 @@ _WHY_NOT = {
 }
 
 
+@dataclass
+class ScaledLoraConfig(LoraConfig):
+    """Of an adapter whose base has another RoPE than its own config.json says. PEFT writes the field with the others.
+
+    Plain PEFT leaves it aside when it loads the adapter, with a warning that names it.
+    """
+
+    rope_scaling: dict[str, Any] | None = None  # ModelSpec's
+
+
+def stored_rope_scaling(config: LoraConfig) -> dict[str, Any] | None:
+    """The RoPE scaling that an adapter was trained with, where its own configuration says one."""
+    return config.rope_scaling if isinstance(config, ScaledLoraConfig) else None
+
+
 def read_adapter_config(path: Path) -> LoraConfig:
     """The configuration of an adapter that is LoRA, DoRA or rsLoRA on linear layers.
 
@@ -82,12 +99,19 @@ def read_adapter_config(path: Path) -> LoraConfig:
     for field, value in values.items():
         if field in _SUPPORTED:
             _require_type(path, field, value)
+        elif field == "rope_scaling" and value is not None:
+            if (message := wrong_rope_scaling(value, f"{path}: rope_scaling")) is not None:
+                raise UserError(message)
         elif field not in {*_OF_TRAINING, "peft_type", "task_type", "init_lora_weights"} and not _is_off(field, value):
             _refuse(path, field, value)
     for field in _NEEDED:
         _require_type(path, field, values.get(field))
     given = {field: values[field] for field in _SUPPORTED if values.get(field) is not None}
     try:
+        if (scaling := values.get("rope_scaling")) is not None:
+            return ScaledLoraConfig(
+                task_type="CAUSAL_LM", inference_mode=True, rope_scaling=plain_numbers(scaling), **given
+            )
         return LoraConfig(task_type="CAUSAL_LM", inference_mode=True, **given)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not the configuration of an adapter: {error}") from error

@@ -17,6 +17,7 @@ KNOWN_LICENCES = {
     "google/gemma-3-1b-it": "gemma",
     "google/gemma-3-270m": "gemma",
     "google/gemma-3-270m-it": "gemma",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3.1",
     "meta-llama/Meta-Llama-3-70B-Instruct": "llama3",
     "meta-llama/Meta-Llama-3-8B-Instruct": "llama3",
     "mistralai/Mistral-7B-Instruct-v0.3": "apache-2.0",

@@ -1,6 +1,7 @@
 """Reads a model's config.json, and refuses architectures and quantizations that the recipes do not fine-tune."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from common.machine.paths import local_path
 from common.model.architectures import ARCHITECTURES
 from common.model.download import model_folder
 from common.model.quantization import refuse_other_quantization
+from common.model.rope_scaling import longer_rows, usable_positions, with_rope_scaling
 from common.recipe import LoraSpec, ModelSpec, Recipe, UserError
 
 # Fields of a config that change the forward pass and that nothing here reads, with the values that change nothing.
@@ -26,8 +28,8 @@ SHIPPED_CONFIGS = REPOSITORY / "models" / "configs"  # of the recipes' models, s
 def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig:
     """The model's config: from `folder` where given, else from its own folder, models/configs (no network), or the hub.
 
-    Raises UserError for an architecture that is not one of ARCHITECTURES, for a field of NOT_HANDLED, for a config that
-    cannot be read, and as refuse_other_quantization.
+    With the recipe's RoPE scaling. Raises UserError for an architecture that is not one of ARCHITECTURES, for a field
+    of NOT_HANDLED, for a config that cannot be read, and as with_rope_scaling and refuse_other_quantization.
     """
     shipped = SHIPPED_CONFIGS / (spec.name.replace("/", "--") + ".json")
     if folder is None and shipped.exists() and not local_path(spec.name).is_dir():
@@ -50,7 +52,7 @@ def load_config(spec: ModelSpec, folder: Path | None = None) -> PretrainedConfig
         raise UserError(
             f"{spec.name} is of type {model_type!r}; the recipes fine-tune {', '.join(ARCHITECTURES)} models"
         )
-    config = AutoConfig.for_model(**values)
+    config = AutoConfig.for_model(**deepcopy(with_rope_scaling(values, spec)))  # transformers writes into its values
     for field, neutral in NOT_HANDLED.items():
         if (value := getattr(config, field, None)) not in neutral:
             raise UserError(f"{spec.name} has {field} {value!r} in its config.json, which no code here handles")
@@ -105,7 +107,10 @@ def refuse_other_shape(spec: ModelSpec, name: str, stored: torch.Size, config_sh
 
 def refuse_more_positions(recipe: Recipe) -> None:
     """Raises UserError when a row is longer than the model can tell positions apart."""
-    seq_len = recipe.train.seq_len
-    positions = getattr(load_config(recipe.model), "max_position_embeddings", seq_len)
+    seq_len, config = recipe.train.seq_len, load_config(recipe.model)
+    positions = usable_positions(config)
     if seq_len > positions:
-        raise UserError(f"TrainSpec.seq_len is {seq_len:,}; {recipe.model.name} has {positions:,} positions")
+        raise UserError(
+            f"TrainSpec.seq_len is {seq_len:,}; {recipe.model.name} has {positions:,} positions. For longer rows: "
+            f"{longer_rows(seq_len, config)}"
+        )

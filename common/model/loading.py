@@ -38,6 +38,7 @@ from common.model.integrity import refuse_other_names
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import keep_packed_form, quantization_config
 from common.model.quantization import config_as_stored, stored_quantization
+from common.model.rope_scaling import keep_frequencies
 from common.model.safetensors_files import SafetensorsFolder
 from common.model.tensor_source import WeightsOrigin, random_state
 from common.model.weight_files import first_file, weight_files
@@ -141,7 +142,9 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
             model = load_whole_model(spec, config, weights, machine, generation, quantizes=quantizes)
     model.generation_config = generation
     fuse_head_and_loss(model)
+    keep_frequencies(model)
     model.base_record = record
+    model.scaled_rope = spec.rope_scaling  # which attach_lora writes down with the adapter
     # The model's name on the hub, not its folder in the cache: PEFT writes it into the adapter's config.
     model.config._name_or_path = model.name_or_path = spec.name
     return model

@@ -1,10 +1,13 @@
 """Attaches LoRA adapters with PEFT."""
 
+from typing import Any
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from common.model.adapter_config import ScaledLoraConfig
 from common.model.start_adapter import StartedFrom, digest_of, load_start_adapter
 from common.model.weight_streaming import compute_magnitudes
 from common.recipe import LoraSpec, UserError
@@ -28,16 +31,18 @@ def attach_lora(model: PreTrainedModel, spec: LoraSpec, seed: int = 0) -> PeftMo
     head = model.get_output_embeddings()
     if any(module is head and name.rsplit(".", 1)[-1] in spec.target_modules for name, module in model.named_modules()):
         raise UserError("LoraSpec.target_modules names the head, which the loss reads without an adapter; leave it out")
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        use_rslora=spec.rslora,
-        use_dora=spec.dora,
-        target_modules=list(spec.target_modules),
-        bias="none",
-    )
+    values: dict[str, Any] = {
+        "task_type": "CAUSAL_LM",
+        "r": spec.rank,
+        "lora_alpha": spec.alpha,
+        "lora_dropout": spec.dropout,
+        "use_rslora": spec.rslora,
+        "use_dora": spec.dora,
+        "target_modules": list(spec.target_modules),
+        "bias": "none",
+    }
+    scaling = getattr(model, "scaled_rope", None)  # of load_4bit
+    config = LoraConfig(**values) if scaling is None else ScaledLoraConfig(**values, rope_scaling=scaling)
     torch.manual_seed(seed)
     # fp32: in bf16 half of lora_A does not move at all in 100 steps at 2e-5, because updates are rounded away.
     peft_model = get_peft_model(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.machine.disk import sha256_of
 from common.machine.paths import hide_home, is_same_place, local_path
-from common.model.adapter_config import read_adapter_config
+from common.model.adapter_config import read_adapter_config, stored_rope_scaling
 from common.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_JSON, read_run_json, require_adapter_files
 from common.model.adapter_weights import read_adapter_weights
 from common.model.base_hash import base_record
@@ -89,6 +89,12 @@ def _refuse_another_base(folder: Path, config: LoraConfig, run: dict[str, Any], 
             f"LoraSpec.start_from: the adapter in {folder} was trained on random weights, in a dry run: start from "
             "another one"
         )
+    scaling = stored_rope_scaling(config)
+    if scaling is not None and model.rope_scaling is None:
+        raise UserError(
+            f"LoraSpec.start_from: the adapter in {folder} was trained with rope_scaling, and the recipe has none: "
+            f"write ModelSpec(rope_scaling={scaling})"
+        )
     if not run and config.revision not in (None, model.revision or "main"):
         raise UserError(
             f"LoraSpec.start_from: the adapter in {folder} was trained on the revision {config.revision} of "
@@ -147,6 +153,10 @@ def load_start_adapter(model: PeftModel, lora: LoraSpec) -> None:
         model.get_parameter(name).copy_(tensor)
     record = StartRecord(hide_home(lora.start_from), sha256_of(folder / ADAPTER_WEIGHTS), run.get("start"))
     model.started_from = StartedFrom(record, {name: digest_of(tensor) for name, tensor in weights.items()})
+    before, now = stored_rope_scaling(read_adapter_config(folder / ADAPTER_CONFIG)), getattr(model, "scaled_rope", None)
+    if before != now:
+        was = "no rope_scaling" if before is None else f"rope_scaling {before}"
+        print(f"adapter: the one in {folder} was trained with {was}, and goes on with {now}")
     steps = f", which {run['metrics']['kept_step']:,} steps trained" if run.get("metrics", {}).get("kept_step") else ""
     print(f"adapter: starts from the one in {folder}{steps}; steps, learning rate and optimizer begin anew")
 

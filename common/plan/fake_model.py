@@ -24,6 +24,7 @@ from common.model.lora import attach_lora
 from common.model.loss import fuse_head_and_loss
 from common.model.nf4 import make_linears_4bit, quantization_config
 from common.model.quantization import QUANT_TYPE
+from common.model.rope_scaling import keep_frequencies
 from common.recipe import Kernels, LoraSpec, ModelSpec
 
 
@@ -55,6 +56,7 @@ def fake_lora_model(
     model.requires_grad_(False)
     model.is_loaded_in_4bit = spec.bits == 4
     fuse_head_and_loss(model)
+    keep_frequencies(model)
     adapted = attach_lora(model, lora)
     with mode:
         _materialize(adapted, dtype, double_quant=double_quant)

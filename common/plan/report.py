@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
 from common.model.config import load_config
+from common.model.rope_scaling import usable_positions
 from common.plan.card import Card
 from common.plan.plan import Plan, make_plan
 from common.plan.planner import Option, Planner
@@ -161,7 +162,7 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
         for name, (exact, step) in counted.items()
     )
     rows_of = {name: planner.longest_option(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
-    positions = getattr(load_config(planner.recipe.model), "max_position_embeddings", None)
+    positions = usable_positions(load_config(planner.recipe.model))
     in_tiles = planner.policies_in_tiles("offload")
     if in_tiles and (positions is None or rows_of[OFFLOAD][0] < positions):  # else it is two counts that nobody needs
         rows_of[IN_TILES] = planner.longest_option(in_tiles[-1], option.on_host)

@@ -69,6 +69,7 @@ def card_values(run: dict[str, Any], folder: Path) -> dict[str, Any]:
         "stop_ids": _stop_ids(folder / "generation_config.json"),
         "data": ", ".join(f"`{shared_name(source)}`" for source in sources),
         "recipe": recipe,
+        "rope": run.get("rope"),  # which runs of earlier versions do not have
         "packed_rows": run["packed_rows"],
         "metrics": metrics,
         "kept_step": metrics.get("kept_step", metrics["steps"]),  # which runs of earlier versions do not have

@@ -227,6 +227,7 @@ def _place(model: PeftModel, rows: Rows, recipe: Recipe) -> Path | None:
         "rows": [hash_rows(data) for data in (rows.train, rows.evaluation) if data is not None],
         "kind": recipe.data.kind,
         "bits": recipe.model.bits,
+        "rope_scaling": recipe.model.rope_scaling,
         "lora": [recipe.lora.dora, recipe.lora.rslora],
         "kernels": recipe.train.kernels,
         "machine": str(this_machine()),

@@ -107,6 +107,7 @@ def write_run_json(
         "data": [_source_record(report) for report in rows.reports],
         "base": None if base is None else dataclasses.asdict(base),
         "start": None if start is None else dataclasses.asdict(start),
+        "rope": _rope_record(model, recipe),
         "packed_rows": len(rows.train),
         "trainable_params": trainable_params(model),
         "machine": str(this_machine()),
@@ -121,6 +122,13 @@ def write_run_json(
         "drift": None if drift is None else dataclasses.asdict(drift),
     }
     write_text_atomically(folder / RUN_JSON, json.dumps(run, indent=2) + "\n")
+
+
+def _rope_record(model: PeftModel, recipe: Recipe) -> dict[str, Any] | None:
+    """What the recipe's RoPE scaling changed in the base's config, by transformers' names; None where it has none."""
+    if recipe.model.rope_scaling is None:
+        return None
+    return {name: getattr(model.config, name) for name in ("rope_parameters", "max_position_embeddings")}
 
 
 def _source_record(report: DataReport) -> dict[str, Any]:

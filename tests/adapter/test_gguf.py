@@ -378,9 +378,65 @@ def test_rope_scaling_is_written_or_refused(adapted, tmp_path):
         error = furthest(runtime, merged_model(recipe, tmp_path / kind), noise(10, 100))
         print(kind, error)
         assert error <= ROUNDING
-    strange = adapted("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(UserError, match="a model with dynamic RoPE cannot be exported to GGUF"):
-        export(strange, tmp_path / "x.gguf")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+    for architecture, rope, message in (
+        (
+            "llama",
+            {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            "a model with dynamic RoPE cannot be exp",
+        ),
+        # llama.cpp reads the factors of Llama 3.1 for no other architecture
+        ("qwen2", {"rope_type": "llama3", "rope_theta": 1e4, **kinds["llama3"]}, "with llama3 RoPE .* none for qwen2"),
+        ("qwen3", {"rope_type": "llama3", "rope_theta": 1e4, **kinds["llama3"]}, "with llama3 RoPE .* none for qwen3"),
+        (
+            "llama",
+            yarn | {"attention_factor": 1.5},
+            "YaRN RoPE with attention_factor 1.5 cannot be exported .* 1.06931",
+        ),
+        (
+            "qwen3",
+            yarn | {"mscale": 1.0, "mscale_all_dim": 1.0},
+            "YaRN RoPE with attention_factor 1 cannot be exported",
+        ),
+        ("llama", yarn | {"beta_fast": 16.0}, "YaRN RoPE with beta_fast 16 cannot be exported to GGUF, .* takes 32"),
+        ("qwen2", yarn | {"beta_slow": 2.0}, "YaRN RoPE with beta_slow 2 cannot be exported"),
+        ("mistral", yarn | {"truncate": False}, "YaRN RoPE with truncate 0 cannot be exported"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export(adapted(architecture, vocab_size=1088, rope_parameters=rope), tmp_path / "x.gguf")
+
+
+def with_scaling(recipe: Recipe, **scaling: object) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, rope_scaling=scaling))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scaling"),
+    [
+        ("llama", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("mistral", {"rope_type": "yarn"}),
+        ("qwen2", {"rope_type": "linear"}),
+        ("qwen3", {"rope_type": "yarn"}),
+        ("gemma3_text", {"rope_type": "linear"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["rope_type"],
+)
+def test_a_recipes_rope_scaling_reaches_llama_cpp_and_plain_transformers(adapted, tmp_path, architecture, scaling):
+    """Prompts of 150 tokens; the base has 40 positions. Without the scaling the two are further apart than rounding."""
+    values = {"max_position_embeddings": 40, "initializer_range": 0.1, **for_llama_cpp(architecture)}
+    plain = adapted(architecture, vocab_size=1088, **values)
+    original = {} if scaling["rope_type"] == "linear" else {"original_max_position_embeddings": 40}
+    recipe = with_scaling(plain, factor=6.0, **scaling, **original)
+    merged, prompts = merged_model(recipe, tmp_path / "merged"), noise(8, 150)
+    assert merged.config.max_position_embeddings == 240
+    path = export(recipe, tmp_path / "x.gguf", "f16")
+    arch = gguf.GGUFReader(path).fields["general.architecture"].contents()
+    assert gguf.GGUFReader(path).fields[f"{arch}.context_length"].contents() == 240
+    runtime = LlamaCpp(path)
+    assert furthest(runtime, merged, prompts) <= ROUNDING
+    assert furthest(runtime, merged_model(plain, tmp_path / "plain"), prompts) > ROUNDING
+    with pytest.raises(UserError, match="trained with ModelSpec.rope_scaling cannot be exported alone"):
+        write_adapter(find_adapter(recipe), MergedWeights(find_adapter(recipe)).config, tmp_path / "lora.gguf", "x")
 
 
 # Gemma's own pattern is no word of the file, another one is. The larger ones scale the RoPE of layers without a window.
@@ -411,11 +467,16 @@ def test_windows_and_ropes_of_a_gemma_are_those_of_its_layers(adapted, tmp_path,
 def test_a_gemma_that_llama_cpp_cannot_run_is_refused(adapted, tmp_path):
     rope = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 64}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     for values, message in (
         ({}, "query_pre_attn_scalar 32 cannot be exported to GGUF, llama.cpp takes 16"),
         ({"layer_types": ["full_attention"] * 2}, "without a layer of sliding attention cannot be exported"),
         ({"rope_parameters": rope | {"full_attention": yarn}}, "a model with yarn RoPE cannot be exported"),
-        ({"rope_parameters": rope | {"sliding_attention": yarn}}, "a model with yarn RoPE cannot be exported"),
+        ({"rope_parameters": rope | {"sliding_attention": yarn}}, "with yarn RoPE on its layers of sliding attention"),
+        (
+            {"rope_parameters": rope | {"sliding_attention": linear}},
+            "with linear RoPE on its layers of sliding attention",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             export(adapted("gemma3_text", **({"query_pre_attn_scalar": 16} if values else {}) | values), tmp_path / "x")

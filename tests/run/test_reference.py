@@ -106,7 +106,7 @@ def test_a_damaged_file_is_computed_again(harm, small_llama, tmp_path):
     assert again.train["reference"][:] == expected.train["reference"][:]
 
 
-@pytest.mark.parametrize("change", ["rows", "which is better", "base", "bits", "a loss for rated answers"])
+@pytest.mark.parametrize("change", ["rows", "which is better", "base", "bits", "RoPE", "a loss for rated answers"])
 def test_another_model_or_other_rows_have_another_file(change, small_llama, small_model, tmp_path):
     recipe = made_recipe(small_llama, tmp_path / "run", DPO)
     rows = made_rows(DPO)
@@ -118,6 +118,8 @@ def test_another_model_or_other_rows_have_another_file(change, small_llama, smal
         rows = replace(rows, train=Dataset.from_list(turned))
     elif change == "base":
         recipe = replace(recipe, model=replace(recipe.model, name=str(small_model("llama", initializer_range=0.2))))
+    elif change == "RoPE":
+        recipe = replace(recipe, model=replace(recipe.model, rope_scaling={"rope_type": "linear", "factor": 2.0}))
     elif change == "bits":
         recipe = replace(recipe, model=replace(recipe.model, bits=4))
     else:

@@ -57,6 +57,12 @@ CHANGES = {
         "TrainSpec.optimizer was 'adamw_torch_fused' and is 'adamw_8bit'",
     ),
     "data": (other_data, "DataSpec.source was "),
+    "RoPE": (
+        lambda recipe, _: replace(
+            recipe, model=replace(recipe.model, rope_scaling={"rope_type": "linear", "factor": 2})
+        ),
+        "ModelSpec.rope_scaling was None and is {'rope_type': 'linear', 'factor': 2.0}",
+    ),
     "configuration": (
         lambda recipe, _: replace(recipe, data=replace(recipe.data, config="main")),
         "DataSpec.config was None and is 'main'",
