@@ -123,7 +123,8 @@ class PlanReport:
         of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
         row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
         stream = f" while the weights of {self.plan.layout.streamed} layers stream" * bool(self.plan.layout.streamed)
-        yield f"longest {row} that fits, in a micro-batch of 1 row{stream}{of_model}:"
+        alone = ", as one example" * (self.plan.examples_per_row is not None and self.recipe.data.kind != "pairs")
+        yield f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:"
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
             amount = f"{tokens:>9,} tokens" if tokens else "     none"
