@@ -128,9 +128,7 @@ class Forecast:
         step = self.count(tokens, Policy(counted, counted), False, rows, gradients=False)
         return self.mixed.add_to(splice_layers([Part(step, layers_to_copy(self.layers, counted, 1))]))
 
-    def _layers_that_recompute(
-        self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int
-    ) -> Part:
+    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int) -> Part:
         # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
         # stays on the card.
         repeated = 2 if policy.offload else 1

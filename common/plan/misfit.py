@@ -45,11 +45,11 @@ def explain_misfit(planner: Planner) -> str:
 def explain_examples(planner: Planner, planned: int, on_host: int) -> str:
     """One line: a row of the data has more examples than the `planned` ones, and so takes more than there is."""
     leanest, _ = planner.leanest(planner.recipe.train.checkpointing, on_host)
+    examples, budget = planner.forecast.examples_per_row, planner.card.budget
     return (
-        f"a row of the data has {planner.forecast.examples_per_row:,} examples, and was planned with "
-        f"{planned:,}: attention takes memory for each of them, one row then takes {leanest.peak / GIB:.1f} GiB, and the "
-        f"budget is {planner.card.budget / GIB:.1f} GiB ({leanest.policy}). Lower TrainSpec.seq_len: a shorter row holds "
-        "fewer examples"
+        f"a row of the data has {examples:,} examples, and {planned:,} were planned: attention takes memory for each. "
+        f"One row then takes {leanest.peak / GIB:.1f} GiB, the budget is {budget / GIB:.1f} GiB ({leanest.policy}). "
+        "Lower TrainSpec.seq_len: a shorter row holds fewer examples"
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 from common.machine.layout import ONE_PROCESS, RING_SLOTS, Layout
 from common.model.activation_checkpointing import Policy
@@ -22,9 +23,14 @@ from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
 COUNTED_LENGTHS = (4_096, 8_192, 16_384)
-# Ways to compute long rows, from fast to lean: tokens of a tile, and whether attention's backward goes by head. Smaller
-# tiles take longer: with 4,096 tokens a matmul computes as long as the reading of its weight takes many times over.
-TILES = ((4_096, False), (4_096, True), (1_024, True))
+# Ways to compute long rows, from fast to lean: fields of Policy. Smaller tiles take longer: with 4,096 tokens a matmul
+# computes as long as the reading of its weight takes many times over.
+TILES: tuple[dict[str, Any], ...] = (
+    {"tile": 4_096},
+    {"tile": 4_096, "by_head": True},
+    {"tile": 1_024, "by_head": True},
+    {"tile": 1_024, "by_head": True, "qkv_again": True},
+)
 TIME_TOLERANCE = 1.02  # options whose modelled times differ by less than this factor take the same time
 TRAFFIC_TOLERANCE = 1.1  # options whose traffic differs by about less than this factor send as much
 
@@ -118,7 +124,7 @@ class Planner:
             return []
         names: list[Checkpointing] = ["every layer", "offload"] if wanted == "auto" else [wanted]
         plain = [Policy.named(name, self.layers) for name in names]
-        return [replace(policy, tile=tile, by_head=by_head) for policy in plain for tile, by_head in TILES]
+        return [replace(policy, **tiles) for policy in plain for tiles in TILES]
 
     def leanest(self, wanted: Checkpointing, on_host: int) -> tuple[Option, Step]:
         """One row under that of the policies which TrainSpec.checkpointing allows that takes the least memory."""

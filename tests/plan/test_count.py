@@ -241,6 +241,7 @@ LONG_ROWS = {
     "by head": Policy(LAYERS, tile=128, by_head=True),
     "by head, keep attention": Policy(LAYERS, tile=128, by_head=True, keep_attention=True),
     "by head, offload": Policy(LAYERS, tile=160, by_head=True, offload=True),  # the last tile is shorter
+    "q, k, v again, offload": Policy(LAYERS, tile=128, by_head=True, qkv_again=True, offload=True),
 }
 
 
