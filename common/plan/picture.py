@@ -32,9 +32,8 @@ COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#0
 def draw_plan(report: PlanReport, path: Path) -> None:
     """Draws a PNG: memory over time in the last micro-batch of an optimizer step, without checkpointing and as chosen.
 
-    Where the choice is no checkpointing, the other panel shows recomputing every layer. Below them stands the longest row
-    that fits each way. Raises UserError where the
-    picture cannot be written.
+    Where the choice is no checkpointing, the other panel shows recomputing every layer. Below them stands the longest
+    row that fits each way. Raises UserError where the picture cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import
 

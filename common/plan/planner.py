@@ -112,11 +112,17 @@ class Planner:
         row = self.forecast.examples_per_row
         if not any(self.fits(self._extrapolate(self.seq_len, policy, choices[-1], row)) for policy in leanest):
             return  # no need to search
-        for rows, policy in product(self._micro_batch_rows(), policies):
-            for on_host in choices:
-                if self.fits(self._extrapolate(rows * self.seq_len, policy, on_host, rows * row)):
-                    yield self.exact(rows, policy, on_host)[0]
-                    break
+        groups = [policies[start : start + len(TILES)] for start in range(0, len(policies), len(TILES))]
+        for rows, group in product(self._micro_batch_rows(), groups):
+            for policy in group:
+                tokens, examples = rows * self.seq_len, row if rows == 1 else None
+                fitting = (n for n in choices if self.fits(self._extrapolate(tokens, policy, n, examples)))
+                if (on_host := next(fitting, None)) is None:
+                    continue
+                option, _ = self.exact(rows, policy, on_host)
+                yield option
+                if on_host == choices[0] and self.fits(option):
+                    break  # the leaner ones take longer
 
     def policies_in_tiles(self, wanted: Checkpointing) -> list[Policy]:
         """The policies in tiles that TrainSpec.checkpointing allows, from fast to lean."""
@@ -291,8 +297,11 @@ class Planner:
                 high = middle - 1
         return 256 * low, self._extrapolate(256 * low, policy, on_host, examples)
 
-    def _extrapolate(self, tokens: int, policy: Policy, on_host: int, examples: int) -> Option:
-        """A single row of so many tokens and examples from counts of other lengths, without its time."""
+    def _extrapolate(self, tokens: int, policy: Policy, on_host: int, examples: int | None) -> Option:
+        """So many tokens and examples from counts of other lengths, as one row, without the time.
+
+        examples: None is as many for the tokens as in the data.
+        """
         lengths: tuple[int, ...] = self.counted_tokens
         if not self.forecast.packs:
             lengths = COUNTED_LENGTHS

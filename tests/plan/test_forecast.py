@@ -135,7 +135,7 @@ def test_three_tiles_give_the_step_of_all_of_them(policy, monkeypatch):
         assert one.work.table.sum(0) == pytest.approx(other.work.table.sum(0), rel=1e-12)
 
 
-def test_tiles_add_no_matmul_and_little_time(whole):
+def test_tiles_add_no_matmul_but_those_of_q_k_and_v_again_and_little_time(whole):
     """What recomputes is as much as without tiles: the MLP's own forward pass is nobody's in a recompute."""
     plain = whole.step(16_384, Policy(32, offload=True))
     for tiles_of in TILES:
@@ -146,8 +146,8 @@ def test_tiles_add_no_matmul_and_little_time(whole):
         for one, other in zip(step.segments, plain.segments, strict=True):
             more = again * one.name.startswith("backward")
             assert one.work.flops == pytest.approx(other.work.flops + more, rel=1e-9), one.name
-        slower = step.seconds(whole.speed) / plain.seconds(whole.speed)
-        assert slower == pytest.approx(1.045 if policy.qkv_again else 1, abs=0.015 if policy.qkv_again else 0.01)
+        slower = step.seconds(whole.speed) / plain.seconds(whole.speed) - 1
+        assert slower <= (0.07 if policy.qkv_again else 0.01)  # such short rows need the former nowhere
 
 
 def test_offload_of_one_or_two_layers_is_refused(twelve):
