@@ -136,6 +136,7 @@ def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_me
     assert smallest.host_bytes == card.HOST_SHARE * 100 * GIB / 2
 
 
+@pytest.mark.slow  # two searches
 def test_a_row_of_the_data_with_more_examples_than_planned_is_planned_again(gpu, capsys):
     """Mistral 7B on 12 GiB keeps all layers for rows of 32 examples: of 400, attention's scratch takes 0.8 GiB more."""
     recipe = replace(RECIPE, model=ModelSpec(MISTRAL), train=replace(RECIPE.train, weights_on_host=0))
