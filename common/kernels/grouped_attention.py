@@ -194,9 +194,9 @@ def _backward_by_head(
         inner = places = [query[:, columns], key[:, own], value[:, own]]
         if qkv_copies is not None:
             inner = block.project(hidden, *_rows_of(linears, qkv_copies, (columns, own, own)), size)
-        rotated: Sequence[Tensor] = inner[:2]
+        rotated = inner[0], inner[1]
         if norms is not None or block.qkv_again:  # else they were rotated before they were saved
-            rotated = block.norm_and_rotate(inner[0], inner[1], cos, sin)
+            rotated = block.norm_and_rotate(*rotated, cos, sin)
         grad_output = grad @ out.weight[:, columns]
         if grad_z is not None and copies.a is not None:
             grad_output.addmm_(grad_z, copies.a[:, columns])
