@@ -287,7 +287,9 @@ class Planner:
 
     def longest_option(self, policy: Policy, on_host: int = 0, examples: int | None = None) -> tuple[int, Option]:
         """The tokens of longest_row, and what that row takes."""
-        examples = examples or least_examples(self.recipe)
+        # Without tiles attention is not the worst moment, so the counts that the search has made do as well.
+        if examples is None and policy.tile:
+            examples = least_examples(self.recipe)
         low, high = 0, 1 << 14  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
