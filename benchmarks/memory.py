@@ -118,7 +118,8 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = [time for _ in range(repeats) for time in step()]
-    predicted, on_card = forecast.step(tokens, policy, on_host=on_host), forecast.step(tokens, policy)
+    predicted = forecast.step(tokens, policy, examples=1, on_host=on_host)
+    on_card = forecast.step(tokens, policy, examples=1)
     return {
         "model": forecast.recipe.model.name,
         "tokens": tokens,
@@ -157,7 +158,7 @@ def measure_recipe(
             except Exception as error:
                 if out_of_memory(error) is None:
                     raise
-                predicted = forecast.step(tokens, policy, on_host=on_host).peak() + WORKSPACE_BYTES
+                predicted = forecast.step(tokens, policy, examples=1, on_host=on_host).peak() + WORKSPACE_BYTES
                 results.append({"model": recipe.model.name, "tokens": tokens, "policy": str(policy)})
                 results[-1] |= {"on_host": on_host}
                 results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}

@@ -18,6 +18,7 @@ from common.model.activation_checkpointing import Policy
 from common.plan.card import WORKSPACE_BYTES, Card
 from common.plan.forecast import Forecast
 from common.plan.planner import Planner
+from common.plan.report import way_in_tiles
 from common.plan.speed import speed_of
 from common.process_state import quiet_libraries
 from common.recipe import Kernels, ModelSpec
@@ -118,14 +119,15 @@ def plan_lines() -> list[str]:
 
 
 def long_row_lines() -> list[str]:
-    """For each model and card the longest row, layers' inputs on the host: without tiles, in tiles, and by head too."""
+    """For each model and card the longest row, layers' inputs on the host: without tiles, and for each way in tiles."""
     lines = []
     for name in dict.fromkeys(name.removesuffix("-dpo") for name in MODELS):  # preferences change no row's memory
         planner = Planner(recipe_of(name), Card.of_size(24))
         in_tiles = planner.policies_in_tiles("offload")
         for gib in LONG_ROW_CARDS:
             planner.card = Card.of_size(gib)
-            ways = (Policy(planner.layers, offload=True), in_tiles[0], in_tiles[-1])
+            leanest = {way_in_tiles(policy): policy for policy in in_tiles}
+            ways = (Policy(planner.layers, offload=True), *leanest.values())
             longest = [planner.longest_option(policy) for policy in ways]
             tokens = " | ".join(f"{row:,}" if row else "–" for row, _ in longest)
             row, option = longest[-1]

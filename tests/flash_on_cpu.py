@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
-from common.plan.operators import SCRATCH_BYTES
-
 
 def probabilities_and_lse(query, key, starts: Tensor, longest: int, window: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """What each token gives to each other, (heads, tokens, tokens), and its log-sum-exp, (heads, tokens)."""
@@ -70,9 +68,13 @@ def backward(
     """From the saved output and log-sum-exp, as flash attention (arXiv:2205.14135, algorithm 4)."""
     assert grad.is_contiguous() and output.is_contiguous() and is_causal == (window_size == [-1, 0])
     heads, dim = query.shape[1:]
-    arguments = grad, query, key, value, output, lse, starts
     grads = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
-    torch.empty(SCRATCH_BYTES[torch.ops.torch_attn._varlen_attn_backward.default](*arguments), dtype=torch.uint8)
+    # What torch 2.13 allocates inside, in this order (flash_attn/flash_api.cpp, mha_varlen_bwd).
+    padded, multiple = len(query) + 128 * (len(starts) - 1), 32 if dim <= 128 else 64
+    inside = [torch.empty(heads, padded), torch.empty(padded, heads, (dim + multiple - 1) // multiple * multiple)]
+    if key.shape[1] != heads:
+        inside += [torch.empty(len(key), heads, dim, dtype=key.dtype) for _ in range(2)]
+    del inside
     q, k, v, d_out = query.numpy(), expanded(key, heads), expanded(value, heads), grad.numpy()
     seen = probabilities_and_lse(q, k, starts, longest, window_size)[0] > 0
     scores = np.einsum("qhd,khd->hqk", q, k, optimize=True) * dim**-0.5

@@ -408,6 +408,7 @@ def test_every_policy_gives_the_same_gradients_on_a_gpu():
         Policy(6, tile=1024),
         Policy(6, tile=1000, by_head=True),
         Policy(6, tile=1000, by_head=True, offload=True),
+        Policy(6, tile=1000, by_head=True, qkv_again=True, offload=True),
     ):
         for _ in range(3):
             got = gradients(policy)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -48,6 +49,12 @@ class Rows:
     @property
     def conversations_per_example(self) -> int:
         return 2 if self.kind == "pairs" else 1
+
+    @property
+    def most_examples(self) -> int:
+        """Examples in the training row that has the most, of pairs both answers."""
+        chunks = self.train.with_format("arrow")["seq_lengths"].chunks
+        return max((pc.max(pc.list_value_length(chunk)).as_py() for chunk in chunks if len(chunk)), default=0)
 
     @property
     def train_tokens(self) -> int:

@@ -4,11 +4,12 @@ Forward is attention as ever, over packed rows in which no token sees another ex
 saves the layer's input, queries, keys and values, attention's output and the log-sum-exp. Backward computes the
 gradients of one key/value head and its query heads after the other, and writes each over what it is the gradient of:
 those of queries, keys and values over these, that of the input over that of the output. So beside what is saved there
-is one head's share. All else that grows with the row is computed in tiles of tokens.
+is one head's share. All else that grows with the row is computed in tiles of tokens. For less memory and more time
+queries, keys and values are not saved: backward projects the input again, one head at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class AttentionParts:
     out_copies: AdapterCopies | None = None
     # Called in backward once attention's own is done, when the block takes less again.
     after_attention: Callable[[], None] | None = None
+    qkv_again: bool = False  # queries, keys and values are not saved: backward computes those of each head again
 
     @property
     def _window_size(self) -> list[int]:
@@ -94,6 +96,15 @@ class AttentionParts:
         grads = FLASH_BACKWARD(*by_head, lse, *lengths, window == [-1, 0], no_dropout, None, window)
         return [x.flatten(1).contiguous() for x in grads]  # which they are: their own memory
 
+    def project(self, hidden: Tensor, linears: Sequence[LoraLinear], copies: AdapterCopies, size: int) -> list[Tensor]:
+        """What the layers make of the norm of hidden (tokens, size), as many tokens at a time; linears: dequantized."""
+        outputs = [hidden.new_empty(len(hidden), linear.out_features) for linear in linears]
+        for tile in tiles.split(len(hidden), size):
+            normed = rms_norm_forward(hidden[tile], self.norm, self.eps)
+            lora_forward(normed, linears, copies, outs=[x[tile] for x in outputs])
+            del normed
+        return outputs
+
     def norm_and_rotate(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """What attention takes: new tensors where there are norms of heads, else query and key written over."""
         if self.head_norms is not None:
@@ -121,13 +132,11 @@ class _AddAttention(torch.autograd.Function):
         linears, (out,) = dequantize_all(block.qkv, hidden.dtype), dequantize_all([block.out], hidden.dtype)
         copies = block.qkv_copies or copy_adapters(linears, hidden.dtype)
         out_copies = block.out_copies or copy_adapters([out], hidden.dtype)
-        query, key, value = qkv = [hidden.new_empty(tokens, linear.out_features) for linear in linears]
-        for tile in tiles.split(tokens, size):
-            normed = rms_norm_forward(hidden[tile], block.norm, block.eps)
-            lora_forward(normed, linears, copies, outs=[x[tile] for x in qkv])
-            del normed
+        qkv = block.project(hidden, linears, copies, size)
         del linears
-        output, lse = block.attend(*block.norm_and_rotate(query, key, cos, sin), value)
+        output, lse = block.attend(*block.norm_and_rotate(qkv[0], qkv[1], cos, sin), qkv[2])
+        if block.qkv_again:
+            qkv.clear()
         added = torch.empty_like(hidden)
         for tile in tiles.split(tokens, size):
             lora_forward(output[tile], [out], out_copies, hidden[tile], [added[tile]])
@@ -141,27 +150,37 @@ class _AddAttention(torch.autograd.Function):
         hidden, cos, sin, output, lse, *qkv = ctx.saved_tensors
         block: AttentionParts = ctx.block
         grad = grad.contiguous()
-        of_out = _backward_by_head(block, grad, cos, sin, output, lse, *qkv)
-        del output, lse
+        grads, of_out = _backward_by_head(block, ctx.size, grad, hidden, cos, sin, output, lse, qkv)
+        del output, lse, qkv
         if block.after_attention is not None:
             block.after_attention()
-        of_qkv = _backward_to_hidden(block, ctx.size, grad, hidden, qkv)
+        of_qkv = _backward_to_hidden(block, ctx.size, grad, hidden, grads)
         return grad, None, None, None, None, *of_qkv, *of_out
 
 
 def _backward_by_head(
     block: AttentionParts,
+    size: int,
     grad: Tensor,
+    hidden: Tensor,
     cos: Tensor,
     sin: Tensor,
     output: Tensor,
     lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-) -> list[Tensor | None]:
-    """Writes the gradients of query, key and value over them. Returns those of the adapter of the output's layer."""
+    qkv: Sequence[Tensor],
+) -> tuple[Sequence[Tensor], list[Tensor | None]]:
+    """Returns the gradients of query, key and value, and those of the adapter of the output's layer.
+
+    qkv: query, key and value; the gradients are written over them. Empty where they are computed again: then those of
+    the queries are written over attention's output, of which nobody needs a head that is done.
+    """
     dtype, dim, norms = grad.dtype, block.dim, block.head_norms
+    linears, qkv_copies = [], None
+    if block.qkv_again:
+        linears = dequantize_all(block.qkv, dtype)
+        qkv_copies = block.qkv_copies or copy_adapters(linears, dtype)
+        qkv = [output, *(hidden.new_empty(len(hidden), linear.out_features) for linear in linears[1:])]
+    query, key, value = qkv
     (out,) = dequantize_all([block.out], dtype)
     copies = block.out_copies or copy_adapters([out], dtype)
     (b,) = copies.b
@@ -171,8 +190,13 @@ def _backward_by_head(
     for part in tiles.split(key.shape[1] // dim, 1):  # of the heads: they are alike, and a plan computes a few
         head = part.start
         heads, columns = slice(head * share, (head + 1) * share), slice(head * share * dim, (head + 1) * share * dim)
-        inner = query[:, columns], key[:, head * dim : (head + 1) * dim], value[:, head * dim : (head + 1) * dim]
-        rotated = inner[:2] if norms is None else block.norm_and_rotate(*inner[:2], cos, sin)
+        own = slice(head * dim, (head + 1) * dim)
+        inner = places = [query[:, columns], key[:, own], value[:, own]]
+        if qkv_copies is not None:
+            inner = block.project(hidden, *_rows_of(linears, qkv_copies, (columns, own, own)), size)
+        rotated = inner[0], inner[1]
+        if norms is not None or block.qkv_again:  # else they were rotated before they were saved
+            rotated = block.norm_and_rotate(*rotated, cos, sin)
         grad_output = grad @ out.weight[:, columns]
         if grad_z is not None and copies.a is not None:
             grad_output.addmm_(grad_z, copies.a[:, columns])
@@ -182,10 +206,21 @@ def _backward_by_head(
         if norms is not None:
             for index, weight in enumerate((norms.query, norms.key)):
                 grads[index] = _rms_norm_by_head_backward(grads[index], inner[index], weight, norms.eps)
-        for x, of_x in zip(inner, grads, strict=True):
-            x.copy_(of_x)
-        del grads, of_x  # before those of the next head are there
-    return adapters
+        for place, of_x in zip(places, grads, strict=True):
+            place.copy_(of_x)
+        del grads, of_x, inner  # before those of the next head are there
+    return qkv, adapters
+
+
+def _rows_of(
+    linears: Sequence[LoraLinear], copies: AdapterCopies, rows: Sequence[slice]
+) -> tuple[list[LoraLinear], AdapterCopies]:
+    """The layers, whose weights are dequantized, with some of their outputs alone."""
+    few = [
+        replace(linear, weight=linear.weight[part], bias=None if linear.bias is None else linear.bias[part])
+        for linear, part in zip(linears, rows, strict=True)
+    ]
+    return few, replace(copies, b=[None if b is None else b[part] for b, part in zip(copies.b, rows, strict=True)])
 
 
 def _backward_to_hidden(
@@ -213,8 +248,8 @@ def add_attention_by_head(hidden: Tensor, cos: Tensor, sin: Tensor, block: Atten
     """hidden (tokens, size) plus the attention of its RMS norm; all tokens are those of one packed micro-batch.
 
     cos, sin: (tokens, dim), both halves of a row alike. tile: tokens that the linear layers compute at a time. Saves
-    hidden, queries, keys, values, attention's output and its log-sum-exp. Its backward pass writes over these and over
-    the gradient of its output: nobody else may need them, and it runs once.
+    hidden, queries, keys, values (not with qkv_again), attention's output and its log-sum-exp. Its backward pass writes
+    over these and over the gradient of its output: nobody else may need them, and it runs once.
     """
     adapters = adapters_of([*block.qkv, block.out])
     added: Tensor = _AddAttention.apply(hidden, cos, sin, block, tile, *adapters)

@@ -75,7 +75,8 @@ class _LeanAttention(nn.Module):
     held: HeldAdapters
     input_groups = ("q_proj k_proj v_proj", "o_proj")  # linear modules by their input
     tile_by_head = 0  # tokens of a tile where backward goes by key/value head (`set_tiles`)
-    after_attention: Callable[[], None] | None = None  # as of AttentionParts
+    qkv_again = False  # as of AttentionParts
+    after_attention: Callable[[], None] | None = None
 
     def forward(self: Any, hidden_states: Tensor, *, norm: Any = None, norm_after: Any = None, **kwargs: Any) -> Any:
         """norm: the RMS norm before attention. With it, returns the hidden states after the residual connection.
@@ -125,7 +126,7 @@ class _LeanAttention(nn.Module):
         max_length_q: int,
         **_: Any,
     ) -> Tensor:
-        """The same by common.kernels.grouped_attention, which saves queries, keys and values too."""
+        """The same by common.kernels.grouped_attention, which saves queries, keys and values too, or projects again."""
         qkv, qkv_copies = self.held.read(self, self.input_groups[0], hidden_states.dtype)
         (out,), out_copies = self.held.read(self, self.input_groups[1], hidden_states.dtype)
         head_norms = None
@@ -144,6 +145,7 @@ class _LeanAttention(nn.Module):
             qkv_copies,
             out_copies,
             self.after_attention,
+            self.qkv_again,
         )
         output = add_attention_by_head(hidden_states.flatten(0, 1), cos, sin, block, self.tile_by_head)
         return output.view_as(hidden_states)
@@ -250,10 +252,11 @@ def copy_all_adapters(model: nn.Module, dtype: torch.dtype) -> None:
                 module.held.read(module, names, dtype)
 
 
-def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False) -> None:
+def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False, qkv_again: bool = False) -> None:
     """Makes the lean layers compute `tile` tokens at a time, and attention's backward by key/value head; 0: as ever.
 
-    Layers that become lean later do so then. Raises ValueError where they cannot (`can_tile`).
+    qkv_again: as of AttentionParts. Layers that become lean later do so then. Raises ValueError where they cannot
+    (`can_tile`).
     """
     if tile and not can_tile(model):
         raise ValueError("only lean layers with packed attention can compute in tiles")
@@ -262,6 +265,7 @@ def set_tiles(model: nn.Module, tile: int, *, by_head: bool = False) -> None:
             module.tile = tile  # type: ignore[assignment]
         elif issubclass(_lean_class(module), _LeanAttention):
             module.tile_by_head = tile if by_head else 0  # type: ignore[assignment]
+            module.qkv_again = qkv_again  # type: ignore[assignment]
 
 
 def can_tile(model: Any) -> bool:

@@ -1,6 +1,5 @@
 """The optimizer step of a recipe on a card, before anything is downloaded: its bytes moment by moment, and its time."""
 
-import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -28,7 +27,10 @@ from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS, Step
 from common.recipe import PreferenceSpec, Recipe
 
-SHORT_EXAMPLE_TOKENS = 64  # data of shorter examples is rare
+# Before the data are known: rows shorter than this are packed with examples as short as the next constant says, which
+# data rarely has in mean; longer rows are there for long examples, and are one each.
+LONG_ROW_TOKENS = 8_192
+SHORT_EXAMPLE_TOKENS = 64
 PARAMETERS = (WEIGHTS, EMBEDDINGS, ADAPTERS)  # kinds of a decoder layer's parameters; its norms count as EMBEDDINGS
 
 
@@ -39,6 +41,8 @@ class Setting:
     dtype: torch.dtype = torch.bfloat16  # of the compute
     attention: str = PACKED_ATTENTION  # its name in transformers
     triton: bool = True  # the operators of common.kernels run as kernels; False: as references, which allocate more
+    # Examples in the row of the data that has the most, of pairs both answers; None: not known yet (assumed_examples).
+    examples_per_row: int | None = None
 
 
 class Forecast:
@@ -51,22 +55,37 @@ class Forecast:
         self.layers: int = load_config(recipe.model).num_hidden_layers
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
+        self.examples_per_row = setting.examples_per_row or assumed_examples(recipe, recipe.train.seq_len)
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
         bnb.name2qmap.setdefault("dynamic", bnb.create_dynamic_map())
 
-    def step(self, tokens: int, policy: Policy, *, rows: int = 1, accumulates: bool = True, on_host: int = 0) -> Step:
+    def step(
+        self,
+        tokens: int,
+        policy: Policy,
+        *,
+        rows: int = 1,
+        examples: int | None = None,
+        accumulates: bool = True,
+        on_host: int = 0,
+    ) -> Step:
         """The step of the whole model with micro-batches of so many tokens, every token trained: one card's part of it.
 
         Counted on a few layers and spliced. rows: in which the tokens lie, each as long as the others. Packed attention
-        knows no rows; another attention has a mask of rows x length x length. on_host: layers whose shards, or weights,
-        wait in host memory.
+        knows no rows; another attention has a mask of rows x length x length. examples: that the tokens are of, which
+        packed attention keeps apart; None is `examples_in`. on_host: layers whose shards, or weights, wait in host
+        memory.
 
         Raises ValueError for an offload of one or two layers of a larger model. It saves no memory, and those layers
         are unlike the ones that are counted.
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
+        if self.packs:
+            rows, examples = 1, examples or self.examples_in(tokens)
+        else:
+            examples = self.examples_in(tokens)
+        return self._step(tokens, policy, accumulates, rows, examples).with_layers_on_host(on_host)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
@@ -74,6 +93,10 @@ class Forecast:
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
         """
         return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
+
+    def examples_in(self, tokens: int) -> int:
+        """Examples in a micro-batch of full rows that has so many tokens together."""
+        return -(-tokens * self.examples_per_row // self.recipe.train.seq_len)
 
     @property
     def packs(self) -> bool:
@@ -92,12 +115,12 @@ class Forecast:
         shards = self.step(self.recipe.train.seq_len, Policy(self.layers)).sharded_per_layer
         return self.layout.processes * sum(shards[kind] for kind in PARAMETERS) + self.mixed.gathered
 
-    def _splice(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Step:
+    def _splice(self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int) -> Step:
         parts = []
         if policy.recomputed:
-            parts.append(self._layers_that_recompute(tokens, policy, accumulates, rows))
+            parts.append(self._layers_that_recompute(tokens, policy, accumulates, rows, examples))
         if policy.kept:
-            parts.append(self._layers_that_keep(tokens, policy, accumulates, rows))
+            parts.append(self._layers_that_keep(tokens, policy, accumulates, rows, examples))
         return self.mixed.add_to(splice_layers(parts))
 
     def _splice_forward(self, tokens: int, rows: int) -> Step:
@@ -105,40 +128,50 @@ class Forecast:
         step = self.count(tokens, Policy(counted, counted), False, rows, gradients=False)
         return self.mixed.add_to(splice_layers([Part(step, layers_to_copy(self.layers, counted, 1))]))
 
-    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
+    def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int) -> Part:
         # The first ordinary layer. With offload it is layer 2: the input of layer 0 is the embedding's output, which
         # stays on the card.
         repeated = 2 if policy.offload else 1
         counted = min(self.layers, repeated + 2)
-        step = self._count(tokens, replace(policy, layers=counted, kept=0), accumulates, rows)
+        step = self._count(tokens, replace(policy, layers=counted, kept=0), accumulates, rows, examples)
         if policy.kept and self.layout.sharded:
             # None of them is the model's last layer, which gathers itself in its backward pass.
             return Part(step, [min(i, max(0, counted - 2)) for i in range(policy.recomputed)])
         return Part(step, layers_to_copy(policy.recomputed, counted, repeated))
 
-    def _layers_that_keep(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
+    def _layers_that_keep(self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int) -> Part:
         counted = min(self.layers, 3)
-        step = self._count(tokens, Policy(counted, counted), accumulates, rows)
+        step = self._count(tokens, Policy(counted, counted), accumulates, rows, examples)
         copied = layers_to_copy(policy.kept, counted, 1)
         if policy.recomputed and counted > 2:  # none of them is the model's first layer
             copied = [max(1, i) for i in copied]
         return Part(step, copied)
 
-    def count(self, tokens: int, policy: Policy, accumulates: bool, rows: int = 1, *, gradients: bool = True) -> Step:
-        """Counts the step of a model of `policy.layers` layers; gradients=False, as `forward`.
+    def count(
+        self,
+        tokens: int,
+        policy: Policy,
+        accumulates: bool,
+        rows: int = 1,
+        examples: int | None = None,
+        *,
+        gradients: bool = True,
+    ) -> Step:
+        """Counts the step of a model of `policy.layers` layers; gradients=False, as `forward`. Arguments as of `step`.
 
         It makes a new model each time: the first step may change one (bitsandbytes casts biases).
         """
         model, mode = self._fake_model(policy.layers)
         checkpoint_activations(model, policy)
+        examples = examples or self.examples_in(tokens)
         if not self.layout.sharded:
-            return self._count_with(model, mode, tokens, accumulates, rows, gradients)
+            return self._count_with(model, mode, tokens, accumulates, rows, examples, gradients)
         with fake_process_group(self.layout.processes) as mesh:
             with mode:
                 for layer in decoder_layers(model):
                     shard_layer(layer, mesh)
                 shard_root(model, mesh)
-            return self._count_with(model, mode, tokens, accumulates, rows, gradients)
+            return self._count_with(model, mode, tokens, accumulates, rows, examples, gradients)
 
     def _fake_model(self, layers: int) -> tuple[PeftModel, FakeTensorMode]:
         recipe = self.recipe
@@ -156,7 +189,14 @@ class Forecast:
         return model, mode
 
     def _count_with(
-        self, model: PeftModel, mode: FakeTensorMode, tokens: int, accumulates: bool, rows: int, gradients: bool
+        self,
+        model: PeftModel,
+        mode: FakeTensorMode,
+        tokens: int,
+        accumulates: bool,
+        rows: int,
+        examples: int,
+        gradients: bool,
     ) -> Step:
         train, preference, dtype = self.recipe.train, self.recipe.preference, self.setting.dtype
         if train.optimizer == "paged_adamw_8bit":  # it moves pages to the host when it must; planned as if it never did
@@ -166,9 +206,9 @@ class Forecast:
             longest = min(tokens, train.seq_len) if self.packs else tokens // rows
             if self.packs and self.recipe.data.kind == "pairs":
                 longest = -(-longest // 2)  # two answers alike share a row
-            batch = full_batch(tokens, longest, padding_free=self.packs)
+            batch = full_batch(tokens, longest, examples, padding_free=self.packs)
             if preference is not None:
-                batch |= preference_entries(batch["labels"].shape, preference)
+                batch |= preference_entries(batch["labels"].shape, preference, examples)
 
             def loss() -> torch.Tensor:
                 with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -203,13 +243,22 @@ def _is_autocast_enabled(device_type: str = "cpu") -> bool:
     return _stock_is_autocast_enabled(device_type)
 
 
-def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, Any]:
+def assumed_examples(recipe: Recipe, tokens: int) -> int:
+    """Examples in a row of so many tokens while its data are not known; of pairs both answers."""
+    return max(least_examples(recipe), tokens // SHORT_EXAMPLE_TOKENS if tokens < LONG_ROW_TOKENS else 1)
+
+
+def least_examples(recipe: Recipe) -> int:
+    """Examples in a row that holds as few as it can; of pairs both answers."""
+    return 2 if recipe.data.kind == "pairs" else 1
+
+
+def full_batch(tokens: int, longest: int, examples: int = 1, *, padding_free: bool) -> dict[str, Any]:
     """A micro-batch in the form of common.data.batches.collate, every token trained.
 
-    padding_free: int64 (1, tokens), as many short examples (SHORT_EXAMPLE_TOKENS), for the scratch memory of attention,
-    but with the attention of examples of `longest` tokens. Otherwise rows of `longest` tokens, int64 (tokens / longest,
-    longest), which need a mask: the positions say that examples end in them. Raises ValueError where `longest` does not
-    divide the tokens.
+    padding_free: int64 (1, tokens), as so many examples, for the scratch memory of attention, but with the attention of
+    examples of `longest` tokens. Otherwise rows of `longest` tokens, int64 (tokens / longest, longest), which need a
+    mask: the positions say that examples end in them. Raises ValueError where `longest` does not divide the tokens.
     """
     if not padding_free and tokens % longest:
         raise ValueError(f"{tokens} tokens are no rows of {longest}")
@@ -218,17 +267,17 @@ def full_batch(tokens: int, longest: int, *, padding_free: bool) -> dict[str, An
     batch: dict[str, Any] = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
     batch["trained_positions"] = torch.zeros(tokens, dtype=torch.int64)
     if padding_free:
-        starts = torch.zeros(tokens // SHORT_EXAMPLE_TOKENS + 2, dtype=torch.int32)
+        starts = torch.zeros(examples + 1, dtype=torch.int32)
         batch |= {"cu_seq_lens_q": starts, "max_length_q": longest}
     return batch
 
 
-def preference_entries(shape: tuple[int, ...], spec: PreferenceSpec) -> dict[str, Any]:
+def preference_entries(shape: tuple[int, ...], spec: PreferenceSpec, examples: int) -> dict[str, Any]:
     """What a micro-batch of full_batch has beside its other entries where the recipe has a PreferenceSpec.
 
-    shape: of its labels. Its examples are as short as those of full_batch, an even number of them.
+    shape: of its labels. Of an odd number of examples it makes an even one.
     """
-    examples = 2 * max(1, math.prod(shape) // (2 * SHORT_EXAMPLE_TOKENS))
+    examples += examples % 2
     entries: dict[str, Any] = {
         EXAMPLE_IDS: torch.zeros(shape, dtype=torch.int64),
         SIGNS: torch.ones(examples, dtype=torch.float32),

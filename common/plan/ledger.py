@@ -95,12 +95,12 @@ class Ledger(TorchDispatchMode):
 
         The second one takes what each does that has one before it and one after it, and its work counts as theirs.
         """
-        slices = list(_split(tokens, size))
+        slices, outer = list(_split(tokens, size)), self.repeats
         for index, part in enumerate(slices):
             if index in (0, 1, len(slices) - 1):
-                self.repeats = len(slices) - 2 if 0 < index < len(slices) - 1 else 1
+                self.repeats = outer * (len(slices) - 2 if 0 < index < len(slices) - 1 else 1)
                 yield part
-        self.repeats = 1
+        self.repeats = outer
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):

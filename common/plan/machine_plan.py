@@ -15,10 +15,11 @@ from common.model.sharding import refuse_unshardable
 from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
-from common.plan.plan import Plan, build_plan, plan_on
-from common.plan.planner import refuse_more_layers
+from common.plan.misfit import explain_examples
+from common.plan.plan import Plan, build_plan, make_plan, plan_on
+from common.plan.planner import Planner, refuse_more_layers
 from common.plan.speed import KnownGpu
-from common.recipe import ModelSpec, Recipe, rows_per_process
+from common.recipe import ModelSpec, Recipe, UserError, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
 
@@ -44,6 +45,27 @@ def plan_for_card(recipe: Recipe) -> Plan:
         plan = _plan_for_cpu(recipe, machine)
     plan = broadcast_from_main(plan)  # another process may count its own shards a few bytes smaller
     print(plan.text)
+    return plan
+
+
+def plan_for_examples(recipe: Recipe, plan: Plan, examples_per_row: int) -> Plan:
+    """The plan for data with so many examples in the row that has the most, of pairs both answers.
+
+    Where it was made for as many, that is the plan. Else it is made again for the same card and layout, and printed: as
+    the model is loaded already, other layers may recompute, and micro-batches may be smaller. All processes call it.
+
+    Raises UserError where then no row fits.
+    """
+    planned = plan.examples_per_row
+    if planned is None or plan.card is None or examples_per_row <= planned:
+        return plan
+    setting = replace(_setting_of_all(this_machine(), recipe.model), examples_per_row=examples_per_row)
+    planner = Planner(recipe, plan.card, setting, plan.layout)
+    option = planner.choose_with(plan.layout.on_host)
+    if option is None:
+        raise UserError(explain_examples(planner, planned, plan.layout.on_host))
+    plan = broadcast_from_main(make_plan(planner, option))
+    print(f"planned again: a row of the data has {examples_per_row:,} examples, more than {planned:,}\n{plan.text}")
     return plan
 
 
@@ -77,12 +99,18 @@ def describe_kind(gpu: KnownGpu, model: ModelSpec) -> str:
 
 
 def _plan_for_gpus(recipe: Recipe, machine: Machine) -> Plan:
-    setting = setting_of(machine, recipe.model)
-    cards = all_gather((Card.of_machine(machine), machine.dtype, why_no_triton()))
-    for reason in (reason for *_, reason in cards if reason):  # perhaps of another machine
+    setting = _setting_of_all(machine, recipe.model)
+    cards = all_gather((Card.of_machine(machine), machine.dtype))
+    return plan_on(recipe, smallest_of(cards), setting)
+
+
+def _setting_of_all(machine: Machine, model: ModelSpec) -> Setting:
+    """As setting_of, with references where a machine of the run cannot launch kernels."""
+    setting = setting_of(machine, model)
+    for reason in filter(None, all_gather(why_no_triton())):  # perhaps of another machine
         say_references_run(reason)
         setting = replace(setting, triton=False)
-    return plan_on(recipe, smallest_of([(card, dtype) for card, dtype, _ in cards]), setting)
+    return setting
 
 
 def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:

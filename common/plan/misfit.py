@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from common.machine.device import GIB
 from common.model.activation_checkpointing import Policy
+from common.plan.forecast import assumed_examples
 from common.plan.planner import Option, Planner
 from common.plan.step import ADAPTERS, EMBEDDINGS, GRADIENTS, OPTIMIZER, WEIGHTS, Step
 from common.recipe import Checkpointing, UserError
@@ -39,6 +40,17 @@ def explain_misfit(planner: Planner) -> str:
         return arithmetic + f"The model alone is too large: take a smaller model, or {_more_memory(planner)}{streaming}"
     changes = list(_changes_that_fit(planner, leanest, step, excess))
     return arithmetic + ("What would fit: " + ", or ".join(changes) if changes else "Take a smaller model")
+
+
+def explain_examples(planner: Planner, planned: int, on_host: int) -> str:
+    """One line: a row of the data has more examples than the `planned` ones, and so takes more than there is."""
+    leanest, _ = planner.leanest(planner.recipe.train.checkpointing, on_host)
+    examples, budget = planner.forecast.examples_per_row, planner.card.budget
+    return (
+        f"a row of the data has {examples:,} examples, and {planned:,} were planned: attention takes memory for each. "
+        f"One row then takes {leanest.peak / GIB:.1f} GiB, the budget is {budget / GIB:.1f} GiB ({leanest.policy}). "
+        "Lower TrainSpec.seq_len: a shorter row holds fewer examples"
+    )
 
 
 def _too_little_host_memory(planner: Planner, leanest: Option, available: int) -> str:
@@ -109,10 +121,12 @@ def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int
 
 def _shorter_row(planner: Planner, leanest: Option) -> int:
     """Tokens of the longest row that fits and is shorter than the recipe's; 0 where none fits."""
-    tokens = min(planner.longest_row(leanest.policy, leanest.on_host), planner.seq_len - 256)
+    known = planner.forecast.setting.examples_per_row  # in each row, however short; None before there are data
+    tokens = min(planner.longest_row(leanest.policy, leanest.on_host, known), planner.seq_len - 256)
     # Each is counted: the bytes of a row shorter than a tile of logits do not lie on the straight line.
     while tokens > 0:
-        step = planner.forecast.step(tokens, leanest.policy, on_host=leanest.on_host)
+        examples = known or assumed_examples(planner.recipe, tokens)
+        step = planner.forecast.step(tokens, leanest.policy, examples=examples, on_host=leanest.on_host)
         if step.peak() <= planner.card.budget:
             return tokens
         tokens -= 256

@@ -24,12 +24,15 @@ def _varlen_backward_scratch(
 ) -> int:
     """Bytes that the backward pass of flash attention allocates inside the operator.
 
-    In fp32: dq, and one number a token and head, each example lengthened by 128 tokens. With grouped heads also dk and
-    dv of every query head. Source: torch, flash_attn/flash_api.cpp, mha_varlen_bwd.
+    In fp32: dq, in heads of a multiple of 32 (beyond 128 of 64), and one number a token and head, each example
+    lengthened by 128 tokens. With grouped heads also dk and dv of every query head. Source: torch,
+    flash_attn/flash_api.cpp, mha_varlen_bwd. A deterministic one would take dq several times: it runs where
+    use_deterministic_algorithms refuses others, and a run's only warns (transformers/cuda/attention_backward.cu).
     """
     tokens, heads, dim = query.shape
+    multiple = 32 if dim <= 128 else 64
     expanded = 2 * query.element_size() * tokens * heads * dim if key.shape[1] != heads else 0
-    return 4 * (tokens + 128 * (len(starts) - 1)) * heads * (dim + 1) + expanded
+    return 4 * (tokens + 128 * (len(starts) - 1)) * heads * (-(-dim // multiple) * multiple + 1) + expanded
 
 
 def _varlen_flops(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, _: Any, longest: int, *__: Any) -> int:

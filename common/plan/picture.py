@@ -32,8 +32,8 @@ COLOURS = ("#0072B2", "#56B4E9", "#CC79A7", "#F0E442", "#E69F00", "#009E73", "#0
 def draw_plan(report: PlanReport, path: Path) -> None:
     """Draws a PNG: memory over time in the last micro-batch of an optimizer step, without checkpointing and as chosen.
 
-    Where the choice is no checkpointing, the other panel shows recomputing every layer. Raises UserError where the
-    picture cannot be written.
+    Where the choice is no checkpointing, the other panel shows recomputing every layer. Below them stands the longest
+    row that fits each way. Raises UserError where the picture cannot be written.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -68,6 +68,8 @@ def draw_plan(report: PlanReport, path: Path) -> None:
         f"{rows} × {train.seq_len:,} tokens"
     )
     figure.suptitle(textwrap.fill(title, 108), fontweight="bold", parse_math=False)  # $ in a name is no formula
+    longest = "; ".join(f"{name} {tokens:,}" for name, tokens in report.longest.items())
+    figure.supxlabel(f"tokens of the longest row that fits: {longest}", fontsize=9, color="0.25")
     with writing(path):
         figure.savefig(path, format="png", dpi=130)
 

@@ -28,6 +28,8 @@ class Plan:
     optimizer_bytes: int = 0  # of the optimizer's states
     # Of a micro-batch of the pass that gives the reference's log-likelihoods, without gradients; 0 where there is none.
     reference_rows: int = 0
+    card: Card | None = None  # that it was made for; None on a CPU
+    examples_per_row: int | None = None  # that a row may have; None where the memory does not depend on that
 
     @property
     def rows_per_step(self) -> int:
@@ -109,8 +111,11 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     reference_rows = planner.reference_rows(option.on_host)
     if reference_rows:
         why += f"\n  {_words_of_passes(planner, option, reference_rows)}"
+    if planner.forecast.packs:
+        why += f"\n  {_words_of_examples(planner)}"
     plan = build_plan(planner.recipe.train, layout, option.rows, policy, why, peak_bytes, optimizer_bytes)
-    return replace(plan, reference_rows=reference_rows)
+    examples = planner.forecast.examples_per_row if planner.forecast.packs else None
+    return replace(plan, reference_rows=reference_rows, card=card, examples_per_row=examples)
 
 
 def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
@@ -122,6 +127,15 @@ def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
         f"before the first step the log-likelihoods under the reference, {_row_or_rows_of(rows)} at a time, "
         f"{peak / GIB:.1f} GiB{each_step}: {share:.0%} of the modelled time of the run"
     )
+
+
+def _words_of_examples(planner: Planner) -> str:
+    """For how many examples in a row attention's scratch memory is counted."""
+    examples = planner.forecast.examples_per_row
+    counted = f"counted for rows of {'one example' if examples == 1 else f'up to {examples:,} examples'}"
+    if planner.forecast.setting.examples_per_row is not None:
+        return f"{counted}, as the data have"
+    return f"{counted}; a run counts again where its data have more in a row"
 
 
 def _words_of_whole_layers(shared: Option, streamed: Option) -> str:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
+from typing import Any
 
 from common.machine.layout import ONE_PROCESS, RING_SLOTS, Layout
 from common.model.activation_checkpointing import Policy
 from common.model.config import load_config, refuse_more_positions
 from common.plan.card import Card
-from common.plan.forecast import Forecast, Setting
+from common.plan.forecast import LONG_ROW_TOKENS, Forecast, Setting, least_examples
 from common.plan.speed import speed_of
 from common.plan.step import GRADIENTS, Step, lagrange_weights, peak_between
 from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
@@ -22,10 +23,14 @@ from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
 COUNTED_LENGTHS = (4_096, 8_192, 16_384)
-# Ways to compute long rows, from fast to lean: tokens of a tile, and whether attention's backward goes by head. Smaller
-# tiles take longer: with 4,096 tokens a matmul computes as long as the reading of its weight takes many times over.
-TILES = ((4_096, False), (4_096, True), (1_024, True))
-LONG_ROW_TOKENS = 8_192  # from here on attention is a large enough part of a layer to be worth keeping
+# Ways to compute long rows, from fast to lean: fields of Policy. Smaller tiles take longer: with 4,096 tokens a matmul
+# computes as long as the reading of its weight takes many times over.
+TILES: tuple[dict[str, Any], ...] = (
+    {"tile": 4_096},
+    {"tile": 4_096, "by_head": True},
+    {"tile": 1_024, "by_head": True},
+    {"tile": 1_024, "by_head": True, "qkv_again": True},
+)
 TIME_TOLERANCE = 1.02  # options whose modelled times differ by less than this factor take the same time
 TRAFFIC_TOLERANCE = 1.1  # options whose traffic differs by about less than this factor send as much
 
@@ -82,6 +87,10 @@ class Planner:
             return self._choose_among(choices)
         return self._choose_among([0]) or (self._choose_among(choices[1:]) if streams else None)
 
+    def choose_with(self, on_host: int) -> Option | None:
+        """The fastest option that fits with the shards, or weights, of so many layers in host memory, as they are."""
+        return self._choose_among([on_host])
+
     def _choose_among(self, choices: Sequence[int]) -> Option | None:
         """choices: how many layers may have their shards, or weights, in host memory; ascending."""
         if not choices:
@@ -100,13 +109,20 @@ class Planner:
         """The options that compute in tiles: only where nothing else fits, so that other rows stay as they are."""
         policies = self.policies_in_tiles(self.recipe.train.checkpointing)
         leanest = policies[len(TILES) - 1 :: len(TILES)]
-        if not any(self.fits(self._extrapolate(self.seq_len, policy, choices[-1])) for policy in leanest):
+        row = self.forecast.examples_per_row
+        if not any(self.fits(self._extrapolate(self.seq_len, policy, choices[-1], row)) for policy in leanest):
             return  # no need to search
-        for rows, policy in product(self._micro_batch_rows(), policies):
-            for on_host in choices:
-                if self.fits(self._extrapolate(rows * self.seq_len, policy, on_host)):
-                    yield self.exact(rows, policy, on_host)[0]
-                    break
+        groups = [policies[start : start + len(TILES)] for start in range(0, len(policies), len(TILES))]
+        for rows, group in product(self._micro_batch_rows(), groups):
+            for policy in group:
+                tokens, examples = rows * self.seq_len, row if rows == 1 else None
+                fitting = (n for n in choices if self.fits(self._extrapolate(tokens, policy, n, examples)))
+                if (on_host := next(fitting, None)) is None:
+                    continue
+                option, _ = self.exact(rows, policy, on_host)
+                yield option
+                if on_host == choices[0] and self.fits(option):
+                    break  # the leaner ones take longer
 
     def policies_in_tiles(self, wanted: Checkpointing) -> list[Policy]:
         """The policies in tiles that TrainSpec.checkpointing allows, from fast to lean."""
@@ -114,7 +130,7 @@ class Planner:
             return []
         names: list[Checkpointing] = ["every layer", "offload"] if wanted == "auto" else [wanted]
         plain = [Policy.named(name, self.layers) for name in names]
-        return [replace(policy, tile=tile, by_head=by_head) for policy in plain for tile, by_head in TILES]
+        return [replace(policy, **tiles) for policy in plain for tiles in TILES]
 
     def leanest(self, wanted: Checkpointing, on_host: int) -> tuple[Option, Step]:
         """One row under that of the policies which TrainSpec.checkpointing allows that takes the least memory."""
@@ -134,7 +150,7 @@ class Planner:
             yield plain
             if plain is None or plain.policy.recomputed:
                 yield self.keep_most_layers(rows, on_host, offload=True)
-                if self.seq_len >= LONG_ROW_TOKENS:
+                if self.seq_len >= LONG_ROW_TOKENS:  # attention is a large enough part of a layer to be worth keeping
                     yield self.keep_most_layers(rows, on_host, keep_attention=True)
 
     def _micro_batch_rows(self) -> list[int]:
@@ -262,32 +278,38 @@ class Planner:
         tokens = rows * self.seq_len
         return passes * self.forecast.forward(tokens, rows=rows, on_host=on_host).seconds(self.forecast.speed) / tokens
 
-    def longest_row(self, policy: Policy, on_host: int = 0) -> int:
+    def longest_row(self, policy: Policy, on_host: int = 0, examples: int | None = None) -> int:
         """Tokens of the longest single row that fits card and host, a multiple of 256. 0 where none fits.
 
-        It does not ask how many positions the model has.
+        It does not ask how many positions the model has. examples: in the row; None is one, or one pair.
         """
-        return self.longest_option(policy, on_host)[0]
+        return self.longest_option(policy, on_host, examples)[0]
 
-    def longest_option(self, policy: Policy, on_host: int = 0) -> tuple[int, Option]:
+    def longest_option(self, policy: Policy, on_host: int = 0, examples: int | None = None) -> tuple[int, Option]:
         """The tokens of longest_row, and what that row takes."""
+        # Without tiles attention is not the worst moment, so the counts that the search has made do as well.
+        if examples is None and policy.tile:
+            examples = least_examples(self.recipe)
         low, high = 0, 1 << 14  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
-            if self.fits(self._extrapolate(256 * middle, policy, on_host)):
+            if self.fits(self._extrapolate(256 * middle, policy, on_host, examples)):
                 low = middle
             else:
                 high = middle - 1
-        return 256 * low, self._extrapolate(256 * low, policy, on_host)
+        return 256 * low, self._extrapolate(256 * low, policy, on_host, examples)
 
-    def _extrapolate(self, tokens: int, policy: Policy, on_host: int) -> Option:
-        """A single row of so many tokens from counts of other lengths, without its time."""
+    def _extrapolate(self, tokens: int, policy: Policy, on_host: int, examples: int | None) -> Option:
+        """So many tokens and examples from counts of other lengths, as one row, without the time.
+
+        examples: None is as many for the tokens as in the data.
+        """
         lengths: tuple[int, ...] = self.counted_tokens
         if not self.forecast.packs:
             lengths = COUNTED_LENGTHS
         elif policy.tile:  # full tiles, and so many that all further ones are like them
             lengths = 4 * policy.tile, 8 * policy.tile
-        counts = [self.forecast.step(counted, policy, on_host=on_host) for counted in lengths]
+        counts = [self.forecast.step(counted, policy, examples=examples, on_host=on_host) for counted in lengths]
         weights = lagrange_weights(tokens, lengths)
         host = round(sum(weight * count.host_peak() for weight, count in zip(weights, counts, strict=True)))
         return Option(1, policy, peak_between(counts, weights) + self.bucket_bytes, 0.0, on_host, host)

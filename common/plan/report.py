@@ -23,8 +23,12 @@ NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE = (
     "every layer + boundaries on the host",
     "our choice",
 )
-# Ways to compute a long row, beside the first ones (common.plan.planner.TILES).
-IN_TILES = "the same in tiles"
+# Ways to compute a long row beside the first ones, each the leanest of its kind (common.plan.planner.TILES).
+IN_TILES, BY_HEAD, QKV_AGAIN = WAYS_IN_TILES = (
+    "the same in tiles",
+    "in tiles, by head",
+    "in tiles, by head, q, k, v again",
+)
 TEXT_WIDTH, LABEL_WIDTH, COLUMN_WIDTH = 120, 38, 20  # characters
 
 
@@ -124,7 +128,8 @@ class PlanReport:
         of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
         row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
         stream = f" while the weights of {self.plan.layout.streamed} layers stream" * bool(self.plan.layout.streamed)
-        yield f"longest {row} that fits, in a micro-batch of 1 row{stream}{of_model}:"
+        alone = ", as one example" * (self.plan.examples_per_row is not None and self.recipe.data.kind != "pairs")
+        yield f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:"
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
             amount = f"{tokens:>9,} tokens" if tokens else "     none"
@@ -164,8 +169,9 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     rows_of = {name: planner.longest_option(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
     positions = usable_positions(load_config(planner.recipe.model))
     in_tiles = planner.policies_in_tiles("offload")
-    if in_tiles and (positions is None or rows_of[OFFLOAD][0] < positions):  # else it is two counts that nobody needs
-        rows_of[IN_TILES] = planner.longest_option(in_tiles[-1], option.on_host)
+    if in_tiles and (positions is None or rows_of[OFFLOAD][0] < positions):  # else it is six counts that nobody needs
+        leanest = {way_in_tiles(policy): policy for policy in in_tiles}
+        rows_of |= {name: planner.longest_option(policy, option.on_host) for name, policy in leanest.items()}
     return PlanReport(
         planner.recipe,
         planner.card,
@@ -176,6 +182,11 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
         {name: longest.host_bytes for name, (_, longest) in rows_of.items()},
         positions,
     )
+
+
+def way_in_tiles(policy: Policy) -> str:
+    """The name of the way in which the policy computes a long row."""
+    return QKV_AGAIN if policy.qkv_again else BY_HEAD if policy.by_head else IN_TILES
 
 
 def _share(efficiency: float) -> str:

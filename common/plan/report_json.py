@@ -80,6 +80,7 @@ def _policy_values(policy: Policy) -> dict[str, int | bool]:
         "offload": policy.offload,
         "tile_tokens": policy.tile,
         "by_head": policy.by_head,
+        "qkv_again": policy.qkv_again,
     }
 
 

@@ -102,10 +102,11 @@ class StepDown:
     def _step_down(self, batch: Batch, backward: bool, *, of_host: bool) -> str | None:
         """Changes what saves memory at the least cost in time, and says what; None when nothing is left.
 
-        First half as many layers keep their activations, then layers in tiles go by head and take smaller tiles, then
-        micro-batches are halved, then the inputs of the recomputing layers move to host memory, and at last all layers
-        compute in tiles, where they can. of_host: it is the memory of the host beside a GPU. What waits there
-        are those inputs: halved micro-batches have half of them, and then they stay on the GPU.
+        First half as many layers keep their activations, then layers in tiles go by head, take smaller tiles, and
+        compute queries, keys and values again, then micro-batches are halved, then the inputs of the recomputing layers
+        move to host memory, and at last all layers compute in tiles, where they can. of_host: it is the memory of the
+        host beside a GPU. What waits there are those inputs: halved micro-batches have half of them, and then they stay
+        on the GPU.
         """
         halvings = self.halvings
         if backward and self.policy.kept and not of_host:
@@ -131,4 +132,6 @@ class StepDown:
             return replace(self.policy, by_head=True)
         if self.policy.tile > SMALLEST_TILE:
             return replace(self.policy, tile=self.policy.tile // 2)
+        if self.policy.by_head and not self.policy.qkv_again:
+            return replace(self.policy, qkv_again=True)
         return None

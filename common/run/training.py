@@ -17,11 +17,13 @@ from common.machine.device import this_machine
 from common.machine.layout import Layout
 from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
+from common.model.activation_checkpointing import checkpoint_activations
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
 from common.model.start_adapter import started_from
 from common.model.weight_streaming import leave_ring_to_processes, stream_weights
+from common.plan.machine_plan import plan_for_examples
 from common.plan.plan import Plan
 from common.process_state import make_deterministic
 from common.recipe import Kernels, Recipe, Stopped, TrainSpec, UserError, require
@@ -64,6 +66,9 @@ def train(
     folder, written = Path(recipe.out), recipe
     begun_with = rows_per_step_before(folder / CHECKPOINTS) if recipe.existing_run == "resume" else None
     recipe, plan = settle_steps(recipe, plan, rows, begun_with)
+    plan = plan_for_examples(recipe, before := plan, rows.most_examples)
+    if plan.checkpointing != before.checkpointing:
+        checkpoint_activations(model, plan.checkpointing)
     refuse_without_held_out(recipe.train, rows)
     make_layers_ready(model, recipe.train.kernels, plan.layout)
     mend_pad_embedding(model, tokenizer)

@@ -288,6 +288,8 @@ WAYS = {
     "by head, keep attention": Policy(3, tile=32, by_head=True, keep_attention=True),
     "by head, offload": Policy(3, tile=48, by_head=True, offload=True),
     "by head, one tile": Policy(3, tile=1000, by_head=True),
+    "q, k, v again": Policy(3, tile=32, by_head=True, qkv_again=True),
+    "q, k, v again, keep attention, offload": Policy(3, False, True, True, tile=48, by_head=True, qkv_again=True),
 }
 
 
@@ -345,6 +347,7 @@ def test_other_adapters_and_4_bits_give_the_same_in_tiles(folders, architecture,
     expected = of_packed_row(packed(folders[architecture], lora, bits), WAYS["every layer"])
     assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["tiles"]), expected)
     assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["by head"]), expected)
+    assert_same(of_packed_row(packed(folders[architecture], lora, bits), WAYS["q, k, v again"]), expected)
 
 
 @pytest.mark.parametrize("way", ["tiles", "by head, offload"])
@@ -432,6 +435,8 @@ def test_tiles_are_refused_where_the_layers_cannot():
         Policy(3, 1, tile=32)
     with pytest.raises(ValueError, match="layers in tiles all recompute"):
         Policy(3, by_head=True)
+    with pytest.raises(ValueError, match="only attention by key/value head computes queries, keys and values again"):
+        Policy(3, tile=32, qkv_again=True)
 
 
 def test_layers_that_become_lean_later_compute_in_tiles_then(folders):

@@ -24,7 +24,7 @@ from common.model.preference_loss import answer_likelihoods, preference_loss
 from common.model.weight_streaming import stream_weights
 from common.plan import ledger, operators
 from common.plan.count import count_step
-from common.plan.forecast import SHORT_EXAMPLE_TOKENS, Forecast, Setting, preference_entries
+from common.plan.forecast import Forecast, Setting, preference_entries
 from common.plan.ledger import round_up
 from common.plan.splice import Part, layers_to_copy, splice_layers
 from common.plan.step import (
@@ -56,6 +56,7 @@ LLAMA, QWEN3 = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
 RANK_16 = LoraSpec(16, 16)
 LLAMA_ADAPTER = 32 * 16 * 81_920  # layers * rank * (in + out over 7 projections)
 TOKENS, LAYERS = 768, 6
+EXAMPLES = TOKENS // 64  # as a plan assumes
 POLICIES = {
     "every layer": Policy(LAYERS),
     "some layers": Policy(LAYERS, 2),
@@ -101,6 +102,7 @@ def allocated_in_a_real_step(
     rows: int = 1,
     on_host: int = 0,
     attention: str = "sdpa",
+    examples: int = EXAMPLES,
 ) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
@@ -118,9 +120,9 @@ def allocated_in_a_real_step(
         parameter.grad = torch.zeros_like(parameter)  # of earlier micro-batches
     optimizer.step()  # makes its states
     length = tokens // rows
-    batch = packed_row(length) if attention == PACKED_ATTENTION else several_examples_a_row(length, rows)
+    batch = packed_row(length, examples) if attention == PACKED_ATTENTION else several_examples_a_row(length, rows)
     if recipe.preference is not None:
-        batch |= preference_entries(batch["labels"].shape, recipe.preference)
+        batch |= preference_entries(batch["labels"].shape, recipe.preference, examples)
     held = held_adapters(model)  # as the trainer
     with torch.no_grad():
         held.hold()
@@ -144,9 +146,8 @@ def several_examples_a_row(length: int, rows: int) -> dict[str, Any]:
     return batch | {"trained_positions": torch.zeros(length * rows, dtype=torch.int64)}
 
 
-def packed_row(length: int) -> dict[str, Any]:
-    """A micro-batch of packed attention with as many examples as a plan assumes, every token trained."""
-    examples = length // SHORT_EXAMPLE_TOKENS + 1
+def packed_row(length: int, examples: int) -> dict[str, Any]:
+    """A micro-batch of packed attention with so many examples, every token trained."""
     lengths = [length // examples] * (examples - 1)
     row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
     batch = collate([row], pad_token_id=0, padding_free=True)
@@ -208,7 +209,7 @@ def allocated_in_a_real_forward(recipe: Recipe, rows: int) -> int:
     checkpoint_activations(model, Policy(LAYERS))
     model.eval()
     batch = several_examples_a_row(TOKENS // rows, rows)
-    batch |= preference_entries(batch["labels"].shape, recipe.preference)
+    batch |= preference_entries(batch["labels"].shape, recipe.preference, EXAMPLES)
     with torch.no_grad(), watched_allocations() as profiler:
         answer_likelihoods(model, batch)
     return peak_in(profiler)
@@ -230,18 +231,20 @@ LONG_ROWS = {
     "by head": Policy(LAYERS, tile=128, by_head=True),
     "by head, keep attention": Policy(LAYERS, tile=128, by_head=True, keep_attention=True),
     "by head, offload": Policy(LAYERS, tile=160, by_head=True, offload=True),  # the last tile is shorter
+    "q, k, v again, offload": Policy(LAYERS, tile=128, by_head=True, qkv_again=True, offload=True),
 }
 
 
+@pytest.mark.parametrize("examples", [1, EXAMPLES])
 @pytest.mark.parametrize("policy", LONG_ROWS)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_long_rows_in_tiles_are_counted_as_they_run(forecasts, architecture, policy, monkeypatch):
+def test_long_rows_in_tiles_are_counted_as_they_run(forecasts, architecture, policy, examples, monkeypatch):
     monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
     recipe = forecasts[architecture, "lean"].recipe
     forecast = Forecast(recipe, Setting(torch.float32, PACKED_ATTENTION, triton=False))
-    step = forecast.step(TOKENS, LONG_ROWS[policy])
+    step = forecast.step(TOKENS, LONG_ROWS[policy], examples=examples)
     counted = step.peak() - sum(step.resident.values())
-    real = allocated_in_a_real_step(recipe, LONG_ROWS[policy], attention=PACKED_ATTENTION)
+    real = allocated_in_a_real_step(recipe, LONG_ROWS[policy], attention=PACKED_ATTENTION, examples=examples)
     print(f"{architecture}, {policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
 

@@ -50,7 +50,8 @@ EXTRAS = [{}, {"keep_attention": True}, {"offload": True}, {"keep_attention": Tr
     "policy",
     [Policy(12, 12), Policy(12), Policy(12, 1), Policy(12, 5), Policy(12, 11), Policy(12, 5, True), Policy(12, 0, True)]
     + [Policy(12, kept, offload=True) for kept in (0, 5, 9)]
-    + [Policy(12, tile=512), Policy(12, tile=600, by_head=True, offload=True)],
+    + [Policy(12, tile=512), Policy(12, tile=600, by_head=True, offload=True)]
+    + [Policy(12, tile=512, by_head=True, qkv_again=True, offload=True)],
     ids=str,
 )
 def test_a_few_layers_give_the_bytes_of_twelve(twelve, policy):
@@ -114,7 +115,15 @@ def test_a_pass_without_gradients_computes_half_and_takes_less_than_any_step(who
     assert flops[0] / flops[1] == pytest.approx(1 / 2, abs=0.02)
 
 
-@pytest.mark.parametrize("policy", [Policy(3, tile=256), Policy(3, tile=300, by_head=True, offload=True)], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(3, tile=256),
+        Policy(3, tile=300, by_head=True, offload=True),
+        Policy(3, tile=256, by_head=True, qkv_again=True),
+    ],
+    ids=str,
+)
 def test_three_tiles_give_the_step_of_all_of_them(policy, monkeypatch):
     """A plan computes the first two tiles and the last one; here also every one of the eight, and of the seven."""
     forecast = Forecast(cut(3))
@@ -135,14 +144,19 @@ def test_three_tiles_give_the_step_of_all_of_them(policy, monkeypatch):
         assert one.work.table.sum(0) == pytest.approx(other.work.table.sum(0), rel=1e-12)
 
 
-def test_tiles_add_no_matmul_and_little_time(whole):
+def test_tiles_add_no_matmul_but_those_of_q_k_and_v_again_and_little_time(whole):
     """What recomputes is as much as without tiles: the MLP's own forward pass is nobody's in a recompute."""
     plain = whole.step(16_384, Policy(32, offload=True))
-    for tile, by_head in TILES:
-        step = whole.step(16_384, Policy(32, offload=True, tile=tile, by_head=by_head))
+    for tiles_of in TILES:
+        step = whole.step(16_384, policy := Policy(32, offload=True, **tiles_of))
+        # Queries, keys and values again: 4,096 inputs and 4,096 + 2 * 1,024 outputs; A of rank 16 of the three of them
+        # for each of 8 heads, and B.
+        again = 2 * 16_384 * (4_096 * 6_144 + 8 * 4_096 * 3 * 16 + 16 * 6_144) * policy.qkv_again
         for one, other in zip(step.segments, plain.segments, strict=True):
-            assert one.work.flops == pytest.approx(other.work.flops, rel=1e-9), one.name
-        assert step.seconds(whole.speed) == pytest.approx(plain.seconds(whole.speed), rel=0.01)
+            more = again * one.name.startswith("backward")
+            assert one.work.flops == pytest.approx(other.work.flops + more, rel=1e-9), one.name
+        slower = step.seconds(whole.speed) / plain.seconds(whole.speed) - 1
+        assert slower <= (0.07 if policy.qkv_again else 0.01)  # such short rows need the former nowhere
 
 
 def test_offload_of_one_or_two_layers_is_refused(twelve):

@@ -16,10 +16,10 @@ from common.model.activation_checkpointing import Policy
 from common.plan import card, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
-from common.plan.machine_plan import plan_for_card
+from common.plan.machine_plan import plan_for_card, plan_for_examples
 from common.plan.speed import speed_of
 from common.recipe import ModelSpec, TrainSpec, UserError
-from tests.plan.planners import RECIPE, edited, plan_for
+from tests.plan.planners import MISTRAL, RECIPE, edited, plan_for
 
 TINY = replace(RECIPE, model=ModelSpec("models/tiny"), card_gib=None, train=TrainSpec(256, 16, 1e-3))
 
@@ -141,3 +141,31 @@ def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_me
     smallest = planned[0][0]
     assert smallest.name == "6.0 GiB free on Faked GPU 1, 8.0 GiB, the smallest of 2 cards"
     assert smallest.host_bytes == card.HOST_SHARE * 100 * GIB / 2
+
+
+@pytest.mark.slow  # two searches
+def test_a_row_of_the_data_with_more_examples_than_planned_is_planned_again(gpu, capsys):
+    """Mistral 7B on 12 GiB keeps all layers for rows of 32 examples: of 400, attention's scratch takes 0.8 GiB more."""
+    recipe = replace(RECIPE, model=ModelSpec(MISTRAL), train=replace(RECIPE.train, weights_on_host=0))
+    planned = plan_for(recipe, 12)
+    assert planned.examples_per_row == 32
+    assert plan_for_examples(recipe, planned, 32) is planned
+    capsys.readouterr()
+    again = plan_for_examples(recipe, planned, 400)
+    assert again.examples_per_row == 400 and again.card == planned.card and again.layout == planned.layout
+    assert again.checkpointing.recomputed > planned.checkpointing.recomputed
+    assert again.rows_per_step == planned.rows_per_step
+    budget = again.card.budget + WORKSPACE_BYTES
+    assert again.peak_bytes <= budget
+    known = Forecast(recipe, Setting(examples_per_row=400))
+    assert known.step(2048, planned.checkpointing).peak() + WORKSPACE_BYTES > budget
+    out = capsys.readouterr().out
+    assert "planned again: a row of the data has 400 examples, more than 32" in out
+    assert "counted for rows of up to 400 examples, as the data have" in out
+    fixed = replace(recipe, train=replace(recipe.train, checkpointing="none"))
+    with pytest.raises(UserError, match="a row of the data has 400 examples, and 32 were planned: .* Lower TrainSpec"):
+        plan_for_examples(fixed, planned, 400)
+
+
+def test_a_plan_whose_memory_the_examples_do_not_change_stays():
+    assert plan_for_examples(TINY, chosen := plan_for_card(TINY), 10_000) is chosen

@@ -91,7 +91,8 @@ def test_the_longest_row_fits_and_a_longer_one_does_not():
     shared = planner_for(replace(RECIPE, model=ModelSpec(MISTRAL)), 24)
     for policy in (Policy(32), Policy(32, offload=True)):
         longest = shared.longest_row(policy)
-        fitting, longer = (shared.forecast.step(tokens, policy).peak() for tokens in (longest, longest + 512))
+        rows = (shared.forecast.step(tokens, policy, examples=1) for tokens in (longest, longest + 512))
+        fitting, longer = (step.peak() for step in rows)
         assert fitting <= shared.card.budget < longer
 
 
@@ -164,12 +165,13 @@ def test_with_stock_layers_or_a_policy_that_keeps_all_there_are_no_tiles():
     assert tiles and not any(policy.offload for policy in tiles)
 
 
-@pytest.mark.parametrize("way", [0, 2])
+@pytest.mark.parametrize("way", [0, pytest.param(3, marks=pytest.mark.slow)])  # many small tiles
 def test_the_longest_row_in_tiles_is_told_from_short_ones_and_fits(way):
     shared = planner_for(RECIPE, 12)
     policy = shared.policies_in_tiles("offload")[way]
     longest = shared.longest_row(policy)
-    fitting, longer = (shared.forecast.step(tokens, policy).peak() for tokens in (longest, longest + 512))
+    rows = (shared.forecast.step(tokens, policy, examples=1) for tokens in (longest, longest + 512))
+    fitting, longer = (step.peak() for step in rows)
     assert fitting <= shared.card.budget < longer
 
 
@@ -178,3 +180,14 @@ def test_the_host_bounds_the_longest_row():
     # 32 inputs of 4,096 numbers in 16 bits a token: 256 KiB
     shared = planner_for(RECIPE, 24, host_bytes=8 * GIB)
     assert shared.longest_row(policy) == 8 * GIB // (256 << 10)
+
+
+def test_scratch_memory_is_that_of_the_examples_that_a_row_has():
+    """It is of one layer at a time: 128 tokens an example of 32 heads of 128 numbers and one, in fp32."""
+    forecast = planner_for(RECIPE, 24).forecast
+    few, many = (forecast.step(4_096, Policy(32), examples=count).peak() for count in (1_000, 1_040))
+    assert many - few == 40 * 128 * 32 * 129 * 4
+    assert forecast.examples_in(2048) == 32  # of 64 tokens, while the data are not known
+    assert planner_for(edited(seq_len=8192), 24).forecast.examples_in(8192) == 1
+    known = Planner(RECIPE, Card.of_size(24), Setting(examples_per_row=100)).forecast
+    assert known.examples_in(2048) == 100 and known.examples_in(3 * 2048) == 300

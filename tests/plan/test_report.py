@@ -12,11 +12,11 @@ from common.plan.planner import Planner
 from common.plan.report import (
     CHOICE,
     EVERY_LAYER,
-    IN_TILES,
     NO_CHECKPOINTING,
     OFFLOAD,
     OVERHEAD,
     TEXT_WIDTH,
+    WAYS_IN_TILES,
     build_report,
 )
 from common.plan.report_json import write_json
@@ -77,7 +77,8 @@ def test_only_rows_that_offload_need_host_memory(mixture):
 
 def test_the_longest_row_is_longer_with_the_boundaries_on_the_host(planner, mixture):
     assert 2048 < mixture.longest[EVERY_LAYER] < mixture.longest[OFFLOAD]
-    assert mixture.longest[OFFLOAD] < mixture.longest[IN_TILES]
+    in_tiles = [mixture.longest[way] for way in WAYS_IN_TILES]
+    assert mixture.longest[OFFLOAD] < in_tiles[0] < in_tiles[1] < in_tiles[2]
     assert mixture.positions == 40_960
 
 
@@ -85,7 +86,7 @@ def test_tiles_are_told_where_the_other_ways_do_not_reach_the_models_positions(p
     llama = replace(planner.recipe, model=ModelSpec("meta-llama/Meta-Llama-3-8B-Instruct"))  # 8,192 positions
     larger = Planner(llama, CARD)
     report = build_report(larger, larger.exact(1, Policy(32, offload=True))[0])
-    assert report.longest[OFFLOAD] > 8192 and IN_TILES not in report.longest
+    assert report.longest[OFFLOAD] > 8192 and list(report.longest) == [EVERY_LAYER, OFFLOAD]
 
 
 def test_the_text_names_the_choice_the_card_and_the_longest_row(mixture):
@@ -95,8 +96,11 @@ def test_the_text_names_the_choice_the_card_and_the_longest_row(mixture):
     assert f"peak on {CARD.name}" in text and "GiB for the step" in text
     assert f"{mixture.longest[OFFLOAD]:,} tokens" in text and "40,960 positions" in text
     # The inputs of 40 layers, 5,120 numbers in 16 bits a token
-    waits = 40 * 2 * 5120 * mixture.longest[IN_TILES] / GIB
-    assert f"{mixture.longest[IN_TILES]:,} tokens, {waits:.1f} GiB in host memory" in text
+    for way in WAYS_IN_TILES:
+        waits = 40 * 2 * 5120 * mixture.longest[way] / GIB
+        assert f"{mixture.longest[way]:,} tokens, {waits:.1f} GiB in host memory" in text
+    assert "in a micro-batch of 1 row, as one example" in text
+    assert "counted for rows of up to 32 examples; a run counts again where its data have more in a row" in text
     assert "modelled, not measured: RTX 4090" in text and "4-bit weights" in text
 
 
@@ -117,7 +121,7 @@ def test_weights_of_16_bits_are_called_so(mixture):
 def test_a_row_longer_than_the_model_reaches_is_marked(mixture):
     assert "more than the model's positions" not in replace(mixture, positions=1 << 20).text()
     longer = [tokens > 20_000 for tokens in mixture.longest.values()]
-    assert 0 < sum(longer) < len(longer) == 3
+    assert 0 < sum(longer) < len(longer) == 5
     assert replace(mixture, positions=20_000).text().count("more than the model's positions") == sum(longer)
 
 

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
+from common.data.rows import Rows
 from common.machine.device import GIB, Machine
 from common.model.activation_checkpointing import Policy
 from common.run import rehearsal
@@ -28,6 +30,23 @@ def test_the_rehearsal_takes_the_longest_rows_full_of_trained_tokens(recipe):
     assert batch["input_ids"].shape == (2, max(lengths))
     examples = (batch["position_ids"] == 0).sum()
     assert len(batch["trained_positions"]) == batch["labels"].numel() - examples
+
+
+def test_packed_rows_are_rehearsed_with_the_most_examples_of_any():
+    lengths = [[90], [10] * 8, [40, 44], [1] * 60]
+    table = {
+        "input_ids": [[7] * sum(row) for row in lengths],
+        "labels": [[7] * sum(row) for row in lengths],
+        "seq_lengths": lengths,
+    }
+    rows = Rows(Dataset.from_dict(table), None, [])
+    assert rows.most_examples == 60
+    batch = worst_batch(rows, 2, padding_free=True)
+    assert batch["input_ids"].shape == (1, 90 + 84)  # the two longest, with as many examples as the two that have most
+    bounds = batch["cu_seq_lens_q"]
+    assert len(bounds) - 1 == 60 + 8 and bounds[-1] == 90 + 84
+    assert batch["max_length_q"] == (bounds[1:] - bounds[:-1]).max() == 11  # 84 tokens as 8
+    assert ((batch["position_ids"][0] == 0).nonzero()[:, 0] == bounds[:-1]).all()
 
 
 def test_the_rehearsal_leaves_no_trace(recipe):
