@@ -69,7 +69,8 @@ def draw_plan(report: PlanReport, path: Path) -> None:
     )
     figure.suptitle(textwrap.fill(title, 108), fontweight="bold", parse_math=False)  # $ in a name is no formula
     longest = "; ".join(f"{name} {tokens:,}" for name, tokens in report.longest.items())
-    figure.supxlabel(f"tokens of the longest row that fits: {longest}", fontsize=9, color="0.25")
+    longest = textwrap.fill(f"tokens of the longest row that fits: {longest}", 140)
+    figure.supxlabel(longest, fontsize=9, color="0.25")
     with writing(path):
         figure.savefig(path, format="png", dpi=130)
 

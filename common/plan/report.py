@@ -129,7 +129,7 @@ class PlanReport:
         row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
         stream = f" while the weights of {self.plan.layout.streamed} layers stream" * bool(self.plan.layout.streamed)
         alone = ", as one example" * (self.plan.examples_per_row is not None and self.recipe.data.kind != "pairs")
-        yield f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:"
+        yield from _wrap(f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:")
         for name, tokens in self.longest.items():
             longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
             amount = f"{tokens:>9,} tokens" if tokens else "     none"

@@ -156,7 +156,7 @@ def test_tiles_add_no_matmul_but_those_of_q_k_and_v_again_and_little_time(whole)
             more = again * one.name.startswith("backward")
             assert one.work.flops == pytest.approx(other.work.flops + more, rel=1e-9), one.name
         slower = step.seconds(whole.speed) / plain.seconds(whole.speed) - 1
-        assert slower <= (0.07 if policy.qkv_again else 0.01)  # such short rows need the former nowhere
+        assert slower <= (0.075 if policy.qkv_again else 0.01)  # of longer examples less
 
 
 def test_offload_of_one_or_two_layers_is_refused(twelve):
