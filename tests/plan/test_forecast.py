@@ -58,8 +58,10 @@ def test_a_few_layers_give_the_bytes_of_twelve(twelve, policy):
     same(twelve, policy)
 
 
-def test_a_layer_starts_as_many_operators_as_the_page_says(whole):
-    keeps, recomputes = (whole.step(2048, Policy(whole.layers, kept)) for kept in (whole.layers, 0))
+def test_a_layer_starts_as_many_operators_as_the_page_says():
+    """With the recipe's alpha: where it is the rank, nothing is multiplied by their ratio."""
+    recipe = Forecast(replace(RECIPE, lora=LoraSpec(16, 32)))
+    keeps, recomputes = (recipe.step(2048, Policy(recipe.layers, kept)) for kept in (recipe.layers, 0))
     forward, backward = (keeps.segment(f"{way} 1").work.launches for way in ("forward", "backward"))
     recomputed = recomputes.segment("backward 1").work.launches
     said = f"Llama 3 8B starts {forward} in forward and {backward} in backward, {recomputed} with its recompute"
