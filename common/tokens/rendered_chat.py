@@ -47,7 +47,8 @@ class RenderedChat:
             return [Piece(self.text)]
         plain = {start for start, _ in self.plain}
         return [
-            Piece(self.text[start:end], start in plain, self.text_before(start)) for start, end in pairwise(self.edges())
+            Piece(self.text[start:end], start in plain, self.text_before(start))
+            for start, end in pairwise(self.edges())
         ]
 
     def text_before(self, place: int) -> str:
