@@ -104,7 +104,9 @@ def generate(
     return completions
 
 
-def _answered_together(prompts: Sequence[Prompt], at_a_time: int, max_new_tokens: int, positions: int) -> Iterator[tuple[int, int]]:
+def _answered_together(
+    prompts: Sequence[Prompt], at_a_time: int, max_new_tokens: int, positions: int
+) -> Iterator[tuple[int, int]]:
     """Which prompts are answered together, as start and end: in their order, and of long ones fewer."""
     start, longest = 0, 0
     for index, prompt in enumerate(prompts):

@@ -108,6 +108,9 @@ def test_long_rows_in_tiles_give_the_losses_of_one_process_and_of_rows_without_t
     assert long_rows["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert long_rows["losses"] == pytest.approx(first["losses"], abs=1e-5)
     assert long_rows["gathers"] == 2 * fully_sharded.LAYERS
+    (whole,) = steps(2, "lean", -1)  # each process has the whole model
+    assert whole["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert whole["gathers"] == 0
 
 
 @pytest.mark.slow
