@@ -136,12 +136,12 @@ def long_rows_in_tiles(model: PeftModel, longest: int) -> Iterator[None]:
         return
     base = model.get_base_model()
     set_tiles(model, TILE_WITHOUT_GRADIENTS, by_head=True)
-    base.norm_in_loss = True  # type: ignore[assignment]
+    base.norm_in_loss = True
     try:
         yield
     finally:
         set_tiles(model, 0)
-        base.norm_in_loss = False  # type: ignore[assignment]
+        base.norm_in_loss = False
 
 
 class _NeedGradient(torch.autograd.Function):

@@ -80,14 +80,14 @@ def own_batches(
 
 
 class _LazyBatches(Sequence[Batch]):
-    def __init__(self, make: Callable[[int], Batch], count: int) -> None:
-        self.make, self.count = make, count
+    def __init__(self, make: Callable[[int], Batch], length: int) -> None:
+        self.make, self.length = make, length
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self.count:
+        if not 0 <= index < self.length:
             raise IndexError(index)
         return self.make(index)
 

@@ -2,8 +2,8 @@
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.model.fully_sharded FOLDER lean|stock 6 float32
 
-Prints a line of JSON for each of the first 6 policies, or for long rows in tiles: 0 with sharded layers, -1 with the whole
-model in each process (DistributedDataParallel). It has the losses of STEPS steps; of the last micro-batch and optimizer
+Prints a line of JSON for each of the first 6 policies, or for long rows in tiles: 0 sharded layers, -1 the whole model
+in each process (DistributedDataParallel). It has the losses of STEPS steps; of the last micro-batch and optimizer
 step the bytes that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was
 gathered.
 """

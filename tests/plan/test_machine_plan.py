@@ -13,7 +13,7 @@ from common.kernels.triton_check import why_no_triton
 from common.machine import device
 from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
-from common.plan import card, plan
+from common.plan import card, machine_plan, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card
@@ -134,3 +134,13 @@ def test_a_plan_for_two_gpus_is_made_for_the_smaller_one_and_half_of_the_host_me
     smallest = planned[0][0]
     assert smallest.name == "6.0 GiB free on Faked GPU 1, 8.0 GiB, the smallest of 2 cards"
     assert smallest.host_bytes == card.HOST_SHARE * 100 * GIB / 2
+
+
+def test_a_row_whose_mask_would_not_fit_the_ram_is_refused_on_a_cpu(monkeypatch):
+    recipe = replace(TINY, train=replace(TINY.train, seq_len=512))
+    needed = 5 * 512**2  # a byte and a float for each pair of tokens
+    monkeypatch.setattr(machine_plan, "available_ram", lambda: needed)
+    plan_for_card(recipe)
+    monkeypatch.setattr(machine_plan, "available_ram", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"a mask of each row's tokens by its tokens: 0.0 GiB for 512 of them"):
+        plan_for_card(recipe)
