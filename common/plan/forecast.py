@@ -68,12 +68,12 @@ class Forecast:
             raise ValueError(f"{policy}: too few to be worth it")
         return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
 
-    def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
+    def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0, tile: int = 0, by_head: bool = False) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
-        Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
+        Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`, and of Policy.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
+        return self._forward(tokens, 1 if self.packs else rows, tile, by_head).with_layers_on_host(on_host)
 
     @property
     def packs(self) -> bool:
@@ -100,9 +100,10 @@ class Forecast:
             parts.append(self._layers_that_keep(tokens, policy, accumulates, rows))
         return self.mixed.add_to(splice_layers(parts))
 
-    def _splice_forward(self, tokens: int, rows: int) -> Step:
+    def _splice_forward(self, tokens: int, rows: int, tile: int, by_head: bool) -> Step:
         counted = min(self.layers, 3)
-        step = self.count(tokens, Policy(counted, counted), False, rows, gradients=False)
+        policy = Policy(counted, 0 if tile else counted, tile=tile, by_head=by_head)
+        step = self.count(tokens, policy, False, rows, gradients=False)
         return self.mixed.add_to(splice_layers([Part(step, layers_to_copy(self.layers, counted, 1))]))
 
     def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int) -> Part:
