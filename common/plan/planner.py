@@ -250,8 +250,8 @@ class Planner:
 
         policy: whose tiles it computes in; None is without.
         """
-        tiles = {} if policy is None else {"tile": policy.tile, "by_head": policy.by_head}
-        step = self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host, **tiles)
+        tile, by_head = (0, False) if policy is None else (policy.tile, policy.by_head)
+        step = self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host, tile=tile, by_head=by_head)
         return step.peak() + self.bucket_bytes
 
     def _pass_seconds_per_token(self, on_host: int = 0) -> float:
