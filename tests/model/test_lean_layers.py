@@ -448,4 +448,4 @@ def test_rows_that_are_evaluated_go_in_tiles_where_they_are_long_and_take_less(f
         peaks.append(peak_in(profiler))
     assert torch.equal(losses[0], losses[2]) and peaks[0] == peaks[2]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
-    assert peaks[1] < 0.8 * peaks[0]
+    assert peaks[1] < 0.9 * peaks[0]  # the rest is what one layer dequantizes, and the row itself
