@@ -108,7 +108,11 @@ def test_long_rows_in_tiles_give_the_losses_of_one_process_and_of_rows_without_t
     assert long_rows["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert long_rows["losses"] == pytest.approx(first["losses"], abs=1e-5)
     assert long_rows["gathers"] == 2 * fully_sharded.LAYERS
-    (whole,) = steps(2, "lean", -1)  # each process has the whole model
+
+
+@pytest.mark.slow
+def test_long_rows_in_tiles_give_the_losses_of_one_process_where_each_has_the_whole_model(steps):
+    (whole,), (alone,) = steps(2, "lean", -1), steps(1, "lean", 0)
     assert whole["losses"] == pytest.approx(alone["losses"], rel=1e-5)
     assert whole["gathers"] == 0
 
