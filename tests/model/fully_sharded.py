@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from common.data.batches import collate
 from common.machine.collectives import all_reduce_sum, init_distributed, shut_down_distributed
@@ -34,6 +34,7 @@ from common.plan.forecast import full_batch
 from common.recipe import Kernels, LoraSpec, ModelSpec, TrainSpec
 from common.tokens.labels import IGNORED
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
+from tests.allocations import peak_in, watched_allocations
 
 LAYERS, TOKENS, STEPS = 6, 768, 2
 POLICIES = {
@@ -71,11 +72,7 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
             batches = [batch_of(row, packed=policy.tile > 0) for row in own]  # a micro-batch each
             scale = len(rows) * (TOKENS - 1)
             total = sum(backward(computing, batch, scale, dtype) for batch in batches[:-1])
-            with (
-                profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-                if step == STEPS - 1
-                else nullcontext() as profiler
-            ):
+            with watched_allocations() if step == STEPS - 1 else nullcontext() as profiler:
                 total += backward(computing, batches[-1], scale, dtype)
                 (clip_grad_norm if policies >= 0 else torch.nn.utils.clip_grad_norm_)(trained, 1.0)
                 optimizer.step()
@@ -104,12 +101,9 @@ def backward(model: nn.Module, batch: dict[str, Any], tokens: int, dtype: torch.
 
 
 def report(policy: str, losses: list[float], profiler: profile) -> None:
-    now = peak = gathers = 0
-    for event in profiler.profiler.kineto_results.events():
-        gathers += event.name().startswith("FSDP::all_gather (")
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
+    events = profiler.profiler.kineto_results.events()
+    gathers = sum(event.name().startswith("FSDP::all_gather (") for event in events)
+    peak = peak_in(profiler)
     print(json.dumps({"policy": policy, "losses": losses, "peak": peak, "gathers": gathers}), flush=True)
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -39,9 +38,9 @@ from common.run.trainer_config import build_trainer
 from common.tokens.labels import IGNORED
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
+from tests.allocations import peak_in, watched_allocations
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch
-from tests.plan.test_count import peak_in
 from tests.run.test_training import prepare, split
 
 IDS = torch.arange(10, 74).view(2, 32)
@@ -439,11 +438,7 @@ def test_rows_that_are_evaluated_go_in_tiles_where_they_are_long_and_take_less(f
     row["labels"][-1] = row["input_ids"][-1]
     batch, losses, peaks = collate([row], 0, padding_free=True), [], []
     for longest in (100, sum(LENGTHS), 100):  # as ever, in tiles, and as ever again
-        with (
-            torch.no_grad(),
-            long_rows_in_tiles(model, longest),
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-        ):
+        with torch.no_grad(), long_rows_in_tiles(model, longest), watched_allocations() as profiler:
             losses.append(model(**batch).loss)
         peaks.append(peak_in(profiler))
     assert torch.equal(losses[0], losses[2]) and peaks[0] == peaks[2]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, BertModel
 
 from common.data.batches import collate
@@ -50,6 +49,7 @@ from common.recipe import (
     TrainSpec,
 )
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
+from tests.allocations import peak_in, watched_allocations
 from tests.conftest import ARCHITECTURES, FP32
 
 LLAMA, QWEN3 = "meta-llama/Meta-Llama-3-8B-Instruct", "Qwen/Qwen3-14B"
@@ -125,7 +125,7 @@ def allocated_in_a_real_step(
     with torch.no_grad():
         held.hold()
         answer_likelihoods(model, batch) if recipe.preference else model(**batch)  # of an earlier micro-batch
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with watched_allocations() as profiler:
         if recipe.preference is None:
             model(**batch, num_items_in_batch=tokens).loss.backward()
         else:
@@ -151,16 +151,6 @@ def packed_row(length: int) -> dict[str, Any]:
     row = {"input_ids": [0] * length, "labels": [0] * length, "seq_lengths": [*lengths, length - sum(lengths)]}
     batch = collate([row], pad_token_id=0, padding_free=True)
     return batch | {"trained_positions": torch.zeros(length, dtype=torch.int64)}
-
-
-def peak_in(profiler: profile) -> int:
-    """Bytes that the allocator has given out since the profiler began, at the worst moment."""
-    now = peak = 0
-    for event in profiler.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def cases() -> Iterator[Any]:
@@ -219,7 +209,7 @@ def allocated_in_a_real_forward(recipe: Recipe, rows: int) -> int:
     model.eval()
     batch = several_examples_a_row(TOKENS // rows, rows)
     batch |= preference_entries(batch["labels"].shape, recipe.preference)
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.no_grad(), watched_allocations() as profiler:
         answer_likelihoods(model, batch)
     return peak_in(profiler)
 
