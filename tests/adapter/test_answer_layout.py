@@ -29,7 +29,7 @@ def test_weights_wait_in_host_memory_only_where_the_card_has_no_room_for_them():
     assert layout_on(edited(weights_on_host=8), FP32) == ONE_PROCESS
 
 
-@pytest.mark.slow  # plans for two lengths
+@pytest.mark.slow  # plans for 32,768 tokens on a small card
 def test_weights_make_room_for_long_rows_that_are_evaluated_as_they_did_in_training():
     """Mistral's 32,768 positions on 7 GiB: the weights alone would fit, beside a short row or an answer."""
     recipe = replace(MISTRAL, train=replace(MISTRAL.train, seq_len=32_768, rows_per_step=1))
