@@ -20,6 +20,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 Weights = Literal["pretrained", "random"]
 TrainOn = Literal["assistant", "everything"]
+LongTexts = Literal["split", "drop"]
 Checkpointing = Literal["auto", "none", "every layer", "keep attention", "offload"]
 Kernels = Literal["lean", "stock"]
 Sharding = Literal["auto", "never", "always"]
@@ -196,6 +197,7 @@ class DataSpec(_Spec):
     # True: a row's text was rendered with the model's own chat template, control tokens included, and is taken as it
     # is. Trained are the answers that the template's marks show.
     rendered: bool = False
+    long_texts: LongTexts = "split"  # plain texts longer than seq_len: "split" over rows, or "drop"
     # Prompts and texts off the task, on which base and adapter are compared: how far a run has moved the model
     # elsewhere. A file, or a hub data set with a split "train"; None measures nothing.
     drift_source: str | None = "data/general.jsonl"
@@ -248,6 +250,7 @@ class DataSpec(_Spec):
         )
         require(self.config is None or bool(self.config.strip()), "DataSpec.config is empty; None is for none")
         require_one_of(self.train_on, TrainOn, "DataSpec.train_on")
+        require_one_of(self.long_texts, LongTexts, "DataSpec.long_texts")
         if self.columns is not None:
             _check_columns(self.columns)
         require(0 <= self.max_bad_share <= 1, f"DataSpec.max_bad_share is {self.max_bad_share}; it is a share, 0 to 1")

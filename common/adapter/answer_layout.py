@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from common.machine.device import GIB, Machine
 from common.machine.layout import ONE_PROCESS, Layout
-from common.model.activation_checkpointing import Policy
+from common.model.activation_checkpointing import MAX_WHOLE_TOKENS, Policy
 from common.plan.card import Card
 from common.plan.forecast import Setting
 from common.plan.planner import Planner
@@ -16,17 +16,21 @@ from common.recipe import Recipe, UserError
 ANSWER_BYTES = int(1.5 * GIB)
 
 
-def layout_to_answer(recipe: Recipe, card: Card, setting: Setting | None = None) -> Layout:
+def layout_to_answer(
+    recipe: Recipe, card: Card, setting: Setting | None = None, *, evaluates_rows: bool = False
+) -> Layout:
     """How many layers' weights wait in host memory so that the model can answer on a card.
 
     None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own number
-    counts for training alone. None too where not even that would fit: loading then says so.
+    counts for training alone. None too where not even that would fit: loading then says so. evaluates_rows: the loss
+    of rows of the recipe's length is computed too; where they are long, they decide, as in training.
     """
     train = replace(recipe.train, weights_on_host="auto", rows_per_step=1)
     try:
         planner = Planner(replace(recipe, train=train), card, setting)
         there = planner.forecast.step(planner.seq_len, Policy(planner.layers)).resident
-        if there[WEIGHTS] + there[EMBEDDINGS] + there[ADAPTERS] + ANSWER_BYTES <= card.budget:
+        is_long = evaluates_rows and planner.seq_len > MAX_WHOLE_TOKENS
+        if not is_long and there[WEIGHTS] + there[EMBEDDINGS] + there[ADAPTERS] + ANSWER_BYTES <= card.budget:
             return ONE_PROCESS
         option = planner.choose()
     except UserError:
@@ -34,8 +38,8 @@ def layout_to_answer(recipe: Recipe, card: Card, setting: Setting | None = None)
     return ONE_PROCESS if option is None else Layout(on_host=option.on_host)
 
 
-def layout_on(recipe: Recipe, machine: Machine) -> Layout:
+def layout_on(recipe: Recipe, machine: Machine, *, evaluates_rows: bool = False) -> Layout:
     """layout_to_answer on this machine. On a CPU weights are in host memory already."""
     if not machine.is_gpu:
         return ONE_PROCESS
-    return layout_to_answer(recipe, Card.of_machine(machine))
+    return layout_to_answer(recipe, Card.of_machine(machine), evaluates_rows=evaluates_rows)

@@ -11,11 +11,14 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from common.conversations.conversation import Conversation, Message
+from common.machine.device import GIB, this_machine
+from common.machine.out_of_memory import out_of_memory, without_frames
 from common.machine.slow_work import report_slow_work
 from common.model.rope_scaling import usable_positions
 from common.process_state import edit_lines
 from common.recipe import UserError, require
 from common.run.answer_config import GREEDY, fit_to_answers
+from common.run.answer_memory import answer_bytes, read_in_parts
 from common.sources.source_row import BadRow
 from common.tokens.chat_format import ChatFormat
 
@@ -117,6 +120,7 @@ class Chat:
                 raise UserError(
                     f"the conversation has {len(prompt):,} tokens, and the model {self.positions:,} positions: /reset"
                 )
+            self._refuse_without_room(len(prompt))
         except (UserError, BadRow) as error:
             self.turns.pop()
             raise UserError(str(error)) from error
@@ -125,8 +129,28 @@ class Chat:
             self._generate(prompt, printer)
         except KeyboardInterrupt:
             printer.end()  # shows the last word, which the streamer holds back until it is complete
+        except Exception as error:
+            if (memory := out_of_memory(error)) is None:
+                raise
+            self.turns.pop()
+            without_frames(error)
+            raise UserError(
+                f"out of {memory} memory at a conversation of {len(prompt):,} tokens; the question is forgotten: /reset"
+            ) from error
         self.turns.append(Message("assistant", printer.text))
         return printer.text
+
+    def _refuse_without_room(self, prompt_tokens: int) -> None:
+        """Raises UserError where keys and values of the conversation would not fit beside the weights."""
+        tokens = min(prompt_tokens + self.sampling.max_new_tokens, self.positions)
+        needed = answer_bytes(self.model.config, tokens, self.model.dtype.itemsize)
+        there = this_machine().room_bytes()
+        if there is not None and needed > there:
+            raise UserError(
+                f"the conversation has {prompt_tokens:,} tokens; with an answer of up to "
+                f"{tokens - prompt_tokens:,} its keys and values, and what reading it takes, are {needed / GIB:.1f} "
+                f"GiB, and {there / GIB:.1f} GiB are free: /reset, or a shorter text"
+            )
 
     @torch.no_grad()
     def _generate(self, prompt: list[int], printer: _Printer) -> None:
@@ -139,7 +163,7 @@ class Chat:
                 use_cache=True,
                 pad_token_id=self.tokenizer.pad_token_id,
                 max_length=min(len(prompt) + self.sampling.max_new_tokens, self.positions),
-                **self.arguments,
+                **self.arguments | read_in_parts(len(prompt)),
                 tokenizer=self.tokenizer,  # which stop_strings need
             )
 

@@ -42,8 +42,10 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     if flags.json and flags.json != Path(recipe.out) / EVAL_JSON:
         refuse_inside(flags.json, recipe.out, "JSON")
     print(f"reading the adapter in {recipe.out}", flush=True)
+    from common.adapter.answer_layout import layout_on
     from common.adapter.find import find_adapter
     from common.adapter.load import load_trained, trained_tokenizer
+    from common.machine.device import this_machine
     from common.run.evaluation import SAMPLE_SECONDS, compare_with_base, print_evaluation, write_evaluation
     from common.run.general_texts import texts_if_there
     from common.run.prompts import sample_prompts
@@ -54,7 +56,8 @@ def run_eval(recipe: Recipe, flags: argparse.Namespace) -> None:
     rows, source = rows_to_evaluate(adapter, tokenizer, flags.data)
     prompts = sample_prompts(rows, tokenizer, flags.samples, adapter.recipe.train.seed)
     general = texts_if_there(adapter.recipe.data.drift_source, tokenizer, adapter.recipe.train.seq_len)
-    model = load_trained(adapter, tokenizer)
+    layout = layout_on(adapter.recipe, this_machine(), evaluates_rows=True)
+    model = load_trained(adapter, tokenizer, layout)
     print(f"with the adapter and without: the loss of {len(rows):,} rows, {len(prompts)} answers", flush=True)
     max_seconds = flags.answer_seconds or SAMPLE_SECONDS
     preference = adapter.recipe.preference

@@ -5,13 +5,18 @@ from dataclasses import replace
 
 from common.conversations.conversation import AnyExample, Conversation, Preference
 from common.data.answers import require_room
-from common.data.packing import fit_to_row
-from common.recipe import TrainOn
+from common.data.packing import TooLong, fit_to_row
+from common.recipe import LongTexts, TrainOn
 from common.tokens.chat_format import ChatFormat, Tokens
 
 
 def fit_example(
-    example: AnyExample, tokens: Tokens, seq_len: int, chat_format: ChatFormat, train_on: TrainOn
+    example: AnyExample,
+    tokens: Tokens,
+    seq_len: int,
+    chat_format: ChatFormat,
+    train_on: TrainOn,
+    long_texts: LongTexts = "split",
 ) -> list[Tokens]:
     """Returns what becomes of an example in rows of seq_len tokens. `tokens` are those of the whole.
 
@@ -19,8 +24,13 @@ def fit_example(
     """
     if isinstance(example, Preference):
         return require_room(tokens, seq_len)
-    if len(tokens.input_ids) <= seq_len or isinstance(example, str):
-        return fit_to_row(tokens, seq_len, is_text=isinstance(example, str) and not chat_format.rendered)
+    if len(tokens.input_ids) <= seq_len:
+        return [tokens]
+    if isinstance(example, str):
+        is_text = not chat_format.rendered
+        if is_text and long_texts == "drop":
+            raise TooLong(f"it has more than {seq_len:,} tokens (TrainSpec.seq_len, DataSpec.long_texts)")
+        return fit_to_row(tokens, seq_len, is_text=is_text)
     return [fit_conversation(example, seq_len, chat_format, train_on)]
 
 

@@ -43,6 +43,8 @@ class DataReport:
     notes: Counter[str] = field(default_factory=Counter)  # rows by what a user should know of them
     lengths: Counter[int] = field(default_factory=Counter)  # rows, also too long ones, by shortest_fit
     truncated: int = 0  # rows: conversations that lost their last turns, and texts that were split
+    split: int = 0  # of these, those that became several examples
+    left_out: int = 0  # tokens of rows that are kept: turns that do not fit
     copies: int = 0  # examples with the token ids of an earlier one
     tokens: int = 0  # of the rows that are kept, after truncation
     trained_tokens: int = 0
@@ -71,6 +73,8 @@ class DataReport:
         """Counts a row. whole: as it was tokenised; parts: the examples that it became."""
         self.kept += 1
         self.truncated += len(whole.input_ids) > self.seq_len
+        self.split += len(parts) > 1
+        self.left_out += len(whole.input_ids) - sum(len(part.input_ids) for part in parts)
         self.notes.update(set(whole.notes))
         for part in parts:
             self.tokens += len(part.input_ids)
@@ -80,7 +84,7 @@ class DataReport:
         """Adds what was counted of rows that stand behind these in the same source."""
         self.format_name = self.format_name or later.format_name
         self.longest = max(self.longest, later.longest)
-        for name in ("read", "kept", "truncated", "copies", "tokens", "trained_tokens"):
+        for name in ("read", "kept", "truncated", "split", "left_out", "copies", "tokens", "trained_tokens"):
             setattr(self, name, getattr(self, name) + getattr(later, name))
         for name in COUNTERS:
             getattr(self, name).update(getattr(later, name))
@@ -114,6 +118,13 @@ class DataReport:
             lines.append(
                 f"  {self.tokens:,} tokens, {share:.0%} trained; longest row {self.longest:,}; "
                 f"{self.truncated:,} cut ({self.truncated / max(self.kept, 1):.1%})"
+                + (f", which leaves out {self.left_out:,} tokens" if self.left_out else "")
+            )
+        if self.split:
+            texts = "text is" if self.split == 1 else "texts are"
+            lines.append(
+                f"  {self.split:,} {texts} longer than a row, and split over several; "
+                "DataSpec(long_texts='drop') leaves such texts out"
             )
         return lines
 

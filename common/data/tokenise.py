@@ -63,6 +63,7 @@ class Tokeniser:
 
     def __init__(self, source: str, chat_format: ChatFormat, spec: DataSpec, seq_len: int) -> None:
         self.source, self.chat_format, self.train_on, self.seq_len = source, chat_format, spec.train_on, seq_len
+        self.long_texts = spec.long_texts
         # Rendered texts stand in the column text, whatever the others would make of a row.
         self.reader = RowReader(columns=spec.columns or ({"text": "text"} if spec.rendered else None), kind=spec.kind)
 
@@ -86,7 +87,7 @@ class Tokeniser:
                     raise example
                 tokens = join_answers(example, list(islice(encoded, len(parts[number]))))
                 report.add_length(len(tokens.input_ids))
-                fitted = fit_example(example, tokens, self.seq_len, self.chat_format, self.train_on)
+                fitted = fit_example(example, tokens, self.seq_len, self.chat_format, self.train_on, self.long_texts)
             except BadRow as fault:
                 report.add_unused(fault, place)
             else:

@@ -20,14 +20,15 @@ TextPart = tuple[str, bool]  # a text, and whether it is trained
 
 def trained_pieces(tokens: Tokens, tokenizer: PreTrainedTokenizerFast) -> list[TextPart]:
     """Splits the text of the tokens where training begins or ends. The pieces together are the text of all tokens."""
-    pieces, text, end = [], "", 0
+    pieces, before, start = [], list[int](), 0
     for is_trained, run in groupby(tokens.labels, key=lambda label: label != IGNORED):
-        end += len(list(run))
-        # From the beginning on: decoders drop the space before the first token that they are given.
-        decoded = tokenizer.decode(tokens.input_ids[:end], clean_up_tokenization_spaces=False)
-        shared = len(os.path.commonprefix([text, decoded]))
-        pieces.append((decoded[shared:], is_trained))
-        text = decoded
+        end = start + len(list(run))
+        ids = tokens.input_ids[start:end]
+        # Behind the run before it: decoders drop the space before the first token that they are given. Behind all that
+        # stands before, a conversation of 20,000 turns would be decoded 20,000 times.
+        text, decoded = (tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in (before, before + ids))
+        pieces.append((decoded[len(os.path.commonprefix([text, decoded])) :], is_trained))
+        before, start = ids, end
     return pieces
 
 

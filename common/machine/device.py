@@ -37,6 +37,14 @@ class Machine:
         """Free memory of the GPU in bytes; 0 on a CPU, whose memory is not planned."""
         return torch.cuda.mem_get_info(self.device)[0] if self.is_gpu else 0
 
+    def room_bytes(self) -> int | None:
+        """What tensors can still take: of the GPU what is free or lies unused in torch's allocator, of a CPU the
+        available RAM; None where the system does not say."""
+        if not self.is_gpu:
+            return available_ram()
+        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        return self.free_bytes() + unused
+
     def reset_peak(self) -> None:
         """On a GPU peak_bytes and allocated_bytes are those from here on; a CPU's stay those of the process."""
         if self.is_gpu:

@@ -27,8 +27,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.model.activation_offload import OffloadedInputs
 from common.model.attention import ATTENTION_OPERATORS
-from common.model.lean_layers import set_tiles
+from common.model.lean_layers import can_tile, set_tiles
 from common.recipe import Checkpointing
+
+# Up to here a row that is evaluated takes less than 2 GiB of Llama 3 8B beside the weights, by the shapes of the tensors
+# in its MLP: in 16 bits its input, that after the norm, gate, up, their product and the output are 108 KiB a token.
+MAX_WHOLE_TOKENS = 16_384
+TILE_WITHOUT_GRADIENTS = 4_096  # tokens: the first of the plan's tiles (common.plan.planner.TILES)
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,26 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
         layer.offloaded_inputs = offloaded
         if policy.by_head:  # then there is room for the next input, not earlier
             layer.self_attn.after_attention = None if offloaded is None else partial(offloaded.start_return, index - 1)
+
+
+@contextmanager
+def long_rows_in_tiles(model: PeftModel, longest: int) -> Iterator[None]:
+    """Within it, passes without gradients compute in tiles where they have rows of more than MAX_WHOLE_TOKENS.
+
+    For a model that is not trained, of whose memory no plan was made. longest: tokens of the longest row. Rows are
+    computed as ever where the layers have no tiles, and where no row is that long.
+    """
+    if longest <= MAX_WHOLE_TOKENS or not can_tile(model):
+        yield
+        return
+    base = model.get_base_model()
+    set_tiles(model, TILE_WITHOUT_GRADIENTS, by_head=True)
+    base.norm_in_loss = True
+    try:
+        yield
+    finally:
+        set_tiles(model, 0)
+        base.norm_in_loss = False
 
 
 class _NeedGradient(torch.autograd.Function):

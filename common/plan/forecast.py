@@ -87,12 +87,12 @@ class Forecast:
             examples = self.examples_in(tokens)
         return self._step(tokens, policy, accumulates, rows, examples).with_layers_on_host(on_host)
 
-    def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
+    def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0, tile: int = 0, by_head: bool = False) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
-        Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
+        Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`, and of Policy.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
+        return self._forward(tokens, 1 if self.packs else rows, tile, by_head).with_layers_on_host(on_host)
 
     def examples_in(self, tokens: int) -> int:
         """Examples in a micro-batch of full rows that has so many tokens together."""
@@ -123,9 +123,10 @@ class Forecast:
             parts.append(self._layers_that_keep(tokens, policy, accumulates, rows, examples))
         return self.mixed.add_to(splice_layers(parts))
 
-    def _splice_forward(self, tokens: int, rows: int) -> Step:
+    def _splice_forward(self, tokens: int, rows: int, tile: int, by_head: bool) -> Step:
         counted = min(self.layers, 3)
-        step = self.count(tokens, Policy(counted, counted), False, rows, gradients=False)
+        policy = Policy(counted, 0 if tile else counted, tile=tile, by_head=by_head)
+        step = self.count(tokens, policy, False, rows, gradients=False)
         return self.mixed.add_to(splice_layers([Part(step, layers_to_copy(self.layers, counted, 1))]))
 
     def _layers_that_recompute(self, tokens: int, policy: Policy, accumulates: bool, rows: int, examples: int) -> Part:

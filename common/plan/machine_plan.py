@@ -5,9 +5,17 @@ from dataclasses import replace
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.machine.collectives import all_gather, broadcast_from_main
-from common.machine.device import Machine, compute_dtype, require_gpu, this_machine, warn_of_unused_gpu
+from common.machine.device import (
+    GIB,
+    Machine,
+    available_ram,
+    compute_dtype,
+    require_gpu,
+    this_machine,
+    warn_of_unused_gpu,
+)
 from common.machine.layout import Layout
-from common.machine.processes import world_size
+from common.machine.processes import local_world_size, world_size
 from common.model.activation_checkpointing import Policy
 from common.model.attention import PACKED_ATTENTION, attention_implementation, attention_of
 from common.model.config import load_config, refuse_more_positions
@@ -22,6 +30,8 @@ from common.plan.speed import KnownGpu
 from common.recipe import ModelSpec, Recipe, UserError, rows_per_process
 
 MAX_MICRO_BATCH_TOKENS_CPU = 1_024  # past it the caches of a CPU are too small
+# For each pair of a row's tokens: transformers' mask, and the number that torch's attention adds to a score for it.
+MASK_BYTES_CPU = 1 + 4
 
 
 def plan_for_card(recipe: Recipe) -> Plan:
@@ -114,7 +124,10 @@ def _setting_of_all(machine: Machine, model: ModelSpec) -> Setting:
 
 
 def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
-    """The recipe's policy, and the largest micro-batch within MAX_MICRO_BATCH_TOKENS_CPU; memory is not planned."""
+    """The recipe's policy, and the largest micro-batch within MAX_MICRO_BATCH_TOKENS_CPU.
+
+    Memory is not planned. Raises UserError where the mask of a row alone would not fit it.
+    """
     refuse_more_positions(recipe)
     train, processes = recipe.train, world_size()
     refuse_more_layers(recipe)
@@ -127,7 +140,18 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     limit = max(1, MAX_MICRO_BATCH_TOKENS_CPU // train.seq_len)
     here = rows_per_process(train, processes)
     rows = max(rows for rows in range(1, min(here, limit) + 1) if here % rows == 0)
+    _refuse_large_mask(train.seq_len)
     why = f"on a CPU at most {MAX_MICRO_BATCH_TOKENS_CPU:,} tokens at a time ({machine.name})"
     plan = build_plan(train, layout, rows, policy, why)
     needs_reference = recipe.preference is not None and recipe.preference.needs_reference
     return replace(plan, reference_rows=limit if needs_reference else 0)
+
+
+def _refuse_large_mask(seq_len: int) -> None:
+    needed, ram = MASK_BYTES_CPU * seq_len**2, available_ram()
+    if ram is not None and needed > ram // local_world_size():
+        raise UserError(
+            f"on a CPU attention has a mask of each row's tokens by its tokens: {needed / GIB:,.1f} GiB for "
+            f"{seq_len:,} of them (TrainSpec.seq_len), and {ram // local_world_size() / GIB:,.1f} GiB of RAM are "
+            "available. Lower TrainSpec.seq_len, or train on a GPU from the RTX 30 series on, which needs no mask"
+        )

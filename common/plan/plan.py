@@ -120,7 +120,7 @@ def make_plan(planner: Planner, option: Option) -> Plan:
 
 def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
     """What a loss with a reference computes without gradients, and the share of it in the time of the run."""
-    peak = planner.forward_peak(rows, option.on_host) + WORKSPACE_BYTES
+    peak = planner.forward_peak(rows, option.on_host, option.policy) + WORKSPACE_BYTES
     share = planner.pass_seconds_per_token(option.on_host) / option.seconds_per_token
     each_step = ", and before each step those of answers to other prompts" * (planner.recipe.data.kind == "rated")
     return (

@@ -261,9 +261,14 @@ class Planner:
         fits = (rows for rows in range(most, 1, -1) if self.forward_peak(rows, on_host) <= self.card.budget)
         return next(fits, 1)
 
-    def forward_peak(self, rows: int, on_host: int = 0) -> int:
-        """Bytes at the worst moment of a forward pass without gradients, beside what a step keeps."""
-        return self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host).peak() + self.bucket_bytes
+    def forward_peak(self, rows: int, on_host: int = 0, policy: Policy | None = None) -> int:
+        """Bytes at the worst moment of a forward pass without gradients, beside what a step keeps.
+
+        policy: whose tiles it computes in; None is without.
+        """
+        tile, by_head = (0, False) if policy is None else (policy.tile, policy.by_head)
+        step = self.forecast.forward(rows * self.seq_len, rows=rows, on_host=on_host, tile=tile, by_head=by_head)
+        return step.peak() + self.bucket_bytes
 
     def _pass_seconds_per_token(self, on_host: int = 0) -> float:
         """Of what a loss with a reference computes without gradients, for each token that is trained; else 0.

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from common.data.batches import collate
 from common.data.rows import count_trained_tokens
 from common.machine.disk import write_named_file
+from common.model.activation_checkpointing import long_rows_in_tiles
 from common.model.attention import uses_packed_attention
 from common.recipe import PreferenceSpec
 from common.run.drift import Drift, measure_drift
@@ -115,21 +116,11 @@ def compare_with_base(
     general: texts on which drift is measured too. max_seconds: as compare_completions. preference: of the run, whose
     loss is then measured, with rewards instead of perplexity.
     """
-    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
-
-    def nll(batch: dict[str, Any]) -> float:
-        return batch_nll(model, batch).item()
-
-    if preference is None:
-        with_adapter, tokens = mean_nll(rows, nll, collate_rows)
-        with model.disable_adapter():
-            of_base, _ = mean_nll(rows, nll, collate_rows)
-        losses = {
-            who: {"loss": loss, "perplexity": perplexity(loss)}
-            for who, loss in (("base", of_base), ("adapter", with_adapter))
-        }
-    else:
-        losses, tokens = compare_preferences(model, tokenizer, rows, preference), count_trained_tokens(rows)
+    with long_rows_in_tiles(model, max(map(sum, rows["seq_lengths"]), default=0)):
+        if preference is None:
+            losses, tokens = _compare_losses(model, tokenizer, rows)
+        else:
+            losses, tokens = compare_preferences(model, tokenizer, rows, preference), count_trained_tokens(rows)
     drift = None if general is None else measure_drift(model, general, tokenizer)
     return {
         "trained_tokens": tokens,
@@ -137,6 +128,22 @@ def compare_with_base(
         "drift": None if drift is None else asdict(drift),
         "samples": compare_completions(model, tokenizer, prompts, max_seconds),
     }
+
+
+def _compare_losses(
+    model: PeftModel, tokenizer: PreTrainedTokenizerFast, rows: Dataset
+) -> tuple[dict[str, dict[str, float]], int]:
+    """Loss and perplexity of "base" and "adapter", and the number of trained tokens."""
+    collate_rows = partial(collate, pad_token_id=tokenizer.pad_token_id, padding_free=uses_packed_attention(model))
+
+    def nll(batch: dict[str, Any]) -> float:
+        return batch_nll(model, batch).item()
+
+    with_adapter, tokens = mean_nll(rows, nll, collate_rows)
+    with model.disable_adapter():
+        of_base, _ = mean_nll(rows, nll, collate_rows)
+    losses = {"base": of_base, "adapter": with_adapter}
+    return {who: {"loss": loss, "perplexity": perplexity(loss)} for who, loss in losses.items()}, tokens
 
 
 def print_evaluation(result: dict[str, Any]) -> None:

@@ -13,11 +13,15 @@ from common.machine.processes import is_main_process
 from common.machine.slow_work import WorkDone, format_duration, report_slow_work, show_status
 from common.model.sharding import is_sharded, shard_empty_layers
 from common.run.answer_config import GREEDY, fit_to_answers
+from common.run.answer_memory import read_in_parts
 from common.run.prompts import Prompt
 from common.tokens.stop_ids import stop_ids
 
 PROMPTS_AT_A_TIME = 50
 MAX_NEW_TOKENS = 96
+# Of prompts and answers that are made together, padding included, but for a single prompt that has more: their keys and
+# values take 1.1 GiB for Llama 3 8B.
+TOKENS_AT_A_TIME = 9_216
 
 
 class Completion(str):
@@ -57,6 +61,7 @@ def generate(
     shard_empty_layers(model)
     ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
     arguments = fit_to_answers(model.generation_config, model.config, tokenizer) | GREEDY
+    positions = model.config.max_position_embeddings
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.model.attention
@@ -67,8 +72,12 @@ def generate(
     try:
         with report_slow_work(what) as work:
             clock = _Clock(work, len(prompts), at_a_time, max_new_tokens, max_seconds)
-            for start in range(0, len(prompts), at_a_time):
-                part = prompts[start : start + at_a_time]
+            for start, end in _answered_together(prompts, at_a_time, max_new_tokens, positions):
+                part = prompts[start:end]
+                if len(part[0].input_ids) >= positions:
+                    completions.append(_unanswered(part[0], positions))
+                    continue
+                in_parts = read_in_parts(len(part[0].input_ids)) if len(part) == 1 else {}
                 inputs = tokenizer.pad(
                     {"input_ids": [list(prompt.input_ids) for prompt in part]}, padding_side="left", return_tensors="pt"
                 ).to(model.device)
@@ -77,7 +86,7 @@ def generate(
                         outputs = model.generate(
                             **inputs,
                             max_length=inputs["input_ids"].shape[1] + max_new_tokens,
-                            **arguments,
+                            **arguments | in_parts,
                             stopping_criteria=StoppingCriteriaList([clock]),
                             tokenizer=tokenizer,  # which stop_strings need
                             use_cache=True,
@@ -93,6 +102,30 @@ def generate(
         model.set_attn_implementation(attention)
         model.train(was_training)
     return completions
+
+
+def _answered_together(
+    prompts: Sequence[Prompt], at_a_time: int, max_new_tokens: int, positions: int
+) -> Iterator[tuple[int, int]]:
+    """Which prompts are answered together, as start and end: in their order, and of long ones fewer."""
+    start, longest = 0, 0
+    for index, prompt in enumerate(prompts):
+        tokens = len(prompt.input_ids)
+        longest = max(longest, tokens + max_new_tokens)
+        count = index + 1 - start
+        is_alone = tokens >= positions or (index and len(prompts[index - 1].input_ids) >= positions)
+        if index > start and (count > at_a_time or count * longest > TOKENS_AT_A_TIME or is_alone):
+            yield start, index
+            start, longest = index, tokens + max_new_tokens
+    if prompts:
+        yield start, len(prompts)
+
+
+def _unanswered(prompt: Prompt, positions: int) -> Completion:
+    tokens = len(prompt.input_ids)
+    return Completion(
+        "", f"before its first token: the prompt has {tokens:,} tokens, the model {positions:,} positions"
+    )
 
 
 def cut_of(text: str) -> str:

@@ -53,7 +53,7 @@ def mean_nll(
     sharded layers, see fill_up.
     """
     total, tokens = 0.0, 0
-    own = list(own_batches(rows, collate_rows, micro_batch_rows))
+    own = own_batches(rows, collate_rows, micro_batch_rows)
     with report_slow_work("held-out loss", len(rows), "rows") as work:
         for number, batch in enumerate(fill_up(own, filler)):
             loss = nll(batch)
@@ -69,11 +69,27 @@ def own_batches(
     rows: Dataset | Sequence[dict[str, list[int]]],
     collate_rows: Callable[[list[dict[str, list[int]]]], Batch],
     micro_batch_rows: int,
-) -> Iterator[Batch]:
-    """This process's share of packed rows. Each is in one share: a distributed loader would repeat some to fill up."""
+) -> Sequence[Batch]:
+    """This process's share of packed rows. Each is in one share: a distributed loader would repeat some to fill up.
+
+    Each micro-batch is made when it is asked for: 200 rows of a million tokens would take gigabytes of host memory.
+    """
     own = range(rank(), len(rows), world_size())
-    for start in range(0, len(own), micro_batch_rows):
-        yield collate_rows([rows[row] for row in own[start : start + micro_batch_rows]])
+    starts = range(0, len(own), micro_batch_rows)
+    return _LazyBatches(lambda n: collate_rows([rows[row] for row in own[starts[n] :][:micro_batch_rows]]), len(starts))
+
+
+class _LazyBatches(Sequence[Batch]):
+    def __init__(self, make: Callable[[int], Batch], length: int) -> None:
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.make(index)
 
 
 def fill_up(batches: Sequence[Batch], filler: Batch | None) -> Iterator[Batch]:

@@ -54,7 +54,9 @@ def first_sign_of_collapse(entries: Sequence[dict[str, Any]]) -> tuple[int, floa
     steps = [(entry["step"], entry[NLLS[1]]) for entry in entries if NLLS[1] in entry]
     values = [value for _, value in steps]
     for count in range(2 * WINDOW, len(steps) + 1):
-        if (rise := rise_of_chosen(values[:count])) is not None:
+        # The steps between the first ones and the last ones count for nothing.
+        until_then = values[:WINDOW] + values[max(WINDOW, count - 2 * WINDOW) : count]
+        if (rise := rise_of_chosen(until_then)) is not None:
             return steps[count - 1][0], rise
     return None
 
@@ -75,6 +77,7 @@ class CollapseWatch(TrainerCallback):
     def __init__(self, spec: PreferenceSpec) -> None:
         self.spec = spec
         self.was_said = False
+        self.entries_read, self.last_step, self.nll = 0, 0, list[float]()  # of the log: it is read on at each step
 
     def on_train_begin(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         self.was_said = first_sign_of_collapse(state.log_history) is not None
@@ -82,8 +85,11 @@ class CollapseWatch(TrainerCallback):
     def on_log(self, _: Any, state: TrainerState, *__: Any, **___: Any) -> None:
         if self.was_said:
             return
-        entries = [entry for entry in state.log_history if NLLS[1] in entry]
-        rise = rise_of_chosen([entry[NLLS[1]] for entry in entries[:WINDOW] + entries[WINDOW:][-2 * WINDOW :]])
-        if rise is not None and len(entries) >= 2 * WINDOW:
+        for entry in state.log_history[self.entries_read :]:
+            if NLLS[1] in entry:
+                self.last_step = entry["step"]
+                self.nll.append(entry[NLLS[1]])
+        self.entries_read = len(state.log_history)
+        if (rise := rise_of_chosen(self.nll)) is not None:
             self.was_said = True
-            print(f"\nwarning: {collapse_line(entries[-1]['step'], rise, self.spec)}", flush=True)
+            print(f"\nwarning: {collapse_line(self.last_step, rise, self.spec)}", flush=True)

@@ -99,8 +99,10 @@ def held_out_metrics(
 
     For KTO the rewards are compared with the mean over all of the rows. collate_rows: for KTO with mismatched answers.
     """
-    own = list(own_batches(rows, collate_rows, micro_batch_rows))
-    mismatched = [batch.pop(MISMATCHED) for batch in own if MISMATCHED in batch]
+    own, mismatched = own_batches(rows, collate_rows, micro_batch_rows), list[Batch]()
+    if spec.loss == "kto":
+        own = list(own)
+        mismatched = [batch.pop(MISMATCHED) for batch in own if MISMATCHED in batch]
     totals = torch.zeros(COUNT, dtype=torch.float64, device=this_machine().device)
     with report_slow_work("held-out loss", len(rows), "rows") as work:
         kl = point_of_comparison(model, mismatched, compute, filler) if spec.kind == "rated" else None

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
@@ -12,10 +12,14 @@ from common.conversations.conversation import Preference
 from common.conversations.pairs import untrained
 from common.data.report import DataReport
 from common.data.tokenise import read_examples
+from common.machine.processes import is_main_process
 from common.recipe import UserError
 from common.sources.source_row import BadRow
 from common.tokens.chat_format import ChatFormat
 from common.tokens.labels import IGNORED
+
+if TYPE_CHECKING:
+    import pyarrow
 
 MAX_PROMPT_TOKENS = 1024  # a longer prompt is not sampled
 
@@ -70,10 +74,12 @@ def load_prompts(source: str | None, tokenizer: PreTrainedTokenizerFast, limit: 
 def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int, seed: int = 0) -> list[Prompt]:
     """`count` examples of packed rows, drawn by `seed`. The last trained span is the reference, all before the prompt.
 
-    A plain text is trained whole: its first quarter is the prompt. Prompts beyond MAX_PROMPT_TOKENS are left out. Of
-    better and worse answers, the chosen or good ones are drawn, and of those to the same prompt one.
+    A plain text is trained whole: its first quarter is the prompt. Prompts beyond MAX_PROMPT_TOKENS are left out, and
+    where fewer are left than are wanted a line says so. Of better and worse answers, the chosen or good ones are drawn,
+    and of those to the same prompt one.
     """
-    chat_format, prompts = ChatFormat(tokenizer), list[Prompt]()
+    chat_format, prompts, too_long = ChatFormat(tokenizer), list[Prompt](), 0
+    table = rows.with_format("arrow")  # whose parts are read without the whole row, which may have a million tokens
     has_signs = "signs" in rows.column_names
     places = [(row, n) for row, lengths in enumerate(rows["seq_lengths"]) for n in range(len(lengths))]
     if has_signs:
@@ -82,23 +88,34 @@ def sample_prompts(rows: Dataset, tokenizer: PreTrainedTokenizerFast, count: int
     for row, number in Random(seed).sample(places, len(places)):
         if len(prompts) == count:
             break
-        ids, labels = _example(rows[row], number)
+        ids, labels = _example(table[row], number)
         span = _last_completion(labels)
-        if span is None or span[0] > MAX_PROMPT_TOKENS:
+        if span is None:
+            continue
+        if span[0] > MAX_PROMPT_TOKENS:
+            too_long += 1
             continue
         start, end = span
         if has_signs and any(ids[:start] == prompt.input_ids for prompt in prompts):
             continue
         reference = tokenizer.decode(ids[start:end], skip_special_tokens=True)
         prompts.append(Prompt(ids[:start], chat_format.last_message(ids[:start]), reference))
+    if too_long and len(prompts) < count and is_main_process():
+        print(
+            f"sample answers: to {len(prompts)} held-out prompts of {count} that are wanted; {too_long:,} are longer "
+            f"than {MAX_PROMPT_TOKENS:,} tokens, and none of those is asked"
+        )
     return prompts
 
 
-def _example(packed: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+def _example(packed: "pyarrow.Table", number: int) -> tuple[list[int], list[int]]:
     """Token ids and labels of one example of a packed row."""
-    lengths = packed["seq_lengths"]
-    span = slice(sum(lengths[:number]), sum(lengths[: number + 1]))
-    return packed["input_ids"][span], packed["labels"][span]
+    lengths = packed["seq_lengths"].combine_chunks().flatten().to_numpy()
+    start, length = int(lengths[:number].sum()), int(lengths[number])
+    ids, labels = (
+        packed[name].combine_chunks().flatten().slice(start, length).to_pylist() for name in ("input_ids", "labels")
+    )
+    return ids, labels
 
 
 def _last_completion(labels: list[int]) -> tuple[int, int] | None:

@@ -111,7 +111,7 @@ class StepDown:
         halvings = self.halvings
         if backward and self.policy.kept and not of_host:
             self.policy = replace(self.policy, kept=self.policy.kept // 2)
-        elif backward and not of_host and (leaner := self._leaner_tiles()):
+        elif not of_host and (leaner := self._leaner_tiles()):
             self.policy = leaner
         elif any(len(halve(part)) == 2 for part in self.split(batch)):
             self.halvings += 1
@@ -119,7 +119,7 @@ class StepDown:
             self.policy, self.host_is_full = replace(self.policy, offload=False), True
         elif backward and not of_host and not self.policy.offload and not self.host_is_full:
             self.policy = replace(self.policy, offload=True)
-        elif backward and not of_host and not self.policy.tile and is_lean(self.model) and can_tile(self.model):
+        elif not of_host and not self.policy.tile and is_lean(self.model) and can_tile(self.model):
             self.policy = replace(self.policy, tile=FIRST_TILE)
         else:
             return None

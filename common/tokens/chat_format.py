@@ -309,7 +309,7 @@ class ChatFormat:
             return
         index = next(index for index in ids if index in self.beyond)
         if chat is not None:
-            messages = self.tokeniser.encode([Piece(chat.text[a:b], True, chat.text[:a]) for a, b in chat.spans])
+            messages = self.tokeniser.encode([Piece(chat.text[a:b], True, chat.text_before(a)) for a, b in chat.spans])
             if not any(index in message for message in messages):
                 raise UserError(
                     f"the chat template needs the token {describe_beyond(self.tokenizer, index)}: take the "

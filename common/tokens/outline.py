@@ -6,8 +6,10 @@ templates look for: then a template strips, splits and moves the outline exactly
 
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from common.conversations.conversation import Conversation, Message
 from common.sources.source_row import BadRow
@@ -49,6 +51,15 @@ class TextLayout:
     thoughts_dropped: frozenset[int]
     notes: tuple[str, ...]
     tools_at: int = 0  # number of the piece in which the definitions of tools begin
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """From each message with a text to the place of its last one in the order."""
+        return {owner: place for place, owner in enumerate(self.owners)}
+
+    @cached_property
+    def sorted_owners(self) -> list[int]:
+        return sorted(self.places)
 
 
 def outline_of(conversation: Conversation) -> Outline:
@@ -130,9 +141,10 @@ def match_texts(conversation: Conversation, rendered: str, layout: TextLayout, t
 
 def text_around(layout: TextLayout, index: int) -> str:
     """Returns the template's own text around a message: from the text before it to the text after it."""
-    places = {owner: place for place, owner in enumerate(layout.owners)}
-    before = 1 + places[max(owners)] if (owners := [owner for owner in places if owner < index]) else 0
-    after = places[min(owners)] if (owners := [owner for owner in places if owner > index]) else len(layout.owners)
+    places, owners = layout.places, layout.sorted_owners
+    earlier, later = bisect_left(owners, index), bisect_right(owners, index)
+    before = 1 + places[owners[earlier - 1]] if earlier else 0
+    after = places[owners[later]] if later < len(owners) else len(layout.owners)
     if before > after:  # a system message that the template moved stands behind it
         before = 0
     return "\n".join(layout.pieces[before : after + 1])

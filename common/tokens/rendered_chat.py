@@ -47,9 +47,13 @@ class RenderedChat:
             return [Piece(self.text)]
         plain = {start for start, _ in self.plain}
         return [
-            Piece(self.text[start:end], start in plain, self.text[max(0, start - 100) : start])
+            Piece(self.text[start:end], start in plain, self.text_before(start))
             for start, end in pairwise(self.edges())
         ]
+
+    def text_before(self, place: int) -> str:
+        """The end of the text before a place: enough to tell what a piece follows."""
+        return self.text[max(0, place - 100) : place]
 
 
 def up_to_last_answer(conversation: Conversation) -> tuple[Conversation, tuple[str, ...]]:

@@ -43,6 +43,7 @@ from common.tokens.template_messages import (
 )
 
 MAX_LAYOUTS = 512  # that are kept
+MAX_KEPT_MESSAGES = 100_000  # of the conversations that they are of, together: a few hundred bytes each
 # What a template's code can raise on a conversation that it was not written for.
 _TEMPLATE_FAULTS = (TemplateError, TypeError, ValueError, AttributeError, LookupError)
 
@@ -56,6 +57,7 @@ class Renderer:
         self.reads_reasoning = re.search(r"\b(reasoning_content|thinking)\b", self.template) is not None
         self._own_arguments = set(inspect.signature(tokenizer.apply_chat_template).parameters)
         self._layouts: dict[Any, TextLayout] = {}
+        self._kept_messages = 0
 
     def render(self, conversation: Conversation, *, answering: bool = False) -> tuple[str, TextLayout, list[Span]]:
         """Returns the rendered text, the template's part of it, and where each text of layout.order stands.
@@ -98,9 +100,11 @@ class Renderer:
         arguments = arguments_key(conversation.template_arguments)
         key = (tuple(m.role for m in conversation.messages), outline.messages, arguments, answering)
         if key not in self._layouts:
-            if len(self._layouts) >= MAX_LAYOUTS:
+            if len(self._layouts) >= MAX_LAYOUTS or self._kept_messages > MAX_KEPT_MESSAGES:
                 self._layouts.clear()
+                self._kept_messages = 0
             self._layouts[key] = self._lay_out(conversation, outline, PLAIN_FORM, answering)
+            self._kept_messages += len(conversation.messages)
         return self._layouts[key], PLAIN_FORM
 
     def _lay_out_in_some_form(

@@ -68,7 +68,7 @@ class TurnFinder:
         for number, owner in enumerate(layout.owners):
             places.setdefault(owner, []).append(number)
         turns = AssistantTurns([], {}, first_controls[-1])
-        with_tools = has_tools(conversation)
+        with_tools, written_later = has_tools(conversation), _written_later(conversation, layout)
         place = (0, 0)  # behind the message before: number of the piece, and place in it
         for index, message in enumerate(conversation.messages):
             own = places.get(index, [])
@@ -80,6 +80,8 @@ class TurnFinder:
                     turns.untrainable[index] = turn
                 else:
                     (start, prompt, notes), end = turn
+                    if written_later[start[0]] < index or layout.tools_at > start[0]:
+                        notes = (*notes, WRITTEN_LATER)
                     prompt_end = self.control.from_last(prompt)
                     head = layout.pieces[start[0]][: start[1] - len(prompt_end)]
                     upto = layout.pieces[end[0]][: end[1]]
@@ -111,10 +113,7 @@ class TurnFinder:
         end = self._find_end(conversation.messages[index], layout, behind or start[0], behind is not None)
         if end is None:
             return OTHER_END
-        place, prompt, notes = start
-        if _is_written_later(conversation, layout, index, place[0]):
-            notes = (*notes, WRITTEN_LATER)
-        return (place, prompt, notes), end
+        return start, end
 
     def _find_start(
         self, conversation: Conversation, layout: TextLayout, index: int, begin: tuple[int, int], with_tools: bool
@@ -128,7 +127,7 @@ class TurnFinder:
         # The message before has its text directly before this piece, unless the template moved it or it has none.
         follows_text = position == 0 and piece > 0
         if follows_text and (previous is None or layout.owners[piece - 1] != index - 1):
-            if previous is None or index - 1 in layout.owners:
+            if previous is None or index - 1 in layout.places:
                 previous = conversation.messages[layout.owners[piece - 1]]
             else:
                 follows_text = False
@@ -177,11 +176,13 @@ class TurnFinder:
         return None
 
 
-def _is_written_later(conversation: Conversation, layout: TextLayout, index: int, piece: int) -> bool:
-    """Returns whether a system message before this message, or the tools, stand behind this piece of the layout."""
-    behind = layout.owners[piece:]
-    is_system = [message.role == "system" for message in conversation.messages[:index]]
-    return any(owner < index and is_system[owner] for owner in behind) or layout.tools_at > piece
+def _written_later(conversation: Conversation, layout: TextLayout) -> list[int]:
+    """Returns, for each piece, the first of the system messages whose texts stand behind it; past all where none do."""
+    first = [len(conversation.messages)]
+    for owner in reversed(layout.owners):
+        is_system = conversation.messages[owner].role == "system"
+        first.append(min(first[-1], owner) if is_system else first[-1])
+    return first[::-1]
 
 
 def _left_of(tail: str) -> list[str]:

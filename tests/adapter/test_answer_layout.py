@@ -1,5 +1,7 @@
 """A model whose weights do not fit the card answers with some of them in host memory, and answers the same."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from common.machine.layout import ONE_PROCESS, Layout
 from common.model.weight_streaming import weight_ring
 from common.plan.card import Card
 from common.recipe import LoraSpec
+from recipes.mistral_7b import RECIPE as MISTRAL
 from tests.conftest import FP32
 from tests.plan.planners import RECIPE, edited
 
@@ -24,6 +27,14 @@ def test_weights_wait_in_host_memory_only_where_the_card_has_no_room_for_them():
     assert layout_to_answer(edited(weights_on_host=0), Card.of_size(6)) == tight
     assert layout_to_answer(RECIPE, Card.of_size(2)) == ONE_PROCESS  # nothing would fit: loading says so
     assert layout_on(edited(weights_on_host=8), FP32) == ONE_PROCESS
+
+
+@pytest.mark.slow  # plans for 32,768 tokens on a small card
+def test_weights_make_room_for_long_rows_that_are_evaluated_as_they_did_in_training():
+    """Mistral's 32,768 positions on 7 GiB: the weights alone would fit, beside a short row or an answer."""
+    recipe = replace(MISTRAL, train=replace(MISTRAL.train, seq_len=32_768, rows_per_step=1))
+    assert layout_to_answer(recipe, Card.of_size(7)) == ONE_PROCESS
+    assert layout_to_answer(recipe, Card.of_size(7), evaluates_rows=True).streamed > 2
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_every_setting_is_part_of_the_name(source, small_llama):
     spec = DataSpec(source)
     others = {"split": "x", "eval_split": "x", "revision": "x", "config": "x", "eval_source": source, "eval_rows": 9}
     others |= {"train_on": "everything", "max_bad_share": 0.3, "max_long_share": 0.3, "columns": {"text": "x"}}
-    others |= {"rendered": True}
+    others |= {"rendered": True, "long_texts": "drop"}
     fields = {field.name for field in dataclasses.fields(DataSpec)} - {"_", "drift_source"}  # of which no row is made
     assert others.keys() | {"source", "sources", "kind"} == fields
     names = {folder_of(replace(spec, **{name: value}), tokenizer) for name, value in others.items()}

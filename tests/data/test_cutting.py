@@ -1,9 +1,13 @@
 """A conversation that is longer than a row becomes a shorter conversation, rendered as such."""
 
+import json
+
 import pytest
 
 from common.conversations.conversation import Conversation, Message
 from common.data.cutting import fit_example
+from common.data.rows import load_rows
+from common.recipe import DataSpec
 from common.sources.source_row import BadRow
 from common.tokens.chat_format import IGNORED, ChatFormat
 from tests.real_tokenizers import TRL_TEMPLATES
@@ -106,3 +110,28 @@ def test_plain_text_becomes_several_rows_and_rendered_text_is_cut_after_an_answe
     (kept,) = fit_example(text, rendered.encode(text), 200, rendered, "assistant")
     assert kept.labels[-1] == kept.input_ids[-1] == chat_format.end_of_turn_id()
     assert kept.labels.count(IGNORED) < len(kept.labels) <= 200
+
+
+def test_a_text_longer_than_a_row_is_split_or_dropped_as_the_recipe_says(tokenizer, tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text('{"text": "The tea is ready, and so is the pie, and then the tea is cold."}\n{"text": "Tea"}\n')
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 8).train
+    whole = sum(map(sum, rows["seq_lengths"]))
+    out = capsys.readouterr().out
+    assert (
+        "1 text is longer than a row, and split over several; DataSpec(long_texts='drop') leaves such texts out" in out
+    )
+    dropping = DataSpec(str(path), eval_rows=0, long_texts="drop", max_long_share=0.5)
+    (lengths,) = load_rows(dropping, tokenizer, 8).train["seq_lengths"]
+    assert sum(lengths) < 8 < whole
+    assert "too long 1: it has more than 8 tokens (TrainSpec.seq_len, DataSpec.long_texts)" in capsys.readouterr().out
+
+
+def test_the_report_says_how_much_a_cut_leaves_out(tokenizer, tmp_path, capsys):
+    messages = [{"role": message.role, "content": message.content} for message in chat(9).messages]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}))
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 100).train
+    (kept,) = rows["seq_lengths"][0]
+    whole = len(ChatFormat(tokenizer).encode(chat(9)).input_ids)
+    assert f"1 cut (100.0%), which leaves out {whole - kept:,} tokens" in capsys.readouterr().out

@@ -97,3 +97,23 @@ def test_many_lines_are_shortened_in_their_middle():
     lines = lay_out([("\n".join(str(n) for n in range(100)), False)], on_terminal=False)
     assert len(lines) == MAX_LINES + 1
     assert (lines[0], lines[-1]) == ("    0", "    99") and f"    [… {100 - MAX_LINES} lines …]" in lines
+
+
+class Counting(Metaspace):
+    """Counts the tokens that it decodes."""
+
+    tokens = 0
+
+    def decode(self, ids, **_):
+        self.tokens += len(ids)
+        return super().decode(ids)
+
+
+@pytest.mark.parametrize("turns", [10, 1000])
+def test_a_conversation_of_many_turns_is_decoded_in_linear_time(turns):
+    ids = list(range(6 * turns))
+    tokens = Tokens(ids, [IGNORED if index % 6 < 3 else index for index in ids], [])
+    pieces = trained_pieces(tokens, counting := Counting())
+    assert len(pieces) == 2 * turns
+    assert "".join(text for text, _ in pieces) == Metaspace().decode(ids)
+    assert counting.tokens < 3 * len(ids)

@@ -2,9 +2,10 @@
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m tests.model.fully_sharded FOLDER lean|stock 6 float32
 
-Prints a line of JSON for each of the first 6 policies, and with 0 for long rows in tiles: the losses of STEPS steps; of
-the last micro-batch and optimizer step the bytes that torch's allocator gave out beyond what was there, at the worst
-moment, and how often a layer was gathered.
+Prints a line of JSON for each of the first 6 policies, or for long rows in tiles: 0 sharded layers, -1 the whole model
+in each process (DistributedDataParallel). It has the losses of STEPS steps; of the last micro-batch and optimizer
+step the bytes that torch's allocator gave out beyond what was there, at the worst moment, and how often a layer was
+gathered.
 """
 
 import json
@@ -13,8 +14,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import profile
 
 from common.data.batches import collate
@@ -52,9 +53,9 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
     torch.set_num_threads(1)
     init_distributed()
     count = world_size()
-    layout = Layout(count, sharded=count > 1)
+    layout = Layout(count, sharded=count > 1 and policies >= 0)
     machine = Machine(torch.device("cpu"), dtype, "a test", "a CPU")
-    for name, policy in list(POLICIES.items())[:policies] if policies else [("long rows", LONG_ROWS)]:
+    for name, policy in list(POLICIES.items())[:policies] if policies > 0 else [("long rows", LONG_ROWS)]:
         model = attach_lora(load_4bit(ModelSpec(folder), machine, layout=layout), LORA)
         use_lean_layers(model, kernels)
         if policy.tile:
@@ -62,6 +63,7 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
         checkpoint_activations(model, policy)
         shard_layers(model, layout)
         optimizer = build_optimizer(model.train(), TrainSpec(TOKENS, 2, 4e-3))
+        computing = model if policies >= 0 else DistributedDataParallel(model, broadcast_buffers=False)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         generator, losses = torch.Generator().manual_seed(0), []
         for step in range(STEPS):
@@ -69,10 +71,10 @@ def main(folder: str, kernels: Kernels, policies: int, dtype: torch.dtype) -> No
             own = rows.chunk(count)[rank()]
             batches = [batch_of(row, packed=policy.tile > 0) for row in own]  # a micro-batch each
             scale = len(rows) * (TOKENS - 1)
-            total = sum(backward(model, batch, scale, dtype) for batch in batches[:-1])
+            total = sum(backward(computing, batch, scale, dtype) for batch in batches[:-1])
             with watched_allocations() if step == STEPS - 1 else nullcontext() as profiler:
-                total += backward(model, batches[-1], scale, dtype)
-                clip_grad_norm(trained, 1.0)
+                total += backward(computing, batches[-1], scale, dtype)
+                (clip_grad_norm if policies >= 0 else torch.nn.utils.clip_grad_norm_)(trained, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             losses += all_reduce_sum([total])
@@ -91,7 +93,7 @@ def batch_of(row: Tensor, *, packed: bool) -> dict[str, Any]:
     return batch
 
 
-def backward(model: PeftModel, batch: dict[str, Any], tokens: int, dtype: torch.dtype) -> float:
+def backward(model: nn.Module, batch: dict[str, Any], tokens: int, dtype: torch.dtype) -> float:
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):  # as on a GPU: fp32 adapters, 16-bit compute
         loss = model(**batch, num_items_in_batch=tokens).loss
     (loss * world_size()).backward()  # FSDP takes the mean of the processes' gradients

@@ -18,13 +18,14 @@ from common.data.rows import load_rows
 from common.kernels import say_references_run
 from common.kernels.triton_check import why_no_triton
 from common.machine.copy_stream import CopyStream
-from common.model import attention
+from common.model import activation_checkpointing, attention
 from common.model import lean_layers as modules
 from common.model.activation_checkpointing import (
     Policy,
     checkpoint_activations,
     decoder_layers,
     finish_copies,
+    long_rows_in_tiles,
     watch_recompute,
 )
 from common.model.held_adapters import held_adapters
@@ -40,6 +41,7 @@ from common.run.trainer_config import build_trainer
 from common.tokens.labels import IGNORED
 from recipes.tiny import RECIPE as TINY_RECIPE
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
+from tests.allocations import peak_in, watched_allocations
 from tests.conftest import ARCHITECTURES, FP32, SMALL
 from tests.data.test_batches import flash_attention_in_torch
 from tests.poisoned_clock import PoisonedClock
@@ -463,3 +465,20 @@ def test_tiles_are_refused_where_they_compute_something_else(folders, architectu
     model.set_attn_implementation(implementation)
     with pytest.raises(ValueError, match="only lean layers with packed attention can compute in tiles"):
         checkpoint_activations(model, WAYS["tiles"])
+
+
+def test_rows_that_are_evaluated_go_in_tiles_where_they_are_long_and_take_less(folders, monkeypatch):
+    monkeypatch.setattr(activation_checkpointing, "MAX_WHOLE_TOKENS", 100)
+    monkeypatch.setattr(activation_checkpointing, "TILE_WITHOUT_GRADIENTS", 32)
+    model = packed(folders["llama"], bits=4).eval()
+    row = packed_row()
+    row["labels"] = [IGNORED] * (len(row["labels"]) - 1) + row["labels"][-1:]  # one row of logits, which takes little
+    row["labels"][-1] = row["input_ids"][-1]
+    batch, losses, peaks = collate([row], 0, padding_free=True), [], []
+    for longest in (100, sum(LENGTHS), 100):  # as ever, in tiles, and as ever again
+        with torch.no_grad(), long_rows_in_tiles(model, longest), watched_allocations() as profiler:
+            losses.append(model(**batch).loss)
+        peaks.append(peak_in(profiler))
+    assert torch.equal(losses[0], losses[2]) and peaks[0] == peaks[2]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-5)
+    assert peaks[1] < 0.9 * peaks[0]  # the rest is what one layer dequantizes, and the row itself

@@ -111,6 +111,13 @@ def test_long_rows_in_tiles_give_the_losses_of_one_process_and_of_rows_without_t
 
 
 @pytest.mark.slow
+def test_long_rows_in_tiles_give_the_losses_of_one_process_where_each_has_the_whole_model(steps):
+    (whole,), (alone,) = steps(2, "lean", -1), steps(1, "lean", 0)
+    assert whole["losses"] == pytest.approx(alone["losses"], rel=1e-5)
+    assert whole["gathers"] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kernels"), [(2, "lean"), (3, "lean"), (2, "stock")])
 def test_sharded_layers_give_the_losses_of_one_process(steps, processes, kernels):
     for one, many in zip(steps(1, kernels), steps(processes, kernels), strict=True):

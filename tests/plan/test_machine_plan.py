@@ -13,7 +13,7 @@ from common.kernels.triton_check import why_no_triton
 from common.machine import device
 from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
-from common.plan import card, plan
+from common.plan import card, machine_plan, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card, plan_for_examples
@@ -169,3 +169,13 @@ def test_a_row_of_the_data_with_more_examples_than_planned_is_planned_again(gpu,
 
 def test_a_plan_whose_memory_the_examples_do_not_change_stays():
     assert plan_for_examples(TINY, chosen := plan_for_card(TINY), 10_000) is chosen
+
+
+def test_a_row_whose_mask_would_not_fit_the_ram_is_refused_on_a_cpu(monkeypatch):
+    recipe = replace(TINY, train=replace(TINY.train, seq_len=512))
+    needed = 5 * 512**2  # a byte and a float for each pair of tokens
+    monkeypatch.setattr(machine_plan, "available_ram", lambda: needed)
+    plan_for_card(recipe)
+    monkeypatch.setattr(machine_plan, "available_ram", lambda: needed - 1)
+    with pytest.raises(UserError, match=r"a mask of each row's tokens by its tokens: 0.0 GiB for 512 of them"):
+        plan_for_card(recipe)

@@ -93,3 +93,13 @@ def test_a_cpu_has_its_own_micro_batch(loss, rows, capsys):
     tiny = replace(RECIPES[loss], model=ModelSpec("models/tiny"), card_gib=None, train=TrainSpec(256, 2, 1e-3))
     plan = plan_for_card(tiny)
     assert (plan.micro_batch_rows, plan.reference_rows) == (2, rows)  # 1,024 tokens at a time, whatever a step has
+
+
+def test_a_long_row_that_is_evaluated_takes_less_than_its_training_step():
+    """In the same tiles: so the pass for the reference and the held-out loss fit where the step does."""
+    policy = Policy(32, offload=True, tile=4096, by_head=True)
+    planner, tokens = planner_for(RECIPES["dpo"], 24), 65_536
+    step = planner.forecast.step(tokens, policy)
+    whole = planner.forecast.forward(tokens)
+    tiled = planner.forecast.forward(tokens, tile=policy.tile, by_head=policy.by_head)
+    assert tiled.peak() < step.peak() < whole.peak()

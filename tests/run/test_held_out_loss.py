@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.data.batches import collate
-from common.run.held_out_loss import batch_nll, fill_up, lowest_held_out_loss, mean_nll, perplexity
+from common.run.held_out_loss import batch_nll, fill_up, lowest_held_out_loss, mean_nll, own_batches, perplexity
 from common.run.trainer_config import build_trainer
 from tests.run.test_training import prepare
 
@@ -73,3 +73,20 @@ def test_a_held_out_loss_that_was_lower_before_the_end_is_said(losses, line):
     entries.append({"step": 11, "loss": 3.0})
     said = lowest_held_out_loss(entries)
     assert said is None if line is None else line in said
+
+
+def test_a_micro_batch_is_made_when_it_is_computed_and_not_before():
+    """All held-out rows of a million tokens at once would take gigabytes."""
+    rows, events = [{"input_ids": [1, 2]}] * 5, list[str]()
+
+    def collate_rows(rows):
+        events.append("made")
+        return {"trained_positions": torch.zeros(len(rows))}
+
+    def nll(batch):
+        events.append("computed")
+        return 1.0
+
+    assert mean_nll(rows, nll, collate_rows) == (1.0, 5)
+    assert events == ["made", "computed"] * 5
+    assert [len(batch) for batch in own_batches(rows, lambda part: part, 2)] == [2, 2, 1]

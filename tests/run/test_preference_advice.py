@@ -71,3 +71,27 @@ def test_the_advice_is_that_of_the_loss(capsys):
     kto, simpo = capsys.readouterr().out.strip().split("\n\n")
     assert "sft_weight" not in kto and "beta" in kto
     assert "sft_weight" in simpo and "beta" not in simpo
+
+
+class ReadLog(list):
+    """Counts the entries that are read."""
+
+    read = 0
+
+    def __iter__(self):
+        self.read += len(self)
+        return super().__iter__()
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        self.read += len(found) if isinstance(index, slice) else 1
+        return found
+
+
+def test_a_step_does_not_read_the_whole_log_again():
+    watch, state = CollapseWatch(PreferenceSpec("dpo")), State()
+    state.log_history = ReadLog()
+    for step in range(1000):
+        state.log_history.append({"step": step, "nll/chosen": 1.0})
+        watch.on_log(None, state, None)
+    assert state.log_history.read == 1000

@@ -134,3 +134,14 @@ def test_packed_rated_answers_are_asked_for_the_good_ones(tokenizer, tmp_path):
     rated = [{"prompt": f"{n}?", "completion": f"said {n}", "label": n > 3} for n in range(6)]
     rows = load_rows(data(write_rows(tmp_path, rated), "kto", eval_rows=0), tokenizer, 64).train
     assert {prompt.text for prompt in sample_prompts(rows, tokenizer, 20)} == {"4?", "5?"}
+
+
+def test_long_prompts_are_not_asked_and_that_is_said(tokenizer, tmp_path, capsys):
+    path = tmp_path / "long.jsonl"
+    prompts = ["1+1?", "Tea? " * 600, "Pie? " * 600]
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": "2"}) + "\n" for prompt in prompts))
+    rows = load_rows(DataSpec(str(path), eval_rows=0), tokenizer, 8192).train
+    capsys.readouterr()
+    (sample,) = sample_prompts(rows, tokenizer, 2)
+    assert sample.text == "1+1?"
+    assert "to 1 held-out prompts of 2 that are wanted; 2 are longer than 1,024 tokens" in capsys.readouterr().out

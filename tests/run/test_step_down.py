@@ -16,6 +16,7 @@ from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.recipe import LoraSpec, ModelSpec, UserError
+from common.run.held_out_loss import batch_nll
 from common.run.step_down import StepDown
 from common.run.trainer_config import build_trainer
 from common.run.training import train
@@ -373,3 +374,24 @@ def test_a_single_row_that_cannot_be_cut_is_computed_in_tiles_at_last(small_llam
     with pytest.raises(torch.OutOfMemoryError):
         down.compute(fail, [batch], 1, backward=True)
     assert down.policy == Policy(2, offload=True)
+
+
+def test_an_evaluation_that_runs_out_of_memory_goes_on_in_tiles(small_llama):
+    """A single row cannot be cut; without gradients tiles take less too."""
+    model = attach_lora(load_4bit(ModelSpec(str(small_llama)), FP32), LoraSpec(4, 8))
+    use_lean_layers(model, "lean")
+    model.set_attn_implementation(PACKED_ATTENTION)
+    batch = collate([{"input_ids": [7] * 9, "labels": [IGNORED] + [7] * 8, "seq_lengths": [9]}], 0, padding_free=True)
+    policy = Policy(2, offload=True)
+    checkpoint_activations(model, policy)
+    expected = batch_nll(model, batch)
+    down, failures = StepDown(model, policy), iter([True] * 2)
+
+    def compute(part):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory, injected")
+        return batch_nll(model, part)
+
+    found = down.compute(compute, [batch], 1, backward=False)
+    assert down.policy == Policy(2, offload=True, tile=4096, by_head=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
