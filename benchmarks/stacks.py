@@ -66,7 +66,7 @@ def ours(job: Job, folder: str, *, dpo: bool = False, **options: Any) -> Any:
     preference = PreferenceSpec("dpo") if dpo else None
     recipe = Recipe(ModelSpec(job.model), data, lora, train, None, preference=preference, out=folder)
     plan = plan_for_card(recipe)
-    tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model)
+    tokenizer, model = load_tokenizer(recipe.model), load_4bit(recipe.model, layout=plan.layout)
     model = attach_lora(model, recipe.lora, SEED)
     use_lean_layers(model, train.kernels)
     checkpoint_activations(model, plan.checkpointing)

@@ -441,7 +441,7 @@ sizes |= {"scale": "fp32", "targets_ptr": "*i64", "nll_ptr": "*fp32"}
 constants = {"HAS_RESIDUAL": True, "INVERSE": True, "BLOCK": 8192, "QUERY_BLOCK": 64, "KEY_BLOCK": 8, "HALF_BLOCK": 64}
 constants |= {"SCALES": nf4_dequantize.SCALES_A_PROGRAM, "HAS_GRADIENT": True}
 constants |= {"LINEAR": swiglu.LINEAR, "CUBIC": swiglu.CUBIC}
-modules = [importlib.import_module("common.kernels." + module.name) for module in pkgutil.iter_modules(kernels.__path__)]
+modules = [importlib.import_module("common.kernels." + m.name) for m in pkgutil.iter_modules(kernels.__path__)]
 every = [kernel for m in modules for kernel in vars(m).values() if isinstance(kernel, triton.JITFunction)]
 assert len(every) >= 7, every
 for kernel in every:
