@@ -22,6 +22,9 @@ from common.recipe import Checkpointing, Recipe, UserError, rows_per_process
 MAX_MICRO_BATCH_TOKENS = 16_384  # past it nothing gets faster, so a plan looks no further
 # Tokens of single rows that give the parabola of an attention with a mask; each is more than a tile of logits.
 COUNTED_LENGTHS = (4_096, 8_192, 16_384)
+# torch's memory-efficient attention finds the entries of a mask by offsets of 32 bits: beyond 2^31 of them its backward
+# pass fails, beyond 2^32 its output is wrong without a word (github.com/pytorch/pytorch issues 147585, 162588, 187227).
+MAX_ROW_WITH_MASK = math.isqrt(2**31 - 1)  # tokens: 46,340
 # Ways to compute long rows, from fast to lean: tokens of a tile, and whether attention's backward goes by head. Smaller
 # tiles take longer: with 4,096 tokens a matmul computes as long as the reading of its weight takes many times over.
 TILES = ((4_096, False), (4_096, True), (1_024, True))
@@ -60,6 +63,12 @@ class Planner:
         refuse_more_positions(recipe)
         refuse_more_layers(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
+        if not self.forecast.packs and self.seq_len > MAX_ROW_WITH_MASK:
+            raise UserError(
+                f"TrainSpec.seq_len is {self.seq_len:,}. This GPU has no flash attention, and attention with a mask is "
+                f"wrong in torch beyond {MAX_ROW_WITH_MASK:,} tokens: lower seq_len, or take a card of the RTX 30 "
+                f"series or newer"
+            )
         self.layers = self.forecast.layers
         other_stream = self.forecast.gathered_layer_bytes()
         self.card = replace(card, uses_nccl=layout.processes > 1, other_stream_bytes=other_stream)
@@ -271,7 +280,7 @@ class Planner:
 
     def longest_option(self, policy: Policy, on_host: int = 0) -> tuple[int, Option]:
         """The tokens of longest_row, and what that row takes."""
-        low, high = 0, 1 << 14  # multiples of 256
+        low, high = 0, 1 << 14 if self.forecast.packs else MAX_ROW_WITH_MASK // 256  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
             if self.fits(self._extrapolate(256 * middle, policy, on_host)):

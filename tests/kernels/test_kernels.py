@@ -9,6 +9,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -329,26 +330,72 @@ def test_the_gradients_of_the_norm_and_of_rope_are_those_of_float64():
 # Offsets beyond 2^31 --------------------------------------------------------------------------------------------------
 
 
-def long(rows: int, size: int, seed: int = 0) -> Tensor:
-    """bf16 (rows, size). The last row alone is written: what nobody touches takes no memory of the system."""
-    x = torch.empty(rows, size, dtype=torch.bfloat16)
-    x[-1] = random(size, seed=seed)
+def long(rows: int, size: int, seed: int = 0, device: str = "cpu") -> Tensor:
+    """bf16 (rows, size). The last row alone is written: of RAM what nobody touches takes none."""
+    x = torch.empty(rows, size, dtype=torch.bfloat16, device=device)
+    x[-1] = random(size, seed=seed).to(device)
     return x
 
 
-def long_nf4() -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def long_nf4(device: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """Arguments of nf4_dequantize for a weight of more than 2^31 entries, and for its end alone, of one program."""
     entries = 64 * nf4_dequantize.SCALES_A_PROGRAM
-    end = nf4_arguments(*nf4((1, entries)), torch.bfloat16)
+    end = nf4_arguments(*nf4((1, entries), device=device), torch.bfloat16)
     size = 2**31 + entries
     arrays = {0: size // 2, 1: size // 64, 3: -(-size // 64 // 256)}  # packed values, scales, scales of scales
     values = list(end)
     for place, length in arrays.items():
         part = end[place].flatten()
-        values[place] = torch.empty(length, dtype=part.dtype)
+        values[place] = torch.empty(length, dtype=part.dtype, device=device)
         values[place][-len(part) :] = part
     values[6] = (1, size)
     return tuple(values), end
+
+
+def long_arguments(device: str) -> Iterator[tuple[Any, tuple[Any, ...], tuple[Any, ...]]]:
+    """Of each operator: arguments with more than 2^31 entries, and those of their last row alone."""
+
+    def cases() -> Iterator[tuple[Any, tuple[Any, ...]]]:
+        width, inner, vocabulary = 4096, 14336, 128_256
+        tokens, mlp_tokens, logit_rows = (2**31 // size + 2 for size in (width, inner, vocabulary))
+        weight = random(width).bfloat16().to(device)
+        states = [long(tokens, width, seed, device) for seed in range(3)]  # gradient, x, residual
+        yield rms_norm.rms_norm_forward, (states[1], weight, EPS, False, states[2])
+        for operator in (rms_norm.rms_norm_backward, rms_norm.rms_norm_backward_onto_):
+            yield operator, (*states[:2], weight, EPS, states[2])
+        del states
+        rotation = [long(tokens, size, seed, device) for seed, size in enumerate((width, 1024, 128, 128))]
+        for operator in (rope.rotate, rope.rotate_onto_):
+            yield operator, (*rotation, False)
+        del rotation
+        mlp = [long(mlp_tokens, inner, seed, device) for seed in range(3)]  # gradient, gate, up
+        for operator in (swiglu.swiglu, swiglu.swiglu_onto_):
+            yield operator, tuple(mlp[1:])
+        for operator in (swiglu.swiglu_backward_, swiglu.swiglu_backward_onto_):
+            yield operator, tuple(mlp)
+        del mlp
+        targets = torch.full((logit_rows,), 7, device=device)
+        yield cross_entropy.cross_entropy_, (long(logit_rows, vocabulary, device=device), targets, 1.0)
+
+    for operator, values in cases():
+        rows = len(values[0])
+        yield operator, values, tuple(v[-1:].clone() if isinstance(v, Tensor) and len(v) == rows else v for v in values)
+    yield nf4_dequantize.nf4_dequantize, *long_nf4(device)
+
+
+def assert_same_end(operator: Any, run_long: Callable[..., Any], values: tuple[Any, ...], end: tuple[Any, ...]) -> None:
+    """run_long: the operator's kernel for `values`. What it leaves at their end is what the kernel gives for `end`."""
+    results = []
+    for run, arguments in ((KERNELS[operator], end), (run_long, values)):
+        returned = run(*arguments)
+        schema = operator._schema.arguments
+        written = [value for a, value in zip(schema, arguments, strict=False) if a.alias_info and a.alias_info.is_write]
+        returned = returned if isinstance(returned, tuple) else [] if returned is None else [returned]
+        results.append([*written, *returned])
+    assert any(tensor.numel() > 2**31 for tensor in results[1])
+    for small, large in zip(*results, strict=True):
+        entries = min(swiglu.BLOCK, small.numel())  # of the last program, of any kernel
+        assert torch.equal(large.flatten()[-entries:], small.flatten()[-entries:]), operator
 
 
 @needs_triton
@@ -377,43 +424,17 @@ def test_every_kernel_is_right_beyond_2_to_the_31_entries(monkeypatch):
                 patch.setattr(builder, "set_grid_idx", lambda *_: set_index(self.last, 0, 0))
                 super().__call__(*values, **named)
 
-    width, inner, vocabulary, weight = 4096, 14336, 128_256, random(4096).bfloat16()
-    tokens, mlp_tokens, logit_rows = (2**31 // size + 2 for size in (width, inner, vocabulary))
-    x, grad, residual = (long(tokens, width, seed) for seed in range(3))
-    rotation = long(tokens, width), long(tokens, 1024), long(tokens, 128, 1), long(tokens, 128, 2), False
-    mlp = tuple(long(mlp_tokens, inner, seed) for seed in range(3))  # gradient, gate, up
-    cases: dict[Any, tuple[Any, ...]] = {
-        rms_norm.rms_norm_forward: (x, weight, EPS, False, residual),
-        rms_norm.rms_norm_backward: (grad, x, weight, EPS, residual),
-        rms_norm.rms_norm_backward_onto_: (grad, x, weight, EPS, residual),
-        rope.rotate: rotation,
-        rope.rotate_onto_: rotation,
-        swiglu.swiglu: mlp[1:],
-        swiglu.swiglu_onto_: mlp[1:],
-        swiglu.swiglu_backward_: mlp,
-        swiglu.swiglu_backward_onto_: mlp,
-        cross_entropy.cross_entropy_: (long(logit_rows, vocabulary), torch.full((logit_rows,), 7), 1.0),
-        nf4_dequantize.nf4_dequantize: (),  # below
-    }
-    assert cases.keys() == KERNELS.keys(), "an operator has no case here"
-    for operator, values in cases.items():
-        if values:
-            end = tuple(v[-1:].clone() if isinstance(v, Tensor) and len(v) == len(values[0]) else v for v in values)
-        else:
-            values, end = long_nf4()
-        right = KERNELS[operator](*end)
-        with monkeypatch.context() as patch:
-            patch.setattr(interpreter, "GridExecutor", LastProgram)
-            got = KERNELS[operator](*values)
-        arguments = operator._schema.arguments
-        written = [n for n, argument in enumerate(arguments) if argument.alias_info and argument.alias_info.is_write]
-        outputs = [[tensors[n] for n in written] for tensors in (values, end)]
-        for tensors, returned in zip(outputs, (got, right), strict=True):
-            tensors += returned if isinstance(returned, tuple) else [] if returned is None else [returned]
-        assert any(tensor.numel() > 2**31 for tensor in outputs[0])
-        for large, small in zip(*outputs, strict=True):
-            entries = min(swiglu.BLOCK, small.numel())  # of the last program, for any kernel
-            assert torch.equal(large.flatten()[-entries:], small.flatten()[-entries:]), operator
+    tested = set()
+    for operator, values, end in long_arguments("cpu"):
+
+        def run_last_program(*arguments: Any, kernel: Any = KERNELS[operator]) -> Any:
+            with monkeypatch.context() as patch:
+                patch.setattr(interpreter, "GridExecutor", LastProgram)
+                return kernel(*arguments)
+
+        assert_same_end(operator, run_last_program, values, end)
+        tested.add(operator)
+    assert tested == KERNELS.keys(), "an operator has no long arguments here"
     every = {
         name
         for module in pkgutil.iter_modules(kernels.__path__)

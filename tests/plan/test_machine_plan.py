@@ -13,10 +13,12 @@ from common.kernels.triton_check import why_no_triton
 from common.machine import device
 from common.machine.device import GIB, this_machine
 from common.model.activation_checkpointing import Policy
+from common.model.config import load_config
 from common.plan import card, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card
+from common.plan.planner import Planner
 from common.plan.speed import speed_of
 from common.recipe import ModelSpec, TrainSpec, UserError
 from tests.plan.planners import RECIPE, edited, plan_for
@@ -29,6 +31,23 @@ def test_more_positions_than_the_model_has_are_refused():
         plan_for(edited(seq_len=16384), 80)
     with pytest.raises(UserError, match="seq_len is 4,096; models/tiny has"):
         plan_for_card(replace(TINY, train=replace(TINY.train, seq_len=4096)))
+
+
+def test_a_row_whose_mask_torch_finds_no_longer_is_refused_and_not_planned():
+    """46,340 tokens have a mask of just less than 2^31 entries. Flash attention has none."""
+    with_mask, tiny = Setting(torch.float16, "sdpa"), replace(RECIPE, model=TINY.model)
+    with pytest.raises(UserError, match="seq_len is 46,341. This GPU has no flash attention, .* beyond 46,340 tokens"):
+        planner(tiny, 46_341, with_mask)
+    planner(tiny, 46_341, Setting())
+    assert planner(tiny, 128, with_mask).longest_row(Policy(4)) == 46_340 // 256 * 256
+
+
+def planner(recipe, seq_len: int, setting: Setting) -> Planner:
+    """For a card of 80 GiB, of a model with positions enough."""
+    train = replace(recipe.train, seq_len=seq_len)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_config(recipe.model), "max_position_embeddings", 1 << 20)
+        return Planner(replace(recipe, train=train), card.Card.of_size(80), setting)
 
 
 def test_on_a_cpu_the_tokens_of_a_micro_batch_are_limited(capsys):
