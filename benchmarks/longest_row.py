@@ -10,7 +10,7 @@ memory leaves nothing behind. Lengths are multiples of --step, doubled until a t
 GPU with more memory than --card-gib another process holds the rest; on a CPU --card-gib limits the data of each
 process. A longer row may fail by time and not by memory: the table says which. Results go to
 benchmarks/results/longest_row_<model>_<machine>.json after each try; --resume goes on with what it has, and tries again
-what took too long where --try-seconds allows more.
+what took too long where there is more time, and what was not installed.
 """
 
 import argparse
@@ -46,6 +46,7 @@ from common.machine.gpus import use_one_gpu
 from common.plan.speed import data_sheet_flops
 from common.recipe import UserError
 
+SHORTEST_TRY_SECONDS = 60.0  # a stack needs about as long until it trains
 POSITIONS = 1 << 20  # that the model is said to have; longer rows than its own mean nothing, and cost the same
 
 
@@ -92,14 +93,15 @@ def make_long_checkpoint(name: str) -> Path:
     return folder
 
 
-def try_row(stack: str, tokens: int, folder: Path, args: argparse.Namespace) -> Result:
+def try_row(stack: str, tokens: int, folder: Path, args: argparse.Namespace, seconds: float) -> Result:
+    """seconds: that the try may take."""
     limit = args.card_gib
     with tempfile.TemporaryDirectory() as scratch:
         rows = Path(scratch) / "rows.jsonl"
         write_rows(rows, tokens, 2, folder)
         job = Job(str(folder), str(rows), tokens, accumulation=1, warmup=1, steps=1, card_gib=limit, started_at=0.0)
-        result = run_stack(stack, job, args.peers, args.try_seconds)
-    return result | {"job": asdict(job), "try_seconds": args.try_seconds}
+        result = run_stack(stack, job, args.peers, seconds)
+    return result | {"job": asdict(job), "try_seconds": seconds}
 
 
 def not_installed(one: Result) -> bool:
@@ -184,9 +186,10 @@ def find_longest(stack: str, folder: Path, report: Result, out: Path, args: argp
             tokens = next_tokens(known, args.first, args.step, args.most)
         if tokens is None or any(map(not_installed, tries)):
             return True
-        if time.monotonic() + args.try_seconds > ends:
+        left = ends - time.monotonic()
+        if left < SHORTEST_TRY_SECONDS:
             return False
-        tries.append(result := try_row(stack, tokens, folder, args))
+        tries.append(result := try_row(stack, tokens, folder, args, min(left, args.try_seconds)))
         if "failed" not in result and str(tokens) not in report["flops_per_token"]:
             report["flops_per_token"][str(tokens)] = flops_per_token(args.model, tokens)
         write_result(report, out)
@@ -206,7 +209,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, help="exactly these, in this order, and no search")
     parser.add_argument("--step", type=int, default=1_024, help="lengths are multiples of it")
     parser.add_argument("--try-seconds", type=float, default=LIMIT_SECONDS, help="that a try may take")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no try begins that could end later")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for all tries together; --resume goes on")
     parser.add_argument("--peers", help="a folder with unsloth and the versions it needs, for PYTHONPATH")
     parser.add_argument("--out", type=Path, help="the .json")
     parser.add_argument("--resume", action="store_true", help="go on with what the .json has, where there is one")

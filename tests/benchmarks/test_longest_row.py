@@ -82,6 +82,13 @@ def test_speeds_at_given_lengths_stand_beside_each_other():
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_where_the_time_is_over_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    flags = ["--model", "tiny", "--stacks", "trl", "--seconds", "30", "--out", str(tmp_path / "longest.json")]
+    monkeypatch.setattr(sys, "argv", ["longest_row", *flags])
+    assert main() == 0
+    assert "the time was over before all was tried: the same command with --resume goes on" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [["--first", "2048", "--step", "2048"], ["--lengths", "64", "128"]])
 def test_a_stack_that_is_not_installed_is_tried_once_and_said(tmp_path, monkeypatch, capsys, flags):
     (tmp_path / "unsloth.py").write_text("import no_such_library")
