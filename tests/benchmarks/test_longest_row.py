@@ -89,11 +89,11 @@ def test_where_the_time_is_over_it_says_how_to_go_on(tmp_path, monkeypatch, caps
     assert "the time was over before all was tried: the same command with --resume goes on" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [["--first", "2048", "--step", "2048"], ["--lengths", "64", "128"]])
+@pytest.mark.parametrize("flags", [["--first", "2048", "--most", "8192"], ["--lengths", "64", "128"]])
 def test_a_stack_that_is_not_installed_is_tried_once_and_said(tmp_path, monkeypatch, capsys, flags):
     (tmp_path / "unsloth.py").write_text("import no_such_library")
     out = tmp_path / "longest.json"
-    flags += ["--model", "tiny", "--stacks", "unsloth", "--peers", str(tmp_path), "--most", "8192", "--out", str(out)]
+    flags = [*flags, "--model", "tiny", "--stacks", "unsloth", "--peers", str(tmp_path), "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["longest_row", *flags])
     assert main() == 0
     (tried,) = json.loads(out.read_text())["tries"]["unsloth"]
