@@ -157,7 +157,6 @@ def copy_without_waiting(copies: CopyStream, target: Tensor, source: Tensor) -> 
 
 
 IN_TILES = {
-    "tiles": Policy(LAYERS, tile=16),
     "tiles, offload": Policy(LAYERS, tile=16, offload=True),
     "by head": Policy(LAYERS, tile=16, by_head=True),
     "by head, keep attention": Policy(LAYERS, tile=16, by_head=True, keep_attention=True),
