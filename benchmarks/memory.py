@@ -3,17 +3,21 @@
     make memory                                       # three models, two lengths, every policy; about ten minutes
     make memory ARGS="--models llama3-8b --tokens 2048"
     make memory ARGS="--models llama3-8b --on-host 0 8 16 32"   # with the weights of so many layers in host memory
+    make memory ARGS="--models llama3-8b --tokens 32768 --policies tiles by-head --repeats 1"      # long rows
+    make memory ARGS="--models tiny --tokens 64 --on-host 0 4"  # a rehearsal, on a CPU too: nothing there is a result
 
 The step is the one that a plan counts: full rows, every token trained; gradients of an earlier micro-batch and
 optimizer states exist already. For a step that does not fit the card the result says so, with the prediction alone.
-Results go to benchmarks/results/memory_<gpu>.json.
+With weights in host memory one more step is profiled: which share of the copies' time lies beside a kernel, and at what
+rate they come. Results go to benchmarks/results/memory_<gpu>.json.
 """
 
 import argparse
 import gc
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from datetime import date
 from importlib.metadata import version
@@ -22,6 +26,8 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path, write_result
@@ -45,14 +51,25 @@ MODELS = ("llama3-8b", "mistral-7b", "qwen-14b")  # what is measured where none 
 TOKENS = (2_048, 8_192)
 
 
-def policies(layers: int) -> list[Policy]:
-    return [
-        Policy(layers, layers),
-        Policy(layers, layers // 2),
-        Policy(layers),
-        Policy(layers, keep_attention=True),
-        Policy(layers, offload=True),
-    ]
+def named_policies(layers: int) -> dict[str, Policy]:
+    """Each kind of policy by its name for --policies."""
+    return {
+        "none": Policy(layers, layers),
+        "half": Policy(layers, layers // 2),
+        "every-layer": Policy(layers),
+        "keep-attention": Policy(layers, keep_attention=True),
+        "offload": Policy(layers, offload=True),
+        "tiles": Policy(layers, offload=True, tile=4096),
+        "by-head": Policy(layers, offload=True, tile=1024, by_head=True),
+    }
+
+
+POLICIES = list(named_policies(2))
+SHORT_ROWS = POLICIES[:5]  # what is measured where none is named
+
+
+def policies(layers: int, names: Iterable[str] = SHORT_ROWS) -> list[Policy]:
+    return [named_policies(layers)[name] for name in names]
 
 
 def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Machine) -> Callable[[], list[float]]:
@@ -108,7 +125,8 @@ def measure(
     """Measures optimizer steps of two micro-batches of so many tokens, and predicts the same.
 
     Bytes are those of torch.cuda.max_memory_allocated and max_memory_reserved, None on a CPU. Seconds are those of the
-    fastest micro-batch, without the optimizer. on_host: layers of the model whose weights stream.
+    fastest micro-batch, without the optimizer. on_host: layers of the model whose weights stream; on a GPU the result
+    then has their "copies", as copies_of says.
     """
     checkpoint_activations(model, policy)
     step = random_step(model, forecast, tokens, machine)
@@ -118,6 +136,8 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     seconds = [time for _ in range(repeats) for time in step()]
+    allocated, reserved = machine.allocated_bytes(), machine.peak_bytes() if machine.is_gpu else None
+    copies = profiled_copies(step) if machine.is_gpu and on_host else None
     predicted = forecast.step(tokens, policy, examples=1, on_host=on_host)
     on_card = forecast.step(tokens, policy, examples=1)
     return {
@@ -127,12 +147,45 @@ def measure(
         "on_host": on_host,
         "streamed_bytes": predicted.link_bytes() - on_card.link_bytes(),  # of weights, in a micro-batch
         "predicted_bytes": predicted.peak() + WORKSPACE_BYTES,
-        "allocated_bytes": machine.allocated_bytes(),
-        "reserved_bytes": machine.peak_bytes() if machine.is_gpu else None,
+        "allocated_bytes": allocated,
+        "reserved_bytes": reserved,
         "predicted_seconds": sum(forecast.speed.seconds(s.work) for s in predicted.segments if s.name != "optimizer"),
         "seconds": min(seconds),
         "tokens_per_s": tokens / min(seconds),
+        "copies": copies,
     }
+
+
+def profiled_copies(step: Callable[[], Any]) -> dict[str, float] | None:
+    """The copies to the card in one more step, by torch's profiler, as copies_of says."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return copies_of(profiler.events())
+
+
+def copies_of(events: Iterable[Any]) -> dict[str, float] | None:
+    """Seconds of all copies from host memory to the card, and the share of them that lies beside a kernel.
+
+    events: torch's FunctionEvents, with times in microseconds. None where nothing was copied.
+    """
+    on_card = [event for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
+    kernels: list[list[float]] = []  # moments at which kernels run, without overlaps
+    for event in sorted(on_card, key=lambda event: event.time_range.start):
+        start, end = event.time_range.start, event.time_range.end
+        if re.match(r"mem(cpy|set)", event.name, re.IGNORECASE):
+            continue
+        if kernels and start <= kernels[-1][1]:
+            kernels[-1][1] = max(end, kernels[-1][1])
+        else:
+            kernels.append([start, end])
+    total = beside = 0.0
+    for event in on_card:
+        if re.match(r"memcpy HtoD", event.name, re.IGNORECASE):
+            start, end = event.time_range.start, event.time_range.end
+            total += end - start
+            beside += sum(max(0.0, min(end, stop) - max(start, first)) for first, stop in kernels)
+    return {"seconds": total / 1e6, "beside_kernels": beside / total} if total else None
 
 
 def measure_recipe(
@@ -141,10 +194,12 @@ def measure_recipe(
     machine: Machine,
     keep: Callable[[dict[str, Any]], None],
     on_host: int = 0,
+    names: Iterable[str] = SHORT_ROWS,
+    repeats: int = 3,
 ) -> list[dict[str, Any]]:
-    """Measures every policy at every length, in the order of `lengths`. What does not fit has its prediction alone.
+    """Measures policies at every length, in the order of `lengths`. What does not fit has its prediction alone.
 
-    keep: is given each measurement as soon as it is there. on_host: layers whose weights stream.
+    keep: is given each measurement as soon as it is there. on_host: layers whose weights stream. names: of POLICIES.
     """
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
     forecast = Forecast(recipe, setting_of(machine, recipe.model), speed_of(machine.name))
@@ -152,9 +207,9 @@ def measure_recipe(
     use_lean_layers(model, recipe.train.kernels)
     results = []
     for tokens in lengths:
-        for policy in policies(forecast.layers):
+        for policy in policies(forecast.layers, names):
             try:
-                results.append(measure(model, forecast, tokens, policy, machine, on_host=on_host))
+                results.append(measure(model, forecast, tokens, policy, machine, repeats, on_host))
             except Exception as error:
                 if out_of_memory(error) is None:
                     raise
@@ -179,7 +234,12 @@ def in_words(result: dict[str, Any]) -> str:
         error = result["predicted_bytes"] / result["allocated_bytes"] - 1
         line += f", measured {result['allocated_bytes'] / GIB:.2f} allocated ({error:+.1%}), "
         line += f"{result['reserved_bytes'] / GIB:.2f} reserved"
-    return line + f"; {result['tokens_per_s']:,.0f} tokens/s"
+    line += f"; {result['tokens_per_s']:,.0f} tokens/s"
+    if copies := result["copies"]:
+        # Of two micro-batches; the batches' own copies and those of layer inputs are a few of them.
+        rate = 2 * result["streamed_bytes"] / copies["seconds"] / 1e9
+        line += f"; {copies['beside_kernels']:.0%} of the copies beside a kernel, at {rate:.1f} GB/s or more"
+    return line
 
 
 def hidden_share(streamed: dict[str, Any], on_card: dict[str, Any], link_bytes_per_second: float) -> float:
@@ -211,13 +271,15 @@ def hidden_lines(measurements: list[dict[str, Any]], link_bytes_per_second: floa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=(*MODELS, "llama3-70b"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=(*MODELS, "llama3-70b", "tiny"))
     parser.add_argument("--on-host", nargs="+", type=int, default=[0], help="layers whose weights wait in host memory")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--policies", nargs="+", default=SHORT_ROWS, choices=POLICIES)
+    parser.add_argument("--repeats", type=int, default=3, help="optimizer steps that are timed")
     parser.add_argument("--out", type=Path, help="the .json")
     args = parser.parse_args()
     machine = this_machine()
-    if not machine.is_gpu:
+    if not machine.is_gpu and args.models != ["tiny"]:
         print("error: this measures a GPU, and torch sees none here; the counts are tested on a CPU by make test")
         return 2
     results: dict[str, Any] = {
@@ -239,11 +301,12 @@ def main() -> int:
         results["recipes"][name] = asdict(recipe)
         for on_host in args.on_host:
             try:
-                measure_recipe(recipe, args.tokens, machine, keep, on_host)
+                measure_recipe(recipe, args.tokens, machine, keep, on_host, args.policies, args.repeats)
             except UserError as error:
                 print(f"{name}: {error}")
             gc.collect()
-            torch.cuda.empty_cache()
+            if machine.is_gpu:
+                torch.cuda.empty_cache()
     if lines := hidden_lines(results["measurements"], speed_of(machine.name).link_bytes_per_second):
         print("\n".join(lines))
         write_result(results, path)

@@ -24,6 +24,7 @@ from common.machine.out_of_memory import out_of_memory
 CHECKPOINTS = Path(tempfile.gettempdir()) / "qlora-bench"  # a folder for each model
 LIMIT_SECONDS = 540  # that one process may take
 TOO_LONG = "took longer than"
+NOT_INSTALLED = "not installed"
 Result = dict[str, Any]
 
 
@@ -114,6 +115,8 @@ def describe_failure(stderr: str, status: int = 1) -> str:
     if status == -signal.SIGKILL:
         return "killed by the system: out of host memory, most likely"
     last = (lines or stderr.splitlines() or ["no message"])[-1]
+    if missing := re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", last):
+        return f"{NOT_INSTALLED}: {missing[1]}"
     if out_of_memory(RuntimeError(last)) or re.search(OUT_OF_MEMORY, last):
         return "out of memory"
     return last[:200]

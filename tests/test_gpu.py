@@ -3,7 +3,6 @@
 import gc
 import importlib
 import json
-import math
 import os
 import re
 import subprocess
@@ -22,7 +21,7 @@ from benchmarks.kernels import gpu_times, microseconds
 from benchmarks.memory import in_words, measure, policies
 from benchmarks.run_stack import limit_free_memory
 from common.data.rows import load_rows
-from common.kernels import cross_entropy, nf4_dequantize, rms_norm, rope, swiglu
+from common.kernels import KERNELS, cross_entropy, nf4_dequantize, rms_norm, rope, swiglu
 from common.machine.device import GIB, this_machine
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations, watch_recompute
@@ -42,7 +41,16 @@ from common.run.trainer_config import build_trainer
 from common.run.training import train
 from recipes.llama3_8b import RECIPE
 from tests.conftest import ROOT
-from tests.kernels.test_kernels import EPS, NF4_SHAPES, nf4, nf4_arguments, norm_in_float64, rope_in_float64
+from tests.kernels.test_kernels import (
+    EPS,
+    NF4_SHAPES,
+    assert_same_end,
+    long_arguments,
+    nf4,
+    nf4_arguments,
+    norm_in_float64,
+    rope_in_float64,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -266,15 +274,66 @@ def test_the_cross_entropy_kernel_is_that_of_float64(shape, dtype):
     assert error(logits, 1024 * expected_grad) <= max(torch.finfo(dtype).eps, 4e-6)
 
 
-def test_the_cross_entropy_kernel_reaches_beyond_2_to_the_31_entries():
-    logits = torch.zeros(16_400, 131_072, device="cuda", dtype=torch.float16)  # 4 GiB
-    logits[-1, 77] = 9.0
-    targets = torch.full((16_400,), 77, device="cuda")
-    nll = cross_entropy.cross_entropy_(logits, targets, 1.0)
-    expected = math.log(131_071 + math.exp(9)) - 9
-    assert nll[-1].item() == pytest.approx(expected, rel=1e-6)
-    assert logits[-1, 77].item() == pytest.approx(math.exp(-expected) - 1, rel=1e-3)  # in fp16
-    assert (nll[:-1] == nll[0]).all() and not (logits[0] == 0).any()
+def needs_free(gib: float) -> None:
+    free = torch.cuda.mem_get_info()[0] / GIB
+    if free < gib:
+        pytest.skip(f"takes {gib:g} GiB of a card, and {free:.0f} are free")
+
+
+def test_every_kernel_reaches_beyond_2_to_the_31_entries():
+    needs_free(36)
+    for operator, values, end in long_arguments("cuda"):
+        assert_same_end(operator, KERNELS[operator], values, end)
+
+
+def test_the_operators_of_torch_reach_beyond_2_to_the_31_entries():
+    """Those that a step uses on whole rows (docs/memory.md): each with the last rows beside what these alone give."""
+    needs_free(28)
+    tokens, width = 2**31 // 4096 + 128, 4096
+    x, y = (torch.empty(tokens, width, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2))
+    weight, adapter = (torch.randn(width, size, device="cuda", dtype=torch.bfloat16) / 64 for size in (512, 16))
+    rows = torch.arange(tokens, device="cuda")
+
+    def same(large: torch.Tensor, small: torch.Tensor) -> None:
+        assert (large[-64:].float() - small.float()).norm() <= 2**-7 * small.float().norm()
+
+    same(x + y, x[-64:] + y[-64:])
+    same(x @ weight, x[-64:] @ weight)
+    same((x @ adapter).addmm_(x, weight[:, :16]), (x[-64:] @ adapter).addmm_(x[-64:], weight[:, :16]))
+    same(x[rows[-64:]], x[-64:])
+    same(torch.embedding(x, rows), x[-64:])
+    # A sum over all tokens: of the last ones alone, because the others are nothing.
+    z = torch.zeros(tokens, 16, device="cuda", dtype=torch.bfloat16)
+    z[-64:] = 1
+    sums = z.t() @ x
+    assert (sums.float() - x[-64:].float().sum(0)).norm() <= 2**-6 * sums.float().norm()
+    wanted = y[-64:].clone()
+    x[:, :512].copy_(y[:, :512])  # columns, as the gradients of a head
+    same(x[:, :512], wanted[:, :512])
+    x[rows[-64:]] = wanted
+    same(x, wanted)
+    x.masked_fill_((rows < tokens - 1)[:, None], 0)
+    same(x, torch.cat((torch.zeros_like(wanted[:-1]), wanted[-1:])))
+    torch.mul(y, rows[:, None].float(), out=x)
+    same(x, wanted.float() * rows[-64:, None])
+
+
+def test_flash_attention_reaches_beyond_2_to_the_31_entries():
+    """Many short examples are as far apart as one long one's ends, and quickly computed."""
+    needs_free(40)
+    length, examples = 4096, 2**31 // 4096 // 4096 + 1
+    shapes = ((examples * length, heads, 128) for heads in (32, 8, 8))
+    q, k, v = (torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for shape in shapes)
+    found = []
+    for first in (0, (examples - 1) * length):
+        inputs = [states[first:].detach()[None].transpose(1, 2).requires_grad_() for states in (q, k, v)]
+        starts = torch.arange(0, len(q) - first + 1, length, device="cuda", dtype=torch.int32)
+        output, _ = packed_attention(None, *inputs, None, cu_seq_lens_q=starts, max_length_q=length)
+        grads = torch.autograd.grad(output, inputs, output.detach())
+        found.append([output[0, -length:].clone(), *(grad[0, :, -length:].clone() for grad in grads)])
+        del output, grads, inputs
+    for large, small in zip(*found, strict=True):
+        assert (large.float() - small.float()).norm() <= 2**-6 * small.float().norm()
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def jit(kernel: Callable[..., None]) -> Any:
 
 _LIBRARY = torch.library.Library("common", "FRAGMENT")
 REFERENCES: dict[Any, Callable[..., Any]] = {}  # by operator: what it computes, in PyTorch
+KERNELS: dict[Any, Callable[..., Any]] = {}  # by operator: the same by Triton kernels
 
 
 def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], kernel: Callable[..., Any]) -> Any:
@@ -46,7 +47,7 @@ def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any
         _LIBRARY.impl(name, kernel_or_reference(kernel, reference), "CUDA")
     torch.library.register_fake(f"common::{name}", fake)
     operator = getattr(torch.ops.common, name).default
-    REFERENCES[operator] = reference
+    REFERENCES[operator], KERNELS[operator] = reference, kernel
     return operator
 
 

@@ -31,6 +31,9 @@ TILES: tuple[dict[str, Any], ...] = (
     {"tile": 1_024, "by_head": True},
     {"tile": 1_024, "by_head": True, "qkv_again": True},
 )
+# torch's memory-efficient attention finds the entries of a mask by offsets of 32 bits: beyond 2^31 of them its backward
+# pass fails, beyond 2^32 its output is wrong without a word (github.com/pytorch/pytorch issues 147585, 162588, 187227).
+MAX_ROW_WITH_MASK = math.isqrt(2**31 - 1)  # tokens: 46,340
 TIME_TOLERANCE = 1.02  # options whose modelled times differ by less than this factor take the same time
 TRAFFIC_TOLERANCE = 1.1  # options whose traffic differs by about less than this factor send as much
 
@@ -65,6 +68,12 @@ class Planner:
         refuse_more_positions(recipe)
         refuse_more_layers(recipe)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
+        if not self.forecast.packs and self.seq_len > MAX_ROW_WITH_MASK:
+            raise UserError(
+                f"TrainSpec.seq_len is {self.seq_len:,}. This GPU has no flash attention, and attention with a mask is "
+                f"wrong in torch beyond {MAX_ROW_WITH_MASK:,} tokens: lower seq_len, or take a card of the RTX 30 "
+                f"series or newer"
+            )
         self.layers = self.forecast.layers
         other_stream = self.forecast.gathered_layer_bytes()
         self.card = replace(card, uses_nccl=layout.processes > 1, other_stream_bytes=other_stream)
@@ -295,7 +304,7 @@ class Planner:
         # Without tiles attention is not the worst moment, so the counts that the search has made do as well.
         if examples is None and policy.tile:
             examples = least_examples(self.recipe)
-        low, high = 0, 1 << 14  # multiples of 256
+        low, high = 0, 1 << 14 if self.forecast.packs else MAX_ROW_WITH_MASK // 256  # multiples of 256
         while low < high:
             middle = (low + high + 1) // 2
             if self.fits(self._extrapolate(256 * middle, policy, on_host, examples)):

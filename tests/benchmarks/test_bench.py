@@ -183,7 +183,11 @@ def test_the_gpu_check_is_rehearsed():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check", "--rehearse"], cwd=ROOT, check=False)
     assert done.returncode == 0
     summary = json.loads((ROOT / "outputs" / "gpu_check" / "summary.json").read_text())
-    assert all("done in" in summary[name] for name in ("kernels", "forms", "bench-tiny-128", "longest-tiny", "profile"))
+    pieces = gpu_check.pieces(ROOT, None, rehearse=True)
+    assert all("done in" in summary[name] for name in pieces)
+    rows = json.loads((ROOT / "outputs" / "gpu_check" / "rows_tiny.json").read_text())["tries"]
+    assert all("failed" not in one for one in rows["trl"]) and len(rows["trl"]) == 2
+    assert rows["unsloth"][0]["failed"]  # there is no GPU, or no unsloth
 
 
 def test_the_gpu_check_has_a_piece_for_each_model_and_length(tmp_path):
@@ -202,6 +206,40 @@ def test_the_two_pieces_of_a_bench_have_all_stacks_and_the_second_adds_to_the_fi
     assert "--resume" in gpu_check.pieces(tmp_path, None, rehearse=False, resume=True)["bench-llama3-8b-4096"]
     assert {word for word in (*first, *second) if word in STACKS} == set(STACKS)
     assert set(gpu_check.LONGEST_STACKS) < set(STACKS)
+
+
+def test_long_rows_are_compared_at_three_lengths_and_searched_for_each_stack_into_one_file(tmp_path):
+    """Each search by itself, because one takes ten minutes; all but the first go on with what is there."""
+    commands = gpu_check.pieces(tmp_path, "peers", rehearse=False)
+    for beginning, pieces in (("rows-llama3-8b", 3), ("longest-llama3-8b-12gib", 5), ("longest-llama3-8b-24gib", 5)):
+        found = [commands[name] for name in gpu_check.chosen_pieces([beginning], commands)]
+        assert len(found) == pieces and len({command[-1] for command in found}) == 1
+        assert ["--resume" in command for command in found] == [False] + [True] * (pieces - 1)
+    searched = {word for name in commands if name.startswith("longest") for word in commands[name]} & set(STACKS)
+    assert searched == set(gpu_check.LONGEST_STACKS) >= {"ours", "unsloth", "unsloth, tiled MLP", "trl, offload"}
+
+
+def test_what_streams_is_measured_for_an_8b_at_four_numbers_of_layers_and_for_a_70b(tmp_path):
+    commands = gpu_check.pieces(tmp_path, None, rehearse=False)
+    eight, seventy = commands["streaming-llama3-8b"], commands["streaming-llama3-70b"]
+    assert eight[eight.index("--on-host") + 1 :][:4] == ["0", "8", "16", "32"]
+    assert seventy[seventy.index("--on-host") + 1] == "80"
+
+
+def test_each_kind_of_command_is_rehearsed_and_each_piece_is_within_the_limit(tmp_path):
+    def modules(rehearse: bool) -> set[str]:
+        return {command[2] for command in gpu_check.pieces(tmp_path, None, rehearse).values()}
+
+    assert modules(rehearse=False) - modules(rehearse=True) == {"recipes"}  # make dryrun is that without a GPU
+    names = gpu_check.pieces(tmp_path, None, rehearse=False)
+    assert all(0 < gpu_check.estimated_seconds(name) <= gpu_check.LIMIT_SECONDS for name in names)
+
+
+def test_pieces_that_would_end_too_late_are_left_out_and_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--rehearse", "--pieces", "rows", "--seconds", "5"])
+    assert gpu_check.main() == 0
+    assert "rows-tiny … left out: it takes about 590 s, by a guess" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.longest_row import longest, main, next_tokens, read_report, stopped_by, table, too_early
+from benchmarks.longest_row import longest, main, next_tokens, read_report, speed_table, stopped_by, table, too_early
 from common.recipe import UserError
 
 
@@ -72,6 +72,34 @@ def test_a_search_goes_on_only_with_tries_of_its_own_setting(tmp_path):
     assert read_report(path, report) == report
     with pytest.raises(UserError, match="has the card_gib 24.0, and this is 16.0: take another --out"):
         read_report(path, report | {"card_gib": 16.0})
+
+
+def test_speeds_at_given_lengths_stand_beside_each_other():
+    tries = {"ours": [one(1024), one(2048)], "trl": [one(1024, "out of memory")]}
+    lines = speed_table({"tries": tries}).splitlines()
+    assert lines[0] == "| stack | 1,024 tokens | 2,048 tokens |"
+    assert lines[2:] == ["| ours | 512 tokens/s | 1,024 tokens/s |", "| trl | out of memory | not tried |"]
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_where_the_time_is_over_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    flags = ["--model", "tiny", "--stacks", "trl", "--seconds", "30", "--out", str(tmp_path / "longest.json")]
+    monkeypatch.setattr(sys, "argv", ["longest_row", *flags])
+    assert main() == 0
+    assert "the time was over before all was tried: the same command with --resume goes on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--first", "2048", "--most", "8192"], ["--lengths", "64", "128"]])
+def test_a_stack_that_is_not_installed_is_tried_once_and_said(tmp_path, monkeypatch, capsys, flags):
+    (tmp_path / "unsloth.py").write_text("import no_such_library")
+    out = tmp_path / "longest.json"
+    flags = [*flags, "--model", "tiny", "--stacks", "unsloth", "--peers", str(tmp_path), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["longest_row", *flags])
+    assert main() == 0
+    (tried,) = json.loads(out.read_text())["tries"]["unsloth"]
+    assert tried["failed"] == stopped_by([tried]) == "not installed: no_such_library"
+    assert too_early(tried, 1.0)  # so another run tries again
+    assert "| not installed: no_such_library |" in capsys.readouterr().out
 
 
 @pytest.mark.slow  # each try imports torch, transformers and trl

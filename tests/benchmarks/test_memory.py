@@ -1,9 +1,24 @@
 """The measurement that a GPU takes (make memory), rehearsed on a CPU with a small model."""
 
+import json
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks.memory import hidden_lines, hidden_share, in_words, measure, policies
+from benchmarks.memory import (
+    POLICIES,
+    copies_of,
+    hidden_lines,
+    hidden_share,
+    in_words,
+    main,
+    measure,
+    named_policies,
+    policies,
+)
 from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy
 from common.model.lean_layers import use_lean_layers
@@ -11,6 +26,7 @@ from common.model.loading import load_4bit
 from common.model.lora import attach_lora
 from common.plan.forecast import Forecast, Setting
 from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, TrainSpec
+from tests import flash_on_cpu  # noqa: F401 - gives torch the operators of packed attention
 from tests.conftest import FP32
 
 
@@ -50,3 +66,59 @@ def test_copies_hide_as_far_as_a_micro_batch_takes_no_longer_for_them():
     half = {"seconds": 2.5, "streamed_bytes": 25e9}  # a second of copies
     assert hidden_share(half, on_card, 25e9) == pytest.approx(0.5)
     assert hidden_share(half | {"seconds": 1.99}, on_card, 25e9) == 1
+
+
+def event(name: str, start: float, end: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False):
+    time_range = SimpleNamespace(start=start, end=end)
+    return SimpleNamespace(name=name, device_type=device, is_user_annotation=annotation, time_range=time_range)
+
+
+def test_copies_are_hidden_where_a_kernel_runs_beside_them():
+    """By the profiler's times: a copy of 10 us of which 6 lie beside kernels that overlap, and one beside nothing."""
+    events = [
+        event("Memcpy HtoD (Pinned -> Device)", 10, 20),
+        event("gemm", 12, 15),
+        event("gemm", 14, 17),
+        event("swiglu", 19, 30),
+        event("Memcpy HtoD (Pinned -> Device)", 40, 50),
+        event("Memcpy DtoH (Device -> Pinned)", 40, 50),  # a layer's input on its way to the host: none of the copies
+        event("Memset (Device)", 41, 49),
+        event("aten::copy_", 40, 50, DeviceType.CPU),
+        event("ProfilerStep", 0, 100, annotation=True),
+    ]
+    copies = copies_of(events)
+    assert copies == {"seconds": pytest.approx(20e-6), "beside_kernels": pytest.approx(6 / 20)}
+    assert copies_of(events[1:4]) is None
+
+
+def test_rows_in_tiles_are_measured(small_model):
+    """As on a card, whose flash attention a stand-in computes here."""
+    recipe = Recipe(
+        ModelSpec(str(small_model("llama", num_hidden_layers=3)), bits=16),
+        DataSpec("none"),
+        LoraSpec(4, 8),
+        TrainSpec(64, 2, 1e-3),
+        None,
+    )
+    model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora).train()
+    model.set_attn_implementation("packed")
+    use_lean_layers(model, recipe.train.kernels)
+    forecast = Forecast(recipe, Setting(torch.float32, "packed"))
+    results = [measure(model, forecast, 64, policy, FP32, repeats=1) for policy in policies(3, ("tiles", "by-head"))]
+    assert [result["policy"] for result in results] == [
+        str(named_policies(3)["tiles"]),
+        str(named_policies(3)["by-head"]),
+    ]
+    assert all(result["tokens_per_s"] > 0 and result["copies"] is None for result in results)
+
+
+def test_the_command_runs_on_a_cpu_with_the_small_model_alone(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "memory.json"
+    flags = ["--models", "tiny", "--tokens", "32", "--on-host", "0", "4", "--policies", "half", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", ["memory", *flags, "--out", str(out)])
+    assert main() == 0
+    assert [one["on_host"] for one in json.loads(out.read_text())["measurements"]] == [0, 4]
+    assert "of the copies hide" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["memory", "--models", "llama3-8b", "--out", str(out)])
+    assert main() == 2
+    assert set(policies(2)) < set(policies(2, POLICIES))

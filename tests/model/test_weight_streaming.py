@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from common.data.batches import collate
 from common.machine.copy_stream import CopyStream
 from common.machine.layout import Layout, spread_layers
 from common.model import loading, weight_streaming
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers, finish_copies
+from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -20,6 +22,7 @@ from common.model.weight_streaming import (
     weight_ring,
 )
 from common.recipe import LoraSpec, ModelSpec, UserError
+from tests import flash_on_cpu  # noqa: F401 - gives torch the operators of packed attention
 from tests.conftest import ARCHITECTURES, FP32, MIXED, TINY
 from tests.poisoned_clock import PoisonedClock
 
@@ -55,27 +58,31 @@ def adapted(folder, kernels: str = "lean", lora: LoraSpec = LORA, bits: int = 4)
     return model.train()
 
 
-def train_step(model, policy: Policy) -> dict[str, Tensor]:
-    """Losses and gradients of an optimizer step with an evaluation in its middle."""
+def rectangles() -> list[dict]:
+    """The micro-batches of an optimizer step, and last a held-out one."""
+    return [{"input_ids": ids, "labels": ids} for ids in (*(ids_of(*size) for size in SIZES), ids_of(2, 20))]
+
+
+def train_step(model, policy: Policy, batches: list[dict] | None = None) -> dict[str, Tensor]:
+    """Losses and gradients of an optimizer step with an evaluation in its middle. batches: as rectangles."""
     checkpoint_activations(model, policy)
     model.zero_grad()
     torch.manual_seed(2)  # of dropout
     found = {}
-    for number, size in enumerate(SIZES):
-        ids = ids_of(*size)
-        loss = model(input_ids=ids, labels=ids).loss
+    *batches, held_out = batches or rectangles()
+    for number, batch in enumerate(batches):
+        loss = model(**batch).loss
         loss.backward()
         found[f"loss {number}"] = loss.detach().clone()
         if number == 0:
-            found["held out"] = held_out_loss(model)
+            found["held out"] = held_out_loss(model, held_out)
     return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def held_out_loss(model) -> Tensor:
+def held_out_loss(model, batch: dict) -> Tensor:
     model.eval()
-    ids = ids_of(2, 20)
-    loss: Tensor = model(input_ids=ids, labels=ids).loss.clone()
+    loss: Tensor = model(**batch).loss.clone()
     model.train()
     return loss
 
@@ -136,6 +143,62 @@ def test_other_adapters_and_16_bits_give_the_same_bits_too(folders, lora, bits, 
     found, copies = streamed_on_clock(model, 4, POLICIES[policy])
     assert_same_bits(found, expected)
     assert copies
+
+
+FAULTS = {
+    "the computation does not wait": ("wait", lambda _: None),
+    "the copy does not wait": ("copy", lambda copies, target, source: copy_without_waiting(copies, target, source)),
+}
+
+
+def copy_without_waiting(copies: CopyStream, target: Tensor, source: Tensor) -> None:
+    with torch.cuda.stream(copies.stream):
+        target.copy_(source, non_blocking=True)
+
+
+IN_TILES = {
+    "tiles, offload": Policy(LAYERS, tile=16, offload=True),
+    "by head": Policy(LAYERS, tile=16, by_head=True),
+    "by head, keep attention": Policy(LAYERS, tile=16, by_head=True, keep_attention=True),
+    "by head, offload": Policy(LAYERS, tile=16, by_head=True, offload=True),
+}
+
+
+def packed_rows() -> list[dict]:
+    """As rectangles, in packed rows whose examples end inside of tiles."""
+    rows = []
+    for lengths in ((30, 17, 9), (40,), (5, 21), (20, 13)):
+        ids = ids_of(1, sum(lengths))[0].tolist()
+        rows.append(collate([{"input_ids": ids, "labels": ids, "seq_lengths": list(lengths)}], 0, padding_free=True))
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen3"])
+def test_in_tiles_and_by_head_with_layer_inputs_on_the_host_too(folders, architecture):
+    """Tiles write gradients over what they replace, while weights and layer inputs come and go."""
+    model = adapted(folders[architecture])
+    model.set_attn_implementation(PACKED_ATTENTION)
+    expected = {name: train_step(model, policy, packed_rows()) for name, policy in IN_TILES.items()}
+    with PoisonedClock() as clock:
+        stream_weights(model, LAYERS)
+        for name, policy in IN_TILES.items():
+            before = clock.copies
+            assert_same_bits(train_step(model, policy, packed_rows()), expected[name])
+            assert clock.copies > before
+        weight_ring(model).finish()
+        finish_copies(model)
+
+
+@pytest.mark.parametrize(("name", "fault"), FAULTS.values(), ids=FAULTS)
+def test_a_wait_that_is_missing_is_noticed_in_tiles_too(folders, monkeypatch, name, fault):
+    model = adapted(folders["llama"])
+    model.set_attn_implementation(PACKED_ATTENTION)
+    monkeypatch.setattr(CopyStream, name, fault)
+    with PoisonedClock():
+        stream_weights(model, LAYERS)
+        found = train_step(model, IN_TILES["by head"], packed_rows())
+        weight_ring(model).finish()
+    assert any(not value.isfinite().all() for value in found.values())
 
 
 def test_stock_layers_in_16_bits_that_keep_their_activations_keep_no_weights(folders):
@@ -238,17 +301,6 @@ def test_a_micro_batch_that_is_left_in_its_middle_does_no_harm(folders):
             hook.remove()
             assert_same_bits(train_step(model, policy), expected)
         weight_ring(model).finish()
-
-
-FAULTS = {
-    "the computation does not wait": ("wait", lambda _: None),
-    "the copy does not wait": ("copy", lambda copies, target, source: copy_without_waiting(copies, target, source)),
-}
-
-
-def copy_without_waiting(copies: CopyStream, target: Tensor, source: Tensor) -> None:
-    with torch.cuda.stream(copies.stream):
-        target.copy_(source, non_blocking=True)
 
 
 @pytest.mark.parametrize(("name", "fault"), FAULTS.values(), ids=FAULTS)

@@ -1,7 +1,9 @@
 """The plan of a run on this machine, which here is a CPU."""
 
 import importlib
+import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,7 @@ from common.plan import card, machine_plan, plan
 from common.plan.card import WORKSPACE_BYTES
 from common.plan.forecast import Forecast, Setting
 from common.plan.machine_plan import plan_for_card, plan_for_examples
+from common.plan.planner import Planner
 from common.plan.speed import speed_of
 from common.recipe import ModelSpec, TrainSpec, UserError
 from tests.plan.planners import MISTRAL, RECIPE, edited, plan_for
@@ -29,6 +32,23 @@ def test_more_positions_than_the_model_has_are_refused():
         plan_for(edited(seq_len=16384), 80)
     with pytest.raises(UserError, match="seq_len is 4,096; models/tiny has"):
         plan_for_card(replace(TINY, train=replace(TINY.train, seq_len=4096)))
+
+
+def test_a_row_whose_mask_torch_finds_no_longer_is_refused_and_not_planned(tmp_path):
+    """46,340 tokens have a mask of just less than 2^31 entries. Flash attention has none."""
+    config = json.loads(Path("models/tiny/config.json").read_text()) | {"max_position_embeddings": 1 << 20}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = replace(RECIPE, model=ModelSpec(str(tmp_path)))
+
+    def planner(seq_len: int, setting: Setting) -> Planner:
+        train = replace(recipe.train, seq_len=seq_len)
+        return Planner(replace(recipe, train=train), card.Card.of_size(80), setting)
+
+    with_mask = Setting(torch.float16, "sdpa")
+    with pytest.raises(UserError, match="seq_len is 46,341. This GPU has no flash attention, .* beyond 46,340 tokens"):
+        planner(46_341, with_mask)
+    planner(46_341, Setting())
+    assert planner(128, with_mask).longest_row(Policy(4)) == 46_340 // 256 * 256
 
 
 def test_on_a_cpu_the_tokens_of_a_micro_batch_are_limited(capsys):

@@ -4,16 +4,18 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import torch
 
 from common.machine.device import GIB
 from common.machine.host_memory import page_locked_bytes
 from common.machine.layout import RING_SLOTS, Layout, spread_layers
 from common.model.activation_checkpointing import Policy, decoder_layers
+from common.model.attention import PACKED_ATTENTION
 from common.model.loading import load_4bit
 from common.model.weight_streaming import stream_weights, streamed_tensors, weight_ring
 from common.plan import ledger
 from common.plan.card import Card
-from common.plan.forecast import Forecast
+from common.plan.forecast import Forecast, Setting
 from common.plan.ledger import round_up
 from common.plan.machine_plan import plan_for_card
 from common.plan.misfit import choose_or_explain
@@ -23,7 +25,7 @@ from common.plan.step import WEIGHTS
 from common.recipe import ModelSpec, TrainSpec, UserError
 from tests.conftest import FP32, MIXED
 from tests.plan.planners import LLAMA, QWEN, RECIPE, edited, plan_for, planner_for
-from tests.plan.test_count import LAYERS, POLICIES, allocated_in_a_real_step, forecasts, recipe_for
+from tests.plan.test_count import LAYERS, LONG_ROWS, POLICIES, allocated_in_a_real_step, forecasts, recipe_for
 
 LLAMA_70B = "meta-llama/Meta-Llama-3-70B-Instruct"
 # Of a layer of Llama 3 8B: 218,103,808 weights in half a byte, their scales in a byte a block of 64, and the scales'
@@ -60,6 +62,18 @@ def test_the_count_is_what_the_allocator_gives_out_in_a_step_whose_weights_strea
     counted = step.peak() - sum(step.resident.values())
     real = allocated_in_a_real_step(forecast.recipe, POLICIES[policy], on_host=LAYERS)
     print(f"{policy}, {kernels}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
+    assert counted == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("policy", ["tiles, offload", "by head"])
+def test_the_count_is_what_the_allocator_gives_out_where_tiles_stream_too(forecasts, policy, monkeypatch):
+    monkeypatch.setattr(ledger, "EMPTY_ON_HOST", None)  # on a CPU host memory is an allocation like any other
+    recipe = forecasts["llama", "lean"].recipe
+    forecast = Forecast(recipe, Setting(torch.float32, PACKED_ATTENTION, triton=False))
+    step = forecast.step(768, LONG_ROWS[policy], on_host=LAYERS)
+    counted = step.peak() - sum(step.resident.values())
+    real = allocated_in_a_real_step(recipe, LONG_ROWS[policy], on_host=LAYERS, attention=PACKED_ATTENTION)
+    print(f"{policy}: {counted / 2**20:.2f} MiB counted, {counted / real:.4f} of the real")
     assert counted == pytest.approx(real, rel=0.02)
 
 

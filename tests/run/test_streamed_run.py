@@ -65,7 +65,7 @@ def five_layers(small_model, recipe):
     return make
 
 
-@pytest.mark.slow  # 16 runs of 20 steps
+@pytest.mark.slow  # 20 runs of 20 steps
 @pytest.mark.parametrize("kernels", ["lean", "stock"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_twenty_steps_are_the_same_bits(five_layers, architecture, kernels):
