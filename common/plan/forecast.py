@@ -45,9 +45,16 @@ class Forecast:
     """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
-        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
+        self,
+        recipe: Recipe,
+        setting: Setting = Setting(),
+        speed: Speed = KNOWN_GPUS[0],
+        layout: Layout = ONE_PROCESS,
+        cards: int = 1,
     ) -> None:
+        """cards: of a machine, which share the weights that wait in its host memory where layers are whole."""
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
+        self.cards = cards
         self.layers: int = load_config(recipe.model).num_hidden_layers
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
@@ -66,14 +73,15 @@ class Forecast:
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
+        step = self._step(tokens, policy, accumulates, 1 if self.packs else rows)
+        return step.with_layers_on_host(on_host, self.cards)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
+        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host, self.cards)
 
     @property
     def packs(self) -> bool:
