@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.results_folder import write_result
 from common import REPOSITORY
-from common.cpu_quota import available_cpus
+from common.control_group import available_cpus
 from common.run.metrics_file import read_metrics
 
 ENVIRONMENTS = {

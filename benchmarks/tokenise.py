@@ -32,7 +32,7 @@ from typing import Any
 
 from benchmarks.results_folder import installed_versions, result_path, write_result
 from common import REPOSITORY
-from common.cpu_quota import available_cpus
+from common.control_group import available_cpus
 from common.machine.device import GIB
 
 STACKS = ("ours", "batched", "trl")

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from common.cpu_quota import available_cpus, cpus_in_affinity
+from common.control_group import available_cpus, cpus_in_affinity
 from common.output_stream import protected_stream
 
 _ENVIRONMENT = {

@@ -1,4 +1,4 @@
-"""QLoRA fine-tuning of Llama 3 70B Instruct on two 24 GiB cards, or on one with its weights in host memory.
+"""QLoRA fine-tuning of Llama 3 70B Instruct on one or two 24 GiB cards, with weights in host memory.
 
 Run it:   make finetune MODEL=llama3-70b GPUS=2
           make finetune MODEL=llama3-70b             # one card of 11 GiB or more, with 45 GiB of free host memory
@@ -26,7 +26,7 @@ RECIPE = Recipe(
         learning_rate=1e-4,  # peak, for alpha 32: wider models take less (docs/defaults.md)
         epochs=1,  # a small set takes three and more: the held-out loss says when it is enough
     ),
-    card_gib=24.0,  # of each card; the plan shards the layers over several, and lets weights wait in host memory
+    card_gib=24.0,  # of each card; the plan lets weights wait in host memory, or shards the layers over several cards
 )
 
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from transformers.trainer_utils import align_special_tokens
 
 from common import process_state
-from common.cpu_quota import available_cpus
+from common.control_group import available_cpus
 from common.process_state import full_precision_sums, quiet_libraries
 from tests.conftest import ROOT
 

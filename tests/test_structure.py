@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 # From the ground up. A module imports from its own package and from floors below; in a package nothing goes in circles.
 FLOORS = (
-    "common.cpu_quota",
+    "common.control_group",
     "common.output_stream",
     "common.process_state",
     "common",

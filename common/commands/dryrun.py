@@ -42,7 +42,8 @@ def shrink_to_dry_run(recipe: Recipe, layers: int | None = None) -> Recipe:
     pairs = None
     if not this_machine().is_gpu:
         layers, pairs = layers or 2, PAIRS_ON_CPU
-        if world_size() > 1 and recipe.card_gib and train.sharding == "auto":  # as on the recipe's own cards
+        # Where the recipe's own cards cannot hold the model the layers are sharded: two are too few to stream.
+        if world_size() > 1 and recipe.card_gib and train.sharding == "auto":
             from common.plan.card import Card
             from common.plan.plan import fits_whole
 

@@ -56,6 +56,7 @@ def run_plan(recipe: Recipe, flags: argparse.Namespace) -> None:
         plan_for_card(recipe)
         print("  a CPU's memory is not planned; for a GPU: make plan CARD_GIB=24")
         return
+    card = replace(card, cards=flags.gpus or 1)
     report = build_report(*choose_option(recipe, card, setting, (flags.gpus or 1) * flags.nnodes))
     print(report.text())
     picture = flags.json.with_suffix(".png") if flags.json else Path("outputs") / f"plan-{flags.recipe_name}.png"

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from common.control_group import available_cpus
 from common.conversations.conversation import AnyExample
 from common.conversations.row_reader import RowReader
-from common.cpu_quota import available_cpus
 from common.data.answers import join_answers, parts_to_encode
 from common.data.cutting import fit_example
 from common.data.examples import Examples

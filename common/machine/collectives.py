@@ -20,6 +20,9 @@ from common.process_state import silence_stdout
 from common.recipe import UserError
 
 T = TypeVar("T")
+# While one process reads a model the others wait, for minutes perhaps. A process that has died is no reason for a limit
+# either: the launcher ends those that wait for it.
+NO_LIMIT = timedelta(days=7)
 
 
 def init_distributed() -> None:
@@ -88,10 +91,18 @@ def barrier_on_machine() -> None:
         distributed.barrier(_patient_group())
 
 
+def all_on_machine(value: bool) -> bool:
+    """Returns whether it is true in every process of this machine."""
+    if not distributed.is_initialized():
+        return value
+    least = torch.tensor(int(value))
+    distributed.all_reduce(least, distributed.ReduceOp.MIN, _patient_group())
+    return bool(least)
+
+
 @cache
 def _patient_group() -> Any:
-    # A process that has died is no reason for a limit: the launcher ends those that wait for it.
-    return group_of_this_machine(backend="gloo", timeout=timedelta(days=7))
+    return group_of_this_machine(backend="gloo", timeout=NO_LIMIT)
 
 
 def group_of_this_machine(**options: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from common.control_group import memory_left
 from common.machine.gpus import NVIDIA_SMI_SECONDS, missing_gpu, shown_gpus
 from common.machine.processes import local_rank, world_size
 from common.recipe import UserError
@@ -84,11 +85,15 @@ def peak_ram() -> int:
 
 
 def available_ram() -> int | None:
-    """Host memory that is available now, in bytes; None where the system does not say (not Linux)."""
+    """Host memory that is available now, in bytes, in a container with a limit what is left of that.
+
+    None where the system does not say (not Linux).
+    """
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
-    return next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    free = next(int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line)
+    return int(max(0, min(free, memory_left())))
 
 
 @cache

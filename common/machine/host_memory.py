@@ -6,8 +6,10 @@ value of common/process_state.py makes all larger blocks exact, and gives them b
 Locking takes 0.1 to 0.3 ms a MiB (published, not measured here), so what is used in every step is taken once and kept.
 """
 
+import contextlib
 import os
 import re
+import weakref
 from functools import cache
 
 import torch
@@ -16,6 +18,8 @@ from torch.library import custom_op
 
 from common.machine.device import available_ram
 from common.machine.out_of_memory import allocating_on_host
+
+HOST_REGISTER_PORTABLE = 1  # page-locked for every GPU: cudaHostRegisterPortable, CUDA runtime API
 
 
 def page_locked_bytes(size: int) -> int:
@@ -49,6 +53,27 @@ def page_locked(size: int) -> Tensor:
             raise
         _report_refusal(str(error).splitlines()[0])
     return torch.empty(size, dtype=torch.uint8)
+
+
+def lock_pages(block: Tensor, device: torch.device) -> None:
+    """Page-locks host memory that torch's allocator did not give out, until it is dropped. device: the GPU that copies.
+
+    Dropping it is safe at any time: that waits for the GPU. Where the system refuses, a line says once what that costs.
+    """
+    runtime, address = torch.cuda.cudart(), block.data_ptr()
+    status = runtime.cudaHostRegister(address, block.nbytes, HOST_REGISTER_PORTABLE)
+    if int(status):
+        # CUDA keeps the error for whoever asks next, which is torch after its next kernel. Asking clears it.
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=device)
+        _report_refusal(f"cudaHostRegister: {runtime.cudaGetErrorString(status)}")
+    else:
+        weakref.finalize(block.untyped_storage(), _unlock_pages, address, device).atexit = False
+
+
+def _unlock_pages(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 @cache  # once

@@ -24,6 +24,7 @@ from common.machine.disk import format_bytes
 from common.machine.layout import ONE_PROCESS, Layout, spread_layers
 from common.machine.out_of_memory import out_of_memory
 from common.machine.paths import local_path
+from common.machine.processes import local_world_size
 from common.machine.slow_work import report_slow_work
 from common.model.activation_checkpointing import decoder_layers
 from common.model.architectures import ARCHITECTURES
@@ -246,7 +247,8 @@ def load_streaming_model(
             work.done += 1
     WeightRing(chosen, blocks, machine.device)
     host = sum(block.nbytes for block in blocks) / GIB
-    print(f"weights: those of {len(chosen)} of {len(layers)} layers wait in host memory, {host:.2f} GiB")
+    shared = f", once for the {local_world_size()} processes of this machine" if blocks[0].is_shared() else ""
+    print(f"weights: those of {len(chosen)} of {len(layers)} layers wait in host memory, {host:.2f} GiB{shared}")
     return model
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.machine.copy_stream import CopyStream
-from common.machine.host_memory import empty_on_host
 from common.machine.layout import RING_SLOTS, spread_layers
+from common.machine.shared_memory import fill_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.recipe import ALL_LINEAR, UserError
 
@@ -157,12 +157,17 @@ def weight_ring(model: nn.Module) -> WeightRing | None:
 def move_to_host(layer: nn.Module, like: Tensor) -> Tensor:
     """Moves the layer's frozen weights to a block of host memory, and returns it: uint8. The layer cannot compute then.
 
-    like: a tensor on the device that computes. Raises MemoryError, or torch's RuntimeError, when there is no memory.
+    The processes of a machine share the block, and all must call this. like: a tensor on the device that computes.
+    Raises MemoryError, or torch's RuntimeError, when there is no memory.
     """
     tensors, size = streamed_tensors(layer)
-    block = empty_on_host(size, like)
+
+    def fill(block: Tensor) -> None:
+        for tensor in tensors:
+            tensor.view_in(block).copy_(getattr(tensor.owner, tensor.name))
+
+    block = fill_once_per_machine(size, fill, like)
     for tensor in tensors:
-        tensor.view_in(block).copy_(getattr(tensor.owner, tensor.name))
         tensor.lie_in(block)  # gives the memory where it was back
     return block
 

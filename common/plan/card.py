@@ -46,6 +46,7 @@ class Card:
     # serve no tensor of the step.
     other_stream_bytes: int = 0
     host_bytes: int | None = None  # of host memory that a run may use beside it; None where that is not known
+    cards: int = 1  # of the run on its machine, which share that machine's host memory
 
     @classmethod
     def of_size(cls, gib: float) -> "Card":
@@ -64,7 +65,8 @@ class Card:
         ram = available_ram()
         host_bytes = None if ram is None else int(HOST_SHARE * ram) // local_world_size()
         name = f"{free / GIB:.1f} GiB free on {machine.name}"
-        return cls(name, free, has_context=True, gpu=machine.name, host_bytes=host_bytes)
+        cards = local_world_size()
+        return cls(name, free, has_context=True, gpu=machine.name, host_bytes=host_bytes, cards=cards)
 
     def overhead(self) -> dict[str, int]:
         """What the count cannot see and no step can use, in bytes, by name."""

@@ -49,9 +49,16 @@ class Forecast:
     """Counts steps of one recipe. Each count is made once."""
 
     def __init__(
-        self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
+        self,
+        recipe: Recipe,
+        setting: Setting = Setting(),
+        speed: Speed = KNOWN_GPUS[0],
+        layout: Layout = ONE_PROCESS,
+        cards: int = 1,
     ) -> None:
+        """cards: of a machine, which share the weights that wait in its host memory where layers are whole."""
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
+        self.cards = cards
         self.layers: int = load_config(recipe.model).num_hidden_layers
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
@@ -85,14 +92,15 @@ class Forecast:
             rows, examples = 1, examples or self.examples_in(tokens)
         else:
             examples = self.examples_in(tokens)
-        return self._step(tokens, policy, accumulates, rows, examples).with_layers_on_host(on_host)
+        return self._step(tokens, policy, accumulates, rows, examples).with_layers_on_host(on_host, self.cards)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0, tile: int = 0, by_head: bool = False) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`, and of Policy.
         """
-        return self._forward(tokens, 1 if self.packs else rows, tile, by_head).with_layers_on_host(on_host)
+        step = self._forward(tokens, 1 if self.packs else rows, tile, by_head)
+        return step.with_layers_on_host(on_host, self.cards)
 
     def examples_in(self, tokens: int) -> int:
         """Examples in a micro-batch of full rows that has so many tokens together."""

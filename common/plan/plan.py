@@ -10,7 +10,7 @@ from common.model.sharding import refuse_unshardable
 from common.plan.card import WORKSPACE_BYTES, Card
 from common.plan.forecast import Setting
 from common.plan.misfit import choose_or_explain
-from common.plan.planner import Option, Planner
+from common.plan.planner import TIME_TOLERANCE, Option, Planner
 from common.plan.step import GATHERED, OPTIMIZER, Step
 from common.recipe import Recipe, TrainSpec, UserError, rows_per_process
 
@@ -54,28 +54,51 @@ def plan_on(recipe: Recipe, card: Card, setting: Setting | None = None) -> Plan:
 
 
 def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes: int) -> tuple[Planner, Option]:
-    """The fastest option that fits: with the whole model on each card, or else with the layers sharded over the cards,
-    or else with each card's weights in host memory.
+    """The fastest option that fits: with the whole model on each card where that fits. Otherwise each card streams the
+    weights of whole layers from host memory, or the layers are sharded over the cards, whichever is faster.
 
     Raises UserError when one row does not fit, and where the model must be sharded and the recipe asks for something
     that cannot be.
     """
-    train, whole = recipe.train, None
+    train, whole, streamed = recipe.train, None, None
     if processes == 1 or train.sharding != "always":
         whole = Planner(recipe, card, setting, Layout(processes))
         if processes == 1 or train.sharding == "never" or train.weights_on_host not in ("auto", 0):
             return whole, choose_or_explain(whole)
         if option := whole.choose(streams=False):
             return whole, option
-    refuse_unshardable(recipe.lora, train)
+        streamed = whole.choose() if train.weights_on_host == "auto" else None
+    try:
+        refuse_unshardable(recipe.lora, train)
+    except UserError as error:
+        if whole is None or streamed is None:
+            raise
+        return whole, replace(streamed, instead=f"layers that are sharded over the cards are no choice: {error}")
     shared = Planner(recipe, card, setting, Layout(processes, sharded=True))
-    option = shared.choose()
-    streamed = whole.choose() if whole is not None and train.weights_on_host == "auto" else None
-    if option is None and whole is not None and streamed is not None:
-        return whole, streamed
-    if option is not None and streamed is not None:
-        option = replace(option, instead=_words_of_whole_layers(option, streamed))
-    return shared, option or choose_or_explain(shared)
+    if whole is None or streamed is None:
+        return shared, choose_or_explain(shared)
+    return _faster(whole, streamed, shared, shared.choose())
+
+
+def _faster(whole: Planner, streamed: Option, shared: Planner, parts: Option | None) -> tuple[Planner, Option]:
+    """Whole layers that stream, or layers sharded over the cards: the faster one, with a line that says why.
+
+    Where the model of time cannot tell them apart, layers stay whole: no card waits for another one inside a layer.
+    """
+    if parts is None:
+        return whole, replace(streamed, instead="sharded over the cards (FSDP2) it would not fit")
+    seconds = [option.seconds_per_token * whole.seq_len * whole.rows_here for option in (streamed, parts)]
+    times = (
+        f"whole layers that stream: {seconds[0]:.1f} s a step and {streamed.host_bytes / GIB:.1f} GiB of host memory "
+        f"for each card; sharded over the cards (FSDP2): {seconds[1]:.1f} s and {parts.host_bytes / GIB:.1f} GiB"
+    )
+    links = "modelled, each card with a link of its own to the host and to other cards, and no NVLink"
+    if parts.seconds_per_token * TIME_TOLERANCE < streamed.seconds_per_token:
+        return shared, replace(parts, instead=f"{times}; the parts are faster ({links})")
+    why = "streaming is faster"
+    if streamed.seconds_per_token * TIME_TOLERANCE >= parts.seconds_per_token:
+        why = "as fast, so layers stay whole: no card waits for another one inside a layer"
+    return whole, replace(streamed, instead=f"{times}; {why} ({links})")
 
 
 def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
@@ -101,9 +124,9 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     )
     if layout.sharded:
         why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
-        why += f"\n  {option.instead}" if option.instead else ""
     elif layout.streamed:
         why += f"\n  {_words_of_streaming(planner, option)}"
+    why += f"\n  {option.instead}" if option.instead else ""
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
@@ -138,17 +161,6 @@ def _words_of_examples(planner: Planner) -> str:
     return f"{counted}; a run counts again where its data have more in a row"
 
 
-def _words_of_whole_layers(shared: Option, streamed: Option) -> str:
-    """The layers whole on each card, with their weights streaming, beside the shards that a plan takes."""
-    time = streamed.seconds_per_token / shared.seconds_per_token - 1
-    longer = f"{abs(time):.0%} {'more' if time > 0 else 'less'} time" if round(abs(time), 2) else "as much time"
-    return (
-        f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers: {longer} "
-        f"(modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
-        f"{shared.host_bytes / GIB:.1f}; shards are taken where they fit, because a card then holds its part alone"
-    )
-
-
 def _words_of_shards(step: Step, layout: Layout, other_stream_bytes: int) -> str:
     """What one of the cards that share a model holds."""
     shards = (step.layers - layout.on_host) * sum(step.sharded_per_layer.values())
@@ -169,9 +181,10 @@ def _words_of_streaming(planner: Planner, option: Option) -> str:
     slower = option.seconds_per_token / on_card.seconds_per_token - 1
     beside, tokens = sent / speed.link_bytes_per_second, option.rows * planner.seq_len
     hidden = "hidden behind computing" if slower < 0.0005 else f"which makes a step {slower:.1%} longer"
+    shared = f", once for the {planner.card.cards} cards of a machine" if planner.card.cards > 1 else ""
     return (
-        f"the weights of {option.on_host} of {planner.layers} layers wait in host memory, two at a time are on the "
-        f"card: {sent / GIB:.1f} GiB cross the link in a micro-batch, {beside:.2f} s beside "
+        f"the weights of {option.on_host} of {planner.layers} layers wait in host memory{shared}, two at a time are on "
+        f"the card: {sent / GIB:.1f} GiB cross the link in a micro-batch, {beside:.2f} s beside "
         f"{tokens * on_card.seconds_per_token:.2f} s, {hidden} (modelled)"
     )
 

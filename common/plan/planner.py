@@ -49,7 +49,7 @@ class Option:
     on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
     host_bytes: int = 0  # in host memory
     link_bytes_per_token: float = 0.0  # to and from the host, and to and from other cards
-    instead: str = ""  # another way to run it that the plan did not take, in words
+    instead: str = ""  # the other way to lay the model over the cards, and why the plan did not take it
 
 
 class Planner:
@@ -67,7 +67,7 @@ class Planner:
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
         refuse_more_layers(recipe)
-        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout)
+        self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout, card.cards)
         if not self.forecast.packs and self.seq_len > MAX_ROW_WITH_MASK:
             raise UserError(
                 f"TrainSpec.seq_len is {self.seq_len:,}. This GPU has no flash attention, and attention with a mask is "

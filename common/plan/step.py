@@ -1,6 +1,7 @@
 """One optimizer step as data: what it allocates and releases, moment by moment, and what it does meanwhile."""
 
 import math
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -79,12 +80,12 @@ class Step:
             kind: self.resident_outside_layers[kind] + self.layers * self.resident_per_layer[kind] for kind in KINDS
         }
 
-    def with_layers_on_host(self, layers: int) -> "Step":
+    def with_layers_on_host(self, layers: int, cards: int = 1) -> "Step":
         """The step with this card's shards of so many layers in host memory, or with as many layers' weights there.
 
         A shard returns to the card for a moment, on its way to the other cards. It counts as if it were there at the
         worst moment. Weights of whole layers return to a ring, and those that lie in it at a turn are not copied
-        (common.model.weight_streaming).
+        (common.model.weight_streaming). cards: of a machine, which share those weights: each counts its part of them.
         """
         if not layers:
             return self
@@ -97,7 +98,9 @@ class Step:
             return self._with_copies(outside, shard * layers, layers * self.shard_on_host)
         streamed = self.streamed_per_layer
         outside[WEIGHTS] += RING_SLOTS * self.streamed_at_most - layers * streamed
-        return self._with_copies(outside, streamed * max(0, layers - RING_SLOTS), layers * page_locked_bytes(streamed))
+        block = page_locked_bytes(streamed) if cards == 1 else -(-streamed // mmap.PAGESIZE) * mmap.PAGESIZE
+        host_bytes = -(-layers * block // cards)
+        return self._with_copies(outside, streamed * max(0, layers - RING_SLOTS), host_bytes)
 
     def _with_copies(self, outside: dict[str, int], link_bytes: float, host_bytes: int) -> "Step":
         """The step with other bytes outside the layers, and with copies of so many bytes in each direction."""

@@ -14,10 +14,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from common.data.batches import Batch, halve
+from common.machine.device import available_ram
+from common.machine.layout import RING_SLOTS
 from common.machine.out_of_memory import out_of_memory, without_frames
 from common.machine.processes import world_size
-from common.model.activation_checkpointing import Policy, checkpoint_activations
+from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers
 from common.model.lean_layers import can_tile, is_lean
+from common.model.weight_streaming import stream_weights, streamed_tensors, weight_ring
 
 FIRST_TILE = 4_096  # tokens: where a plan has none
 # Tokens: in the time in which a matmul reads its weight, an H100 computes 240 rows (common/plan/speed.py). A smaller
@@ -104,9 +107,9 @@ class StepDown:
 
         First half as many layers keep their activations, then layers in tiles go by head, take smaller tiles, and
         compute queries, keys and values again, then micro-batches are halved, then the inputs of the recomputing layers
-        move to host memory, and at last all layers compute in tiles, where they can. of_host: it is the memory of the
-        host beside a GPU. What waits there are those inputs: halved micro-batches have half of them, and then they stay
-        on the GPU.
+        move to host memory, then all layers compute in tiles, where they can, and at last the weights of all layers
+        move to host memory. of_host: it is the memory of the host beside a GPU. What waits there are those inputs:
+        halved micro-batches have half of them, and then they stay on the GPU.
         """
         halvings = self.halvings
         if backward and self.policy.kept and not of_host:
@@ -121,10 +124,22 @@ class StepDown:
             self.policy = replace(self.policy, offload=True)
         elif not of_host and not self.policy.tile and is_lean(self.model) and can_tile(self.model):
             self.policy = replace(self.policy, tile=FIRST_TILE)
+        elif not of_host and not self.host_is_full and (layers := self._layers_that_can_stream()):
+            checkpoint_activations(self.model, self.policy)
+            stream_weights(self.model, layers)
+            return f"the weights of all {layers} layers in host memory"
         else:
             return None
         checkpoint_activations(self.model, self.policy)  # drops what the step that failed left in host memory
         return f"each micro-batch in {2**self.halvings} parts" if self.halvings > halvings else str(self.policy)
+
+    def _layers_that_can_stream(self) -> int:
+        """How many layers' weights can move to host memory: all, or none where that saves nothing or has no room."""
+        layers, available = decoder_layers(self.model), available_ram()
+        if weight_ring(self.model) is not None or len(layers) <= RING_SLOTS:
+            return 0
+        needed = sum(streamed_tensors(layer)[1] for layer in layers)
+        return len(layers) if available is None or available > needed else 0
 
     def _leaner_tiles(self) -> Policy | None:
         """The policy with the next lever for layers in tiles; None where there are none, or nothing is left."""

@@ -14,10 +14,10 @@ from common.data.rows import Rows
 from common.data.steps import settle_rows_per_step, step_lines
 from common.machine.collectives import all_gather, broadcast_from_main, run_on_main
 from common.machine.device import this_machine
-from common.machine.layout import Layout
+from common.machine.layout import RING_SLOTS, Layout
 from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
-from common.model.activation_checkpointing import checkpoint_activations
+from common.model.activation_checkpointing import checkpoint_activations, decoder_layers
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
@@ -195,9 +195,12 @@ def _failures_in_words(trainer: Trainer, plan: Plan, checkpoint: Path | None) ->
                 "TrainSpec.seq_len"
             ) from error
         if plan.layout.processes > 1:
+            layers = len(decoder_layers(trainer.model))
+            stream = f', or let all weights wait in host memory: SET="train.weights_on_host={layers}"'
             raise UserError(
                 f"{where}. With several GPUs none can go on with "
                 f"less by itself: lower TrainSpec.seq_len, or take a leaner TrainSpec.checkpointing ({trainer.policy})"
+                f"{stream * (RING_SLOTS < layers != plan.layout.streamed)}"
             ) from error
         raise UserError(
             f"{where}, even {trainer.policy} and micro-batches of a "

@@ -112,7 +112,7 @@ def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
         "common.recipe",
         "common.recipe_fields",
         "common.process_state",
-        "common.cpu_quota",
+        "common.control_group",
         "common.output_stream",
     }
 

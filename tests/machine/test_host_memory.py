@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.machine import host_memory
-from common.machine.host_memory import empty_on_host, page_locked, page_locked_bytes
+from common.machine.host_memory import empty_on_host, lock_pages, page_locked, page_locked_bytes
 from tests.test_process_state import environment_after_import
 
 MIB = 1 << 20
@@ -92,3 +92,55 @@ def test_page_locked_memory_takes_its_exact_size():
     after = torch.cuda.host_memory_stats()["allocated_bytes.current"]
     assert block.is_pinned() and after - before == page_locked_bytes(20 * MIB) == 20 * MIB
     assert block[MIB:].view(torch.bfloat16).is_pinned()  # a view into it
+
+
+class Runtime:
+    """CUDA's runtime, as torch hands it out: it locks pages, or refuses with a status."""
+
+    def __init__(self, status: int) -> None:
+        self.status, self.locked = status, {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        if not self.status:
+            self.locked[address] = size
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+    def cudaGetErrorString(self, status: int) -> str:
+        return f"error {status}"
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+    def of_status(status: int) -> Runtime:
+        made = Runtime(status)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+        host_memory._report_refusal.cache_clear()
+        return made
+
+    return of_status
+
+
+def test_memory_that_torch_did_not_give_out_is_locked_in_its_exact_size_until_it_is_dropped(runtime, capsys):
+    locks, block = runtime(0), torch.zeros(1000, dtype=torch.uint8)
+    lock_pages(block, torch.device("cpu"))
+    assert locks.locked == {block.data_ptr(): 1000}
+    view = block[8:16].view(torch.int64)
+    del block
+    assert locks.locked  # the view is in it
+    del view
+    assert not locks.locked and capsys.readouterr().out == ""
+
+
+def test_where_locking_it_is_refused_a_line_says_so_once(runtime, capsys):
+    locks, block = runtime(801), torch.zeros(1000, dtype=torch.uint8)
+    for _ in range(2):
+        lock_pages(block, torch.device("cpu"))
+    out = capsys.readouterr().out
+    assert out.count("host memory cannot be page-locked (cudaHostRegister: error 801): ") == 1 and "slower way" in out
+    del block
+    assert not locks.locked

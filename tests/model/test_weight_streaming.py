@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from common.data.batches import collate
+from common.machine import shared_memory
 from common.machine.copy_stream import CopyStream
 from common.machine.layout import Layout, spread_layers
-from common.model import loading, weight_streaming
+from common.model import loading
 from common.model.activation_checkpointing import Policy, checkpoint_activations, decoder_layers, finish_copies
 from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import is_lean, use_lean_layers
@@ -429,7 +430,7 @@ def test_host_memory_that_does_not_suffice_is_a_line(folders, monkeypatch):
     def no_memory(*_):
         raise MemoryError("pinned host memory")
 
-    monkeypatch.setattr(weight_streaming, "empty_on_host", no_memory)
+    monkeypatch.setattr(shared_memory, "empty_on_host", no_memory)
     with pytest.raises(UserError, match="does not fit the memory that is free on the host"):
         load_4bit(ModelSpec(str(folders["llama"])), FP32, layout=LAYOUT)
 

@@ -18,9 +18,11 @@ def edited(**train) -> Recipe:
     return replace(RECIPE, train=replace(RECIPE.train, **train))
 
 
-def planner_for(recipe: Recipe, gib: float, layout: Layout = ONE_PROCESS, host_bytes: int | None = None) -> Planner:
-    """A planner for cards of this size."""
-    return Planner(recipe, replace(Card.of_size(gib), host_bytes=host_bytes), None, layout)
+def planner_for(
+    recipe: Recipe, gib: float, layout: Layout = ONE_PROCESS, host_bytes: int | None = None, cards: int = 1
+) -> Planner:
+    """A planner for cards of this size, so many of them in a machine."""
+    return Planner(recipe, replace(Card.of_size(gib), host_bytes=host_bytes, cards=cards), None, layout)
 
 
 def plan_for(recipe: Recipe, gib: float) -> Plan:

@@ -79,7 +79,7 @@ def test_what_fits_no_card_of_several_says_what_would():
     with pytest.raises(UserError, match="let the cards share it"):
         choose_option(edited(sharding="never", weights_on_host=0), Card.of_size(6), None, 2)
     with pytest.raises(UserError, match="LoraSpec.dora"):
-        choose_option(replace(RECIPE, lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
+        choose_option(replace(edited(weights_on_host=0), lora=LoraSpec(16, 16, dora=True)), Card.of_size(6), None, 2)
 
 
 def test_too_little_host_memory_is_said():

@@ -70,9 +70,11 @@ def test_a_recipe_may_ask_for_sharding():
 @pytest.mark.slow
 def test_llama_3_70b_fits_two_cards_of_24_gib():
     recipe = importlib.import_module("recipes.llama3_70b").RECIPE
-    shared, option = choose_option(recipe, CARD_24, None, 2)
-    assert shared.layout.sharded and 0 < option.on_host < 80
-    assert option.peak + shared.card.overhead_bytes <= 24 * GIB
+    for sharding in ("auto", "always"):
+        two = replace(recipe, train=replace(recipe.train, sharding=sharding))
+        shared, option = choose_option(two, CARD_24, None, 2)
+        assert shared.layout.sharded == (sharding == "always") and option.on_host > 0
+        assert option.peak + shared.card.overhead_bytes <= 24 * GIB
     whole = replace(recipe, train=replace(recipe.train, weights_on_host=0))
     with pytest.raises(UserError, match="let several share it"):
         choose_option(whole, CARD_24, None, 1)

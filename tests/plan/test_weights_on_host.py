@@ -14,6 +14,7 @@ from common.model.attention import PACKED_ATTENTION
 from common.model.loading import load_4bit
 from common.model.weight_streaming import stream_weights, streamed_tensors, weight_ring
 from common.plan import ledger
+from common.plan import planner as planner_module
 from common.plan.card import Card
 from common.plan.forecast import Forecast, Setting
 from common.plan.ledger import round_up
@@ -21,8 +22,9 @@ from common.plan.machine_plan import plan_for_card
 from common.plan.misfit import choose_or_explain
 from common.plan.plan import choose_option, make_plan
 from common.plan.report import CHOICE, EVERY_LAYER, build_report
+from common.plan.speed import KNOWN_GPUS
 from common.plan.step import WEIGHTS
-from common.recipe import ModelSpec, TrainSpec, UserError
+from common.recipe import LoraSpec, ModelSpec, TrainSpec, UserError
 from tests.conftest import FP32, MIXED
 from tests.plan.planners import LLAMA, QWEN, RECIPE, edited, plan_for, planner_for
 from tests.plan.test_count import LAYERS, LONG_ROWS, POLICIES, allocated_in_a_real_step, forecasts, recipe_for
@@ -172,19 +174,43 @@ def test_a_misfit_without_streaming_names_it():
         plan_for(edited(weights_on_host=0), 4)
 
 
+def test_the_cards_of_a_machine_share_the_weights_that_wait_in_its_memory():
+    alone, one_of_two = (planner_for(RECIPE, 24, Layout(2), cards=cards) for cards in (1, 2))
+    policy = Policy(32, offload=True)
+    apart, shared = (planner.exact(1, policy, 32)[0].host_bytes for planner in (alone, one_of_two))
+    pages = -(-BLOCK // 4096) * 4096
+    assert apart - shared == 32 * BLOCK - 32 * pages // 2
+    text = make_plan(one_of_two, one_of_two.exact(1, policy, 32)[0]).text
+    assert "the weights of 32 of 32 layers wait in host memory, once for the 2 cards of a machine" in text
+
+
 @pytest.mark.slow  # counts of sharded layers, and of data parallel ones
-def test_several_cards_share_the_model_before_its_weights_stream():
-    planner, option = choose_option(RECIPE, Card.of_size(6), None, 2)
-    assert planner.layout.sharded
+@pytest.mark.parametrize(("gib", "link", "taken"), [(6, 25e9, "whole"), (5, 4e9, "shards")])
+def test_several_cards_stream_whole_layers_or_share_them_out_whichever_is_faster(gib, link, taken, monkeypatch):
+    monkeypatch.setattr(planner_module, "speed_of", lambda _: replace(KNOWN_GPUS[0], link_bytes_per_second=link))
+    card = replace(Card.of_size(gib), cards=2)
+    planner, option = choose_option(RECIPE, card, None, 2)
+    whole, shards = (choose_option(edited(sharding=sharding), card, None, 2)[1] for sharding in ("never", "always"))
+    assert whole.on_host > RING_SLOTS
+    assert planner.layout.sharded == (taken == "shards")
+    best, other = (shards, whole) if planner.layout.sharded else (whole, shards)
+    assert option == replace(best, instead=option.instead)
+    assert best.seconds_per_token <= 1.02 * other.seconds_per_token
     text = make_plan(planner, option).text
-    _, streamed = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
-    assert f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers" in text
-    assert f"{streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of" in text
-    planner, option = choose_option(edited(sharding="never"), Card.of_size(6), None, 2)
-    assert option == streamed
-    assert (planner.layout.sharded, option.on_host > 0) == (False, True)
+    times = [f"{option.seconds_per_token * 2048 * 8:.1f} s" for option in (whole, shards)]
+    assert f"whole layers that stream: {times[0]} a step" in text and f"(FSDP2): {times[1]} and" in text
+    assert ("the parts are faster" in text) == planner.layout.sharded
+    assert "each card with a link of its own to the host and to other cards, and no NVLink" in text
+
+
+@pytest.mark.slow  # counts of sharded layers, and of data parallel ones
+def test_of_several_cards_those_stream_that_cannot_share_the_layers_out():
+    dora = replace(RECIPE, lora=LoraSpec(16, 16, dora=True))
+    planner, option = choose_option(dora, Card.of_size(8), None, 2)
+    assert planner.layout == Layout(2) and option.on_host > RING_SLOTS
+    assert "sharded over the cards are no choice: LoraSpec.dora" in make_plan(planner, option).text
     planner, option = choose_option(edited(weights_on_host=32), Card.of_size(6), None, 2)
-    assert (planner.layout.sharded, option.on_host) == (False, 32)
+    assert (planner.layout.sharded, option.on_host, option.instead) == (False, 32, "")
 
 
 @pytest.mark.parametrize("name", [LLAMA, pytest.param(QWEN, marks=pytest.mark.slow), LLAMA_70B])

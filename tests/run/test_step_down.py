@@ -3,6 +3,7 @@
 import gc
 import re
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from common.model.attention import PACKED_ATTENTION
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
+from common.model.weight_streaming import streamed_tensors, weight_ring
 from common.recipe import LoraSpec, ModelSpec, UserError
+from common.run import step_down
 from common.run.held_out_loss import batch_nll
 from common.run.step_down import StepDown
 from common.run.trainer_config import build_trainer
@@ -395,3 +398,36 @@ def test_an_evaluation_that_runs_out_of_memory_goes_on_in_tiles(small_llama):
     found = down.compute(compute, [batch], 1, backward=False)
     assert down.policy == Policy(2, offload=True, tile=4096, by_head=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_at_last_the_weights_of_all_layers_move_to_host_memory_and_nothing_changes_by_a_bit(small_model, monkeypatch):
+    """In mid-step, after a backward pass with them on the device; in an evaluation; not where the host has no room."""
+    folder, policy = small_model(num_hidden_layers=4), Policy(4, offload=True)
+    ids = torch.arange(5, 13)[None]
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(8)[None]}
+    error = torch.OutOfMemoryError("CUDA out of memory, injected")
+    moved = ["step 1: the weights of all 4 layers in host memory"]
+    models = [attach_lora(load_4bit(ModelSpec(str(folder)), FP32), LoraSpec(4, 4)) for _ in range(2)]
+    found = []
+    for model, fits in zip(models, (True, False), strict=True):
+        checkpoint_activations(model, policy)
+
+        def compute(part, model=model, fits=fits) -> torch.Tensor:
+            loss = model(**part).loss
+            loss.backward()
+            if not fits and weight_ring(model) is None:
+                raise error
+            return loss.detach()
+
+        down = StepDown(model, policy)
+        loss = down.compute(compute, [batch], 1, backward=True)
+        assert down.taken == ([] if fits else moved)
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
+    needed = sum(streamed_tensors(layer)[1] for layer in decoder_layers(models[0]))
+    for available, taken in ((needed, []), (needed + 1, moved)):
+        monkeypatch.setattr(step_down, "available_ram", lambda available=available: available)
+        down = StepDown(models[0], policy)
+        with nullcontext() if taken else pytest.raises(torch.OutOfMemoryError):
+            down.compute(failing(error), [batch], 1, backward=False)
+        assert down.taken == taken

@@ -92,3 +92,16 @@ def test_a_run_goes_on_with_other_weights_on_the_host(five_layers):
             replace(again, train=replace(first.train, max_steps=2 + 2 * (on_host == 5), weights_on_host=on_host))
         )
     assert all(torch.equal(found[1][name], value) for name, value in expected[1].items())
+
+
+@pytest.mark.slow  # four runs of two steps
+def test_a_run_in_16_bits_with_a_tied_head_that_starts_from_another_one_is_the_same_bits(small_model, five_layers):
+    folder = small_model("qwen3", num_hidden_layers=LAYERS, tie_word_embeddings=True)
+    recipe = replace(five_layers(), model=ModelSpec(str(folder), bits=16))
+    found = []
+    for on_host in (0, 4):
+        first = streamed(recipe, on_host, max_steps=2)
+        run(first)
+        again = replace(first, out=f"{first.out}-again", lora=replace(recipe.lora, start_from=first.out))
+        found.append(run(again))
+    assert_same_run(found[1], found[0])

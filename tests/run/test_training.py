@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -28,7 +30,7 @@ from common.recipe import DataSpec, LoraSpec, ModelSpec, Recipe, UserError
 from common.run.metrics_file import read_metrics
 from common.run.trainer import Trainer
 from common.run.trainer_config import build_trainer
-from common.run.training import train
+from common.run.training import _failures_in_words, train
 from tests import flash_on_cpu  # noqa: F401  (gives the CPU flash attention's operators)
 from tests.conftest import ARCHITECTURES, FP32, TRAIN
 
@@ -319,6 +321,19 @@ def test_running_out_of_memory_is_one_line(recipe, monkeypatch, error, line):
     monkeypatch.setattr(Trainer, "train", fail)
     with pytest.raises(UserError, match=line):
         train(*prepare(recipe))
+
+
+@pytest.mark.parametrize(("layers", "on_host", "says"), [(4, 0, True), (4, 4, False), (2, 0, False)])
+def test_of_several_gpus_it_names_how_many_layers_weights_can_wait(small_model, layers, on_host, says):
+    model = AutoModelForCausalLM.from_pretrained(small_model(num_hidden_layers=layers))
+    plan = Plan(1, 4, Layout(2, on_host=on_host), Policy(layers), "a test")
+    trainer: Any = SimpleNamespace(state=SimpleNamespace(global_step=6), policy=plan.checkpointing, model=model)
+    with (
+        pytest.raises(UserError, match="at step 7. With several GPUs none") as raised,
+        _failures_in_words(trainer, plan, None),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ('wait in host memory: SET="train.weights_on_host=4"' in str(raised.value)) == says
 
 
 @pytest.mark.parametrize("lora", [LoraSpec(rank=4, alpha=8, rslora=True), LoraSpec(rank=4, alpha=8, dora=True)])

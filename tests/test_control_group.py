@@ -1,4 +1,4 @@
-"""Threads fit the CPU that a container gives, whichever way it says so."""
+"""Threads and memory fit what a container gives, whichever way it says so."""
 
 import math
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from common.cpu_quota import available_cpus, cpu_quota, cpus_in_affinity
+from common.control_group import available_cpus, cpu_quota, cpus_in_affinity, memory_left
 from tests.conftest import ROOT
 
 V1 = Path("/sys/fs/cgroup/cpu")
@@ -115,3 +115,47 @@ def test_torch_takes_no_more_threads_than_a_real_quota_has_unless_told(one_cpu):
 def test_without_a_quota_torch_takes_the_cpus_of_the_affinity():
     assert threads(["taskset", "-c", str(min(os.sched_getaffinity(0)))]) == 1
     assert threads([]) > 1
+
+
+UNLIMITED = str((1 << 63) - 4096)  # as version 1 says it
+LIMITS = {
+    "version 2, in a container": (
+        {
+            "proc/self/cgroup": "0::/",
+            "sys/fs/cgroup/memory.max": "8000",
+            "sys/fs/cgroup/memory.current": "5000",
+            "sys/fs/cgroup/memory.stat": "anon 2000\nfile 3000\nshmem 500\ninactive_file 1500\nactive_file 1000",
+        },
+        8000 - 5000 + 2500,
+    ),
+    "version 2, of a group around it": (
+        {
+            "proc/self/cgroup": "0::/pods/mine",
+            "sys/fs/cgroup/pods/mine/memory.max": "max",
+            "sys/fs/cgroup/pods/mine/memory.current": "10",
+            "sys/fs/cgroup/pods/memory.max": "900",
+            "sys/fs/cgroup/pods/memory.current": "1000",
+            "sys/fs/cgroup/pods/memory.stat": "anon 1000",
+        },
+        -100,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": "4:memory:/docker/a",
+            "sys/fs/cgroup/memory/docker/a/memory.limit_in_bytes": "8000",
+            "sys/fs/cgroup/memory/docker/a/memory.usage_in_bytes": "5000",
+            "sys/fs/cgroup/memory/docker/a/memory.stat": "inactive_file 1\ntotal_inactive_file 2\ntotal_active_file 3",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED,
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "5000",
+            "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 0",
+        },
+        8000 - 5000 + 5,
+    ),
+    "no control groups": ({}, math.inf),
+}
+
+
+@pytest.mark.parametrize("container", LIMITS)
+def test_memory_is_what_the_limit_of_a_container_leaves(tmp_path, container):
+    files, left = LIMITS[container]
+    assert memory_left(file_system(tmp_path, files)) == left

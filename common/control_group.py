@@ -1,4 +1,7 @@
-"""How many CPUs this process may use, which in a container are fewer than the machine has. Standard library only."""
+"""What a process may use of CPUs and memory, which in a container is less than the machine has.
+
+Standard library only.
+"""
 
 import contextlib
 import math
@@ -26,17 +29,26 @@ def cpu_quota(root: Path = Path("/")) -> float:
     The least of the group and those around it, of version 1 and 2 (Linux, Documentation/admin-guide/cgroup-v2.rst and
     Documentation/scheduler/sched-bwc.rst).
     """
-    return min((_quota_of(folder) for folder in _control_groups(root)), default=math.inf)
+    return min((_quota_of(folder) for folder in _control_groups("cpu", root)), default=math.inf)
 
 
-def _control_groups(root: Path) -> Iterator[Path]:
+def memory_left(root: Path = Path("/")) -> float:
+    """Bytes that this process's control group may still take; infinite without a limit.
+
+    The least of the group and those around it, as cpu_quota. What the kernel has cached of files counts as free: it
+    drops that first (Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+    """
+    return min((_memory_left_in(folder) for folder in _control_groups("memory", root)), default=math.inf)
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[Path]:
     """The folders of this process's control group and those around it, as far as they are visible in a container."""
     with contextlib.suppress(OSError):
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if not controllers:  # version 2
                 mounts = ["", "unified"]
-            elif "cpu" in controllers.split(","):
+            elif controller in controllers.split(","):
                 mounts = [controllers, "cpu"]
             else:
                 continue
@@ -52,4 +64,16 @@ def _quota_of(folder: Path) -> float:
     with contextlib.suppress(OSError):
         quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else math.inf
+    return math.inf
+
+
+def _memory_left_in(folder: Path) -> float:
+    for limit, used, prefix in (
+        ("memory.max", "memory.current", ""),  # version 2
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # 1; without a limit 2**63 less a page
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+            left = int((folder / limit).read_text()) - int((folder / used).read_text())
+            amounts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return left + sum(int(amounts.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
     return math.inf
