@@ -17,12 +17,12 @@ ANSWER_BYTES = int(1.5 * GIB)
 
 
 def layout_to_answer(recipe: Recipe, card: Card, setting: Setting | None = None) -> Layout:
-    """How many layers' weights wait in host memory so that the model can answer on a card.
+    """How many layers' weights wait in host memory, and whether the embedding, so that it can answer on a card.
 
-    None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own number
-    counts for training alone. None too where not even that would fit: loading then says so.
+    None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own settings
+    count for training alone. None too where not even that would fit: loading then says so.
     """
-    train = replace(recipe.train, weights_on_host="auto", rows_per_step=1)
+    train = replace(recipe.train, weights_on_host="auto", embedding_on_host="auto", rows_per_step=1)
     try:
         planner = Planner(replace(recipe, train=train), card, setting)
         there = planner.forecast.step(planner.seq_len, Policy(planner.layers)).resident
@@ -31,7 +31,9 @@ def layout_to_answer(recipe: Recipe, card: Card, setting: Setting | None = None)
         option = planner.choose()
     except UserError:
         return ONE_PROCESS
-    return ONE_PROCESS if option is None else Layout(on_host=option.on_host)
+    if option is None:
+        return ONE_PROCESS
+    return Layout(on_host=option.on_host, embedding_on_host=option.embedding_on_host)
 
 
 def layout_on(recipe: Recipe, machine: Machine) -> Layout:

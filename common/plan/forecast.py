@@ -1,5 +1,6 @@
 """The optimizer step of a recipe on a card, before anything is downloaded: its bytes moment by moment, and its time."""
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -22,6 +23,7 @@ from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_forward, count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
+from common.plan.ledger import round_up
 from common.plan.mixed_layers import find_mixed_layers
 from common.plan.speed import KNOWN_GPUS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
@@ -48,7 +50,10 @@ class Forecast:
         self, recipe: Recipe, setting: Setting = Setting(), speed: Speed = KNOWN_GPUS[0], layout: Layout = ONE_PROCESS
     ) -> None:
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
-        self.layers: int = load_config(recipe.model).num_hidden_layers
+        config = load_config(recipe.model)
+        self.layers: int = config.num_hidden_layers
+        self.embedding_row_bytes: int = config.hidden_size * setting.dtype.itemsize
+        self.embedding_bytes: int = config.vocab_size * self.embedding_row_bytes
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
         # bitsandbytes reads the values of this table when it makes it; a fake tensor has none. So it is made before.
@@ -66,14 +71,27 @@ class Forecast:
         """
         if policy.offload and policy.kept and 0 < policy.recomputed < 3:
             raise ValueError(f"{policy}: too few to be worth it")
-        return self._step(tokens, policy, accumulates, 1 if self.packs else rows).with_layers_on_host(on_host)
+        step = self._step(tokens, policy, accumulates, 1 if self.packs else rows)
+        return self._with_weights_on_host(step, tokens, on_host)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
 
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`.
         """
-        return self._forward(tokens, 1 if self.packs else rows).with_layers_on_host(on_host)
+        return self._with_weights_on_host(self._forward(tokens, 1 if self.packs else rows), tokens, on_host)
+
+    def _with_weights_on_host(self, step: Step, tokens: int, on_host: int) -> Step:
+        step = step.with_layers_on_host(on_host)
+        if not self.layout.embedding_on_host:
+            return step
+        return step.with_embedding_on_host(round_up(self.embedding_bytes), tokens * self.embedding_row_bytes)
+
+    def with_embedding(self, *, on_host: bool) -> "Forecast":
+        """The forecast with the embedding in host memory, or on the card. The two share their counts."""
+        other = copy.copy(self)
+        other.layout = replace(self.layout, embedding_on_host=on_host)
+        return other
 
     @property
     def packs(self) -> bool:

@@ -16,7 +16,7 @@ from common.model.start_adapter import find_start_adapter
 from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.plan import Plan, build_plan, plan_on
-from common.plan.planner import refuse_more_layers
+from common.plan.planner import refuse_weights_on_host
 from common.plan.speed import KnownGpu
 from common.recipe import Recipe, rows_per_process
 
@@ -85,9 +85,10 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     """The recipe's policy, and the largest micro-batch within MAX_MICRO_BATCH_TOKENS_CPU; memory is not planned."""
     refuse_more_positions(recipe)
     train, processes = recipe.train, world_size()
-    refuse_more_layers(recipe)
+    refuse_weights_on_host(recipe)
     sharded, wanted = processes > 1 and train.sharding == "always", train.weights_on_host
-    layout = Layout(processes, sharded=sharded, on_host=0 if sharded or wanted == "auto" else wanted)
+    embedding = train.embedding_on_host is True
+    layout = Layout(processes, sharded, 0 if sharded or wanted == "auto" else wanted, embedding)
     if layout.sharded:
         refuse_unshardable(recipe.lora, train)
     layers = load_config(recipe.model).num_hidden_layers

@@ -61,7 +61,8 @@ def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes
     train, whole = recipe.train, None
     if processes == 1 or train.sharding != "always":
         whole = Planner(recipe, card, setting, Layout(processes))
-        if processes == 1 or train.sharding == "never" or train.weights_on_host not in ("auto", 0):
+        moved = train.weights_on_host not in ("auto", 0) or train.embedding_on_host is True
+        if processes == 1 or train.sharding == "never" or moved:
             return whole, choose_or_explain(whole)
         if option := whole.choose(streams=False):
             return whole, option
@@ -86,6 +87,7 @@ def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
 
 def make_plan(planner: Planner, option: Option) -> Plan:
     """The option as a plan, with its words."""
+    planner = planner.with_embedding(on_host=option.embedding_on_host)
     card, policy = planner.card, option.policy
     layout = replace(planner.layout, on_host=option.on_host)
     _, step = planner.exact(option.rows, policy, option.on_host)
@@ -100,8 +102,10 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     if layout.sharded:
         why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
         why += f"\n  {option.instead}" if option.instead else ""
-    elif layout.streamed:
+    if layout.streamed:
         why += f"\n  {_words_of_streaming(planner, option)}"
+    if layout.embedding_on_host:
+        why += f"\n  {_words_of_embedding(planner, option)}"
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
         why += f"\n  {more} rows at a time would fit too, but {here} rows cannot be split evenly into parts of {more}"
@@ -127,10 +131,10 @@ def _words_of_passes(planner: Planner, option: Option, rows: int) -> str:
 def _words_of_whole_layers(shared: Option, streamed: Option) -> str:
     """The layers whole on each card, with their weights streaming, beside the shards that a plan takes."""
     time = streamed.seconds_per_token / shared.seconds_per_token - 1
+    waits = Layout(on_host=streamed.on_host, embedding_on_host=streamed.embedding_on_host).waits
     longer = f"{abs(time):.0%} {'more' if time > 0 else 'less'} time" if round(abs(time), 2) else "as much time"
     return (
-        f"with sharding='never' each card would stream the weights of {streamed.on_host} whole layers: {longer} "
-        f"(modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
+        f"with sharding='never' each card would have {waits} in host memory: {longer} (modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
         f"{shared.host_bytes / GIB:.1f}; shards are taken where they fit, because a card then holds its part alone"
     )
 
@@ -162,6 +166,16 @@ def _words_of_streaming(planner: Planner, option: Option) -> str:
     )
 
 
+def _words_of_embedding(planner: Planner, option: Option) -> str:
+    forecast = planner.forecast
+    sent = option.rows * planner.seq_len * forecast.embedding_row_bytes
+    return (
+        f"the embedding waits in host memory ({forecast.embedding_bytes / GIB:.2f} GiB): the host looks up a row for "
+        f"each token of a micro-batch, and {sent / 2**20:.0f} MiB cross the link, "
+        f"{1e3 * sent / forecast.speed.link_bytes_per_second:.1f} ms (modelled)"
+    )
+
+
 def build_plan(
     train: TrainSpec,
     layout: Layout,
@@ -178,7 +192,10 @@ def build_plan(
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     elif layout.streamed:
-        how = f"; the weights of {layout.streamed} layers stream from host memory"
+        rows_too = ", and the rows of the embedding" * layout.embedding_on_host
+        how = f"; the weights of {layout.streamed} layers stream from host memory{rows_too}"
+    elif layout.embedding_on_host:
+        how = "; the rows of the embedding come from host memory"
     text = (
         f"plan: {at_most}{_row_or_rows_of(train.most_rows_per_step)} of {train.seq_len:,} tokens per optimizer step: "
         f"{_micro_batches(accumulation, rows)}{shared}; {policy}{how}\n  {why}"
