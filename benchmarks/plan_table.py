@@ -156,9 +156,13 @@ def streaming_lines() -> list[str]:
         planner = Planner(recipe_of(LARGEST), Card.of_size(gib))
         best = planner.choose()
         if best is None:
-            leanest, _ = planner.leaner().exact(1, Policy(planner.layers, offload=True), planner.layers)
-            over = (leanest.peak - planner.card.budget) / GIB
-            lines.append(f"| `{LARGEST}` | one of {gib} GiB | {over:.1f} GiB too small | – | – | – | – |")
+            policy, leaner = Policy(planner.layers, offload=True), planner.leaner()
+            over = (leaner.exact(1, policy, planner.layers)[0].peak - planner.card.budget) / GIB
+            row = leaner.longest_row(policy, planner.layers)
+            lines.append(
+                f"| `{LARGEST}` | one of {gib} GiB | {over:.1f} GiB too small; a row of {row:,} tokens fits "
+                "| – | – | – | – |"
+            )
             continue
         on_card, _ = planner.exact(best.rows, best.policy)
         split = f"{best.rows} × {planner.recipe.train.most_rows_per_step // best.rows}"

@@ -353,8 +353,8 @@ class TrainSpec(_Spec):
     # over the model. "auto": as few as must, where nothing fits otherwise. 0: none. A number: so many, 3 at least,
     # because there is always room for two on the card.
     weights_on_host: int | Literal["auto"] = "auto"
-    # Whether the embedding waits in host memory, where the rows of a micro-batch's tokens are looked up and sent. "auto":
-    # where nothing fits otherwise, and with weights_on_host=0 not even there. One that is the head too never does.
+    # Whether the embedding waits in host memory, where the rows of a micro-batch's tokens are looked up and sent.
+    # "auto": where nothing fits otherwise, and with weights_on_host=0 not even there. One that is the head too stays.
     embedding_on_host: bool | Literal["auto"] = "auto"
     # On several GPUs: "never" gives each the whole model (DDP), "always" shards the decoder layers over them (FSDP2),
     # "auto" shards only a model that does not fit whole.

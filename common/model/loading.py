@@ -227,7 +227,8 @@ def load_streaming_model(
 ) -> PreTrainedModel:
     """The model with the weights of layout.streamed layers in host memory, read a layer at a time to their place.
 
-    So is the embedding, where the layout says so. The card has at most what stays there and a tensor, then the ring; host memory what waits there and a layer.
+    So is the embedding, where the layout says so. The card has at most what stays there and a tensor, then the ring;
+    host memory what waits there and a layer, or the embedding once more.
     Raises UserError as TensorSource and fill_layer.
     """
     model = build_hollow_model(spec, config, weights, machine, layout)

@@ -134,7 +134,8 @@ def _words_of_whole_layers(shared: Option, streamed: Option) -> str:
     waits = Layout(on_host=streamed.on_host, embedding_on_host=streamed.embedding_on_host).waits
     longer = f"{abs(time):.0%} {'more' if time > 0 else 'less'} time" if round(abs(time), 2) else "as much time"
     return (
-        f"with sharding='never' each card would have {waits} in host memory: {longer} (modelled), and {streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
+        f"with sharding='never' each card would have {waits} in host memory: {longer} (modelled), and "
+        f"{streamed.host_bytes / GIB:.1f} GiB of host memory for each card instead of "
         f"{shared.host_bytes / GIB:.1f}; shards are taken where they fit, because a card then holds its part alone"
     )
 
