@@ -9,7 +9,8 @@ from torch.nn.functional import pad
 from common.tokens.labels import IGNORED, trained_positions
 
 Batch = dict[str, Any]  # a micro-batch, as collate makes it
-# The entries of collate_counted. HOST_IDS, an array: input_ids on the host, whatever device the tensors move to.
+# The entries of collate_counted. HOST_IDS, an array: input_ids on the host, whatever device the tensors move to. Parts
+# of a micro-batch have none: who needs the ids there asks the device.
 TOKENS, HOST_IDS = "tokens", "host_ids"
 # Entries of a micro-batch of better and worse answers. example_ids: int64, of labels' shape, the number of the
 # conversation that a token belongs to, from 0 on; 0 where it is padding. signs: float32 (conversations,), 1 for a

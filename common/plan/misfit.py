@@ -112,12 +112,25 @@ def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int
         if leaner.peak < leanest.peak and planner.fits(leaner):
             yield f"checkpointing={name!r} ({leaner.peak / GIB:.1f} GiB)"
             break
+    yield from _smaller_states_that_fit(planner, leanest)
     if seq_len := _shorter_row(planner, leanest):
         yield f"TrainSpec.seq_len={seq_len}"
     of_rank = sum(step.resident[kind] for kind in (ADAPTERS, GRADIENTS, OPTIMIZER))  # proportional to the rank
     rank = int(planner.recipe.lora.rank * (1 - excess / of_rank)) // 8 * 8
     if rank >= 8:
         yield f"LoraSpec.rank={rank}"
+
+
+def _smaller_states_that_fit(planner: Planner, leanest: Option) -> Iterator[str]:
+    """8-bit states of the optimizer, where the recipe has others."""
+    recipe = planner.recipe
+    if planner.layout.sharded or recipe.train.optimizer != "adamw_torch_fused":
+        return
+    smaller = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
+    other = Planner(smaller, planner.card, planner.forecast.setting, planner.layout)
+    option, _ = other.exact(1, leanest.policy, leanest.on_host)
+    if other.fits(option):
+        yield f"TrainSpec.optimizer='adamw_8bit' ({option.peak / GIB:.1f} GiB)"
 
 
 def _shorter_row(planner: Planner, leanest: Option) -> int:
