@@ -210,8 +210,8 @@ def smallest_lines() -> list[str]:
         planner = Planner(recipe_of(name), Card.of_size(24))
         leanest = Policy(planner.layers, offload=True)
         cells = []
-        for on_host in (0, planner.layers):
-            option, step = planner.exact(1, leanest, on_host)
+        for place, on_host in ((planner, 0), (planner.leaner(), planner.layers)):
+            option, step = place.exact(1, leanest, on_host)
             gib = next(gib for gib in range(1, 200) if option.peak <= Card.of_size(gib).budget)
             cells.append(f"{gib} GiB, {step.host_peak() / GIB:.1f} GiB")
         lines.append(f"| `{name}` on the smallest card | {cells[0]} | {cells[1]} |")
@@ -225,15 +225,20 @@ def streaming_lines() -> list[str]:
         planner = Planner(recipe_of(LARGEST), Card.of_size(gib))
         best = planner.choose()
         if best is None:
-            leanest, _ = planner.exact(1, Policy(planner.layers, offload=True), planner.layers)
-            over = (leanest.peak - planner.card.budget) / GIB
-            lines.append(f"| `{LARGEST}` | one of {gib} GiB | {over:.1f} GiB too small | – | – | – | – |")
+            policy, leaner = Policy(planner.layers, offload=True), planner.leaner()
+            over = (leaner.exact(1, policy, planner.layers)[0].peak - planner.card.budget) / GIB
+            row = leaner.longest_row(policy, planner.layers)
+            lines.append(
+                f"| `{LARGEST}` | one of {gib} GiB | {over:.1f} GiB too small; a row of {row:,} tokens fits "
+                "| – | – | – | – |"
+            )
             continue
         on_card, _ = planner.exact(best.rows, best.policy)
         split = f"{best.rows} × {planner.recipe.train.most_rows_per_step // best.rows}"
+        embedding = " and the embedding" * best.embedding_on_host
         lines.append(
             f"| `{LARGEST}` | one of {gib} GiB | {split} | {best.policy.recomputed} of {best.policy.layers} "
-            f"| {best.on_host} of {best.policy.layers}, {best.host_bytes / GIB:.1f} GiB "
+            f"| {best.on_host} of {best.policy.layers}{embedding}, {best.host_bytes / GIB:.1f} GiB "
             f"| {(best.peak + WORKSPACE_BYTES) / GIB:.1f} GiB "
             f"| {best.seconds_per_token / on_card.seconds_per_token:.3f} |"
         )

@@ -365,6 +365,9 @@ class TrainSpec(_Spec):
     # over the model. "auto": as few as must, where nothing fits otherwise. 0: none. A number: so many, 3 at least,
     # because there is always room for two on the card.
     weights_on_host: int | Literal["auto"] = "auto"
+    # Whether the embedding waits in host memory, where the rows of a micro-batch's tokens are looked up and sent.
+    # "auto": where nothing fits otherwise, and with weights_on_host=0 not even there. One that is the head too stays.
+    embedding_on_host: bool | Literal["auto"] = "auto"
     # On several GPUs: "never" gives each the whole model (DDP), "always" shards the decoder layers over them (FSDP2),
     # "auto" shards only a model that does not fit whole.
     sharding: Sharding = "auto"
@@ -424,6 +427,15 @@ class TrainSpec(_Spec):
             on_host in ("auto", 0) or self.sharding != "always",
             f"TrainSpec.weights_on_host is {on_host}, of layers that are whole, and sharding='always' shares them out; "
             "leave one of the two out",
+        )
+        require(
+            not isinstance(self.embedding_on_host, str) or self.embedding_on_host == "auto",
+            f'TrainSpec.embedding_on_host is {self.embedding_on_host!r}; give "auto", True or False',
+        )
+        require(
+            self.embedding_on_host is not True or self.sharding != "always",
+            "TrainSpec.embedding_on_host is True, and with sharding='always' the embedding stays on each card; leave "
+            "one of the two out",
         )
 
 

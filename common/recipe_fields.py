@@ -69,6 +69,7 @@ BROUGHT = {
         "optimizer": ("optim", "optimiser"),
         "checkpointing": ("gradient_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"),
         'weights_on_host, a number of layers or "auto"': ("offload_layers", "layer_offloading"),
+        'embedding_on_host, True or "auto"': ("offload_embedding", "offload_embeddings"),
         "eval_every": ("eval_steps", "evals_per_epoch", "val_every"),
         "save_every": ("save_steps", "saves_per_epoch", "checkpoint_every"),
         "patience": ("early_stopping_patience",),

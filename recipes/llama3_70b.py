@@ -1,7 +1,7 @@
 """QLoRA fine-tuning of Llama 3 70B Instruct on one or two 24 GiB cards, with weights in host memory.
 
 Run it:   make finetune MODEL=llama3-70b GPUS=2
-          make finetune MODEL=llama3-70b             # one card of 11 GiB or more, with 45 GiB of free host memory
+          make finetune MODEL=llama3-70b             # one card of 9 GiB or more, with 47 GiB of free host memory
 Own it:   cp recipes/llama3_70b.py recipes/my_bot.py, edit RECIPE, make finetune MODEL=my-bot GPUS=2
 """
 

@@ -11,6 +11,8 @@ the worst moment:
   still read, and its target becomes NaN.
 - Memory that is freed belongs to somebody else. A copy from freed memory gives NaN. A copy into it would damage
   another tensor, which no loss need show: the clock raises AssertionError, at the latest when it is left.
+- The host runs ahead of the GPU. What it does to page-locked memory (empty_on_host), while a copy from or to it is
+  begun that the host itself has not waited for, is such an error too: that the computation waited does not help.
 
 NaN is bytes of 255: NaN in every float format, and a wrong number in integers (packed weights).
 
@@ -21,9 +23,8 @@ It stands in for torch.cuda.Stream, Event, current_stream, default_stream, strea
 Tensor.record_stream, and for Tensor.copy_ on another stream than the default one. The default stream is the
 computation: it is a step ahead of nobody, because the CPU computes at once. All else that runs is real.
 
-Two things it cannot tell. The host is the computation here, so code that reads host memory on the CPU after a wait of
-the GPU alone (`wait_stream` instead of `synchronize`) goes unnoticed. And the operators that it sees are those that
-torch dispatches in this thread: what a custom operator does inside counts as done by the operator.
+One thing it cannot tell. The operators that it sees are those that torch dispatches in this thread: what a custom
+operator does inside counts as done by the operator.
 
 To test something that copies: make it run under the clock in every order that can happen (forward and backward,
 evaluation in between, a step that is given up in its middle, larger and smaller batches), compare the result with one
@@ -41,7 +42,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import common.machine.host_memory  # noqa: F401  (registers torch.ops.common.empty_on_host)
 from common.machine import copy_stream
+
+EMPTY_ON_HOST = torch.ops.common.empty_on_host.default
 
 
 class Place:
@@ -66,6 +70,7 @@ class Stream:
         self.seen = 0  # the moment of the computation that it has waited for
         self.work: list[Callable[[], None]] = []
         self.done = 0  # of the work
+        self.host_waited = 0  # of the work, what the host has waited for
 
     def begin(self, work: Callable[[], None]) -> None:
         self.work.append(work)
@@ -89,6 +94,7 @@ class Stream:
 
     def synchronize(self) -> None:
         self.run(len(self.work))
+        self.host_waited = len(self.work)
 
     def query(self) -> bool:
         return self.done == len(self.work)
@@ -121,6 +127,7 @@ class Event:
     def synchronize(self) -> None:
         if self.stream is not None:
             self.stream.run(self.until)
+            self.stream.host_waited = max(self.stream.host_waited, self.until)
 
     def query(self) -> bool:
         return self.stream is None or self.stream.done >= self.until
@@ -134,6 +141,7 @@ class PoisonedClock(TorchDispatchMode):
         self.now = 0  # operators of the computation so far
         self.written: dict[int, int] = {}  # storage -> the moment of its last write
         self.used: dict[int, int] = {}  # storage -> the moment of its last read or write
+        self.on_host: dict[int, list[tuple[Stream, int]]] = {}  # storage in host memory -> the copies from and to it
         self.default = self.current = Stream(self, torch.device("cpu"), is_default=True)
         self.own = False  # the clock itself computes
         self.copies = 0
@@ -160,6 +168,8 @@ class PoisonedClock(TorchDispatchMode):
                 self.touch(tensor, write=name in written)
         for tensor in _tensors_in(outputs):
             self.touch(tensor, write=True)
+            if operator is EMPTY_ON_HOST:
+                self.on_host[tensor.untyped_storage()._cdata] = []
         return outputs
 
     def touch(self, tensor: Tensor, *, write: bool) -> None:
@@ -167,6 +177,8 @@ class PoisonedClock(TorchDispatchMode):
         key = storage._cdata
         if key not in self.used:
             weakref.finalize(storage, self.forget, key).atexit = False
+        if any(stream.host_waited < number for stream, number in self.on_host.get(key, ())):
+            self.harm.append("the host reads or changes host memory while a copy from or to it may be under way")
         self.used[key] = self.now
         if write:
             self.written[key] = self.now
@@ -174,6 +186,7 @@ class PoisonedClock(TorchDispatchMode):
     def forget(self, key: int) -> None:
         self.used.pop(key, None)
         self.written.pop(key, None)
+        self.on_host.pop(key, None)
 
     # Copies
 
@@ -189,11 +202,15 @@ class PoisonedClock(TorchDispatchMode):
             _poison(target)
         places = Place(target), Place(source)
         stream.begin(lambda: self.finish(*places, is_ready))
+        for tensor in (target, source):
+            if (copies := self.on_host.get(tensor.untyped_storage()._cdata)) is not None:
+                copies.append((stream, len(stream.work)))
         weakref.finalize(target.untyped_storage(), self.target_freed, stream, len(stream.work)).atexit = False
         return target
 
     def finish(self, target_place: Place, source_place: Place, is_ready: bool) -> None:
-        target, source = target_place.tensor(), source_place.tensor()
+        with self._own_work():
+            target, source = target_place.tensor(), source_place.tensor()
         if target is None:
             return  # target_freed has noticed
         with self._own_work():

@@ -19,13 +19,13 @@ ANSWER_BYTES = int(1.5 * GIB)
 def layout_to_answer(
     recipe: Recipe, card: Card, setting: Setting | None = None, *, evaluates_rows: bool = False
 ) -> Layout:
-    """How many layers' weights wait in host memory so that the model can answer on a card.
+    """How many layers' weights wait in host memory, and whether the embedding, so that the model answers on a card.
 
-    None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own number
-    counts for training alone. None too where not even that would fit: loading then says so. evaluates_rows: the loss
+    None where all of them fit. Otherwise as many as in training, which takes more memory. The recipe's own settings
+    count for training alone. None too where not even that would fit: loading then says so. evaluates_rows: the loss
     of rows of the recipe's length is computed too; where they are long, they decide, as in training.
     """
-    train = replace(recipe.train, weights_on_host="auto", rows_per_step=1)
+    train = replace(recipe.train, weights_on_host="auto", embedding_on_host="auto", rows_per_step=1)
     try:
         planner = Planner(replace(recipe, train=train), card, setting)
         there = planner.forecast.step(planner.seq_len, Policy(planner.layers)).resident
@@ -35,7 +35,9 @@ def layout_to_answer(
         option = planner.choose()
     except UserError:
         return ONE_PROCESS
-    return ONE_PROCESS if option is None else Layout(on_host=option.on_host)
+    if option is None:
+        return ONE_PROCESS
+    return Layout(on_host=option.on_host, embedding_on_host=option.embedding_on_host)
 
 
 def layout_on(recipe: Recipe, machine: Machine, *, evaluates_rows: bool = False) -> Layout:

@@ -9,7 +9,9 @@ from torch.nn.functional import pad
 from common.tokens.labels import IGNORED, trained_positions
 
 Batch = dict[str, Any]  # a micro-batch, as collate makes it
-TOKENS = "tokens"  # the entry of collate_counted
+# The entries of collate_counted. HOST_IDS, an array: input_ids on the host, whatever device the tensors move to. Parts
+# of a micro-batch have none: who needs the ids there asks the device.
+TOKENS, HOST_IDS = "tokens", "host_ids"
 # Entries of a micro-batch of better and worse answers. example_ids: int64, of labels' shape, the number of the
 # conversation that a token belongs to, from 0 on; 0 where it is padding. signs: float32 (conversations,), 1 for a
 # chosen or good answer and -1 for a rejected or bad one; of pairs the two answers follow each other, the chosen one
@@ -70,11 +72,12 @@ def _preference_entries(rows: Sequence[dict[str, list[Any]]], shape: Sequence[in
 
 
 def collate_counted(rows: Sequence[dict[str, list[int]]], collate_rows: Callable[..., Batch]) -> Batch:
-    """What collate_rows makes of the rows, with the number of their tokens under TOKENS.
+    """What collate_rows makes of the rows, with the number of their tokens under TOKENS, and HOST_IDS for the model.
 
-    Counted here, no GPU is waited for. Who takes the batch takes the number out before the model sees it.
+    Known here, no GPU is waited for. Who takes the batch takes the number out before the model sees it.
     """
-    return collate_rows(rows) | {TOKENS: sum(len(row["input_ids"]) for row in rows)}
+    batch = collate_rows(rows)
+    return batch | {TOKENS: sum(len(row["input_ids"]) for row in rows), HOST_IDS: batch["input_ids"].numpy()}
 
 
 def split_into_examples(batch: Batch) -> list[Batch]:

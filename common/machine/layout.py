@@ -13,9 +13,10 @@ class Layout:
     processes: int = 1
     sharded: bool = False  # each card holds a shard of every decoder layer (FSDP2); otherwise the whole model (DDP)
     on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
+    embedding_on_host: bool = False  # the embedding waits there, and the rows of a micro-batch's tokens are sent
 
     def __post_init__(self) -> None:
-        if self.sharded and self.processes == 1:
+        if self.sharded and (self.processes == 1 or self.embedding_on_host):
             raise ValueError(f"no such layout: {self}")
 
     @property
@@ -23,21 +24,29 @@ class Layout:
         """Layers whose frozen weights wait in host memory, and come to the card for their computation."""
         return 0 if self.sharded else self.on_host
 
+    @property
+    def waits(self) -> str:
+        """What waits in host memory where layers are whole, in words; nothing where nothing does."""
+        parts = [f"the weights of {_layers(self.streamed)}"] * bool(self.streamed)
+        return " and ".join([*parts, *["the embedding"] * self.embedding_on_host])
+
     def streams(self, on_host: int) -> bool:
         """Whether so many layers on the host would be such."""
         return on_host > 0 and not self.sharded
 
     def __str__(self) -> str:
         if self.processes == 1:
-            return "one process" + self._words_of_host("weights")
-        if not self.sharded:
-            whole = f"data parallel: each of {self.processes} cards has the whole model"
-            return whole + self._words_of_host("weights")
-        return f"layers sharded over {self.processes} cards (FSDP2){self._words_of_host('parts')}"
+            words, waits = "one process", self.waits
+        elif not self.sharded:
+            words, waits = f"data parallel: each of {self.processes} cards has the whole model", self.waits
+        else:
+            words = f"layers sharded over {self.processes} cards (FSDP2)"
+            waits = f"the parts of {_layers(self.on_host)}" if self.on_host else ""
+        return f"{words}, {waits} in host memory" if waits else words
 
-    def _words_of_host(self, what: str) -> str:
-        layers = "1 layer" if self.on_host == 1 else f"{self.on_host} layers"
-        return f", the {what} of {layers} in host memory" if self.on_host else ""
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 ONE_PROCESS = Layout()

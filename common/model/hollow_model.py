@@ -22,6 +22,7 @@ from common.machine.layout import Layout
 from common.machine.shared_memory import read_once_per_machine
 from common.model.activation_checkpointing import decoder_layers
 from common.model.attention import attention_implementation
+from common.model.host_embedding import use_host_embedding
 from common.model.nf4 import (
     keep_packed_form,
     make_linears_4bit,
@@ -39,7 +40,8 @@ def build_hollow_model(
 ) -> PreTrainedModel:
     """The model without the weights of its decoder layers, and with `layer_weights` to read them from.
 
-    The empty layers are on the CPU, where PEFT makes its adapters. Raises UserError when
+    The empty layers are on the CPU, where PEFT makes its adapters. An embedding that is to wait in host memory is read
+    straight to it. Raises UserError when
     the weights outside the layers are missing, or have other shapes than the config says.
     """
     with torch.device("meta"):
@@ -53,18 +55,22 @@ def build_hollow_model(
     model.layer_weights = source = TensorSource(
         spec, weights, machine, double_quant=quantization_config(config, machine.dtype).bnb_4bit_use_double_quant
     )
+    embedding = model.get_input_embeddings()
     in_layers = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
     for name, parameter in list(model.named_parameters()):
         owner, _, key = name.rpartition(".")
         if parameter in in_layers:
             made = _without_memory(parameter)
         else:
-            (value,) = read_once_per_machine(machine.device, source.read_16bit, name, parameter.shape)
+            waits = layout.embedding_on_host and parameter is embedding.weight
+            device = torch.device("cpu") if waits else machine.device
+            (value,) = read_once_per_machine(device, source.read_16bit, name, parameter.shape, device)
             made = nn.Parameter(value)
         setattr(model.get_submodule(owner), key, made.requires_grad_(False))
     model.tie_weights()
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(config=config).to(machine.device)
-    embedding = model.get_input_embeddings()
+    if layout.embedding_on_host:
+        use_host_embedding(model)
     if hasattr(embedding, "scalar_embed_scale"):  # Gemma's
         embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=machine.device)
     unmade = [name for name, buffer in model.named_buffers() if buffer.is_meta]

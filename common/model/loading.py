@@ -135,7 +135,7 @@ def load_4bit(spec: ModelSpec, machine: Machine | None = None, *, layout: Layout
     announce_loading(spec, files, size, quantizes=quantizes)
     if layout.sharded:
         model = build_hollow_model(spec, config, weights, machine, layout)
-    elif layout.streamed:
+    elif layout.streamed or layout.embedding_on_host:
         with _memory_in_words(spec, machine):
             model = load_streaming_model(spec, config, weights, machine, layout)
     else:
@@ -231,24 +231,30 @@ def load_streaming_model(
 ) -> PreTrainedModel:
     """The model with the weights of layout.streamed layers in host memory, read a layer at a time to their place.
 
-    The card has at most what stays there and a tensor, then the ring; host memory what waits there and a layer.
+    So is the embedding, where the layout says so. The card has at most what stays there and a tensor, then the ring;
+    host memory what waits there and a layer, or the embedding once more.
     Raises UserError as TensorSource and fill_layer.
     """
     model = build_hollow_model(spec, config, weights, machine, layout)
     source, layers = take_layer_weights(model), decoder_layers(model)
-    names, embedding = {module: name for name, module in model.named_modules()}, model.get_input_embeddings().weight
+    names, head = {module: name for name, module in model.named_modules()}, model.get_output_embeddings().weight
     chosen = [layers[index] for index in spread_layers(layout.streamed, len(layers))]
     blocks = []
     with report_slow_work("reading", len(layers), "layers") as work:
         for layer in layers:
             fill_layer(layer, names[layer], source, whole=True)
             if layer in chosen:
-                blocks.append(move_to_host(layer, embedding))
+                blocks.append(move_to_host(layer, head))
             work.done += 1
-    WeightRing(chosen, blocks, machine.device)
-    host = sum(block.nbytes for block in blocks) / GIB
-    shared = f", once for the {local_world_size()} processes of this machine" if blocks[0].is_shared() else ""
-    print(f"weights: those of {len(chosen)} of {len(layers)} layers wait in host memory, {host:.2f} GiB{shared}")
+    if blocks:
+        WeightRing(chosen, blocks, machine.device)
+    embedding = model.get_input_embeddings().weight.nbytes * layout.embedding_on_host
+    host = (sum(block.nbytes for block in blocks) + embedding) / GIB
+    of_layers = [f"those of {len(chosen)} of {len(layers)} layers"] * bool(blocks)
+    waits = " and ".join([*of_layers, *["the embedding"] * layout.embedding_on_host])
+    once = f", once for the {local_world_size()} processes of this machine"
+    shared = once if blocks and blocks[0].is_shared() else ""
+    print(f"weights: {waits} {'wait' if blocks else 'waits'} in host memory, {host:.2f} GiB{shared}")
     return model
 
 

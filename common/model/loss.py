@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from common.kernels.cross_entropy import cross_entropy_
 from common.kernels.rms_norm import rms_norm_backward, rms_norm_forward
+from common.model.host_embedding import give_host_ids
 from common.process_state import full_precision_sums
 from common.tokens.labels import trained_positions as find_trained_positions
 
@@ -114,6 +115,7 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
     common.tokens.labels.trained_positions; None searches the labels, and then the host waits for the GPU.
     num_items_in_batch: what the summed loss is divided by; None divides by the trained tokens of this batch.
     per_token: instead of one number the loss is the NLL of each trained token, fp32 (trained,), in their order.
+    host_ids: optional, as common.model.host_embedding.give_host_ids.
     """
     stock = model.forward
 
@@ -125,8 +127,10 @@ def fuse_head_and_loss(model: PreTrainedModel) -> None:
         trained_positions: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         per_token: bool = False,
+        host_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
+        give_host_ids(self, host_ids)
         if labels is None:
             return stock(*args, **kwargs)
         positions = find_trained_positions(labels) if trained_positions is None else trained_positions

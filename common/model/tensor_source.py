@@ -55,8 +55,8 @@ class TensorSource:
         self.random = {} if isinstance(weights, Path) else weights
         self.names = self.stored.entries.keys() if self.stored else self.random.keys()
 
-    def read_16bit(self, name: str, shape: torch.Size) -> list[Tensor]:
-        """A tensor in the compute dtype, alone in a list, on the machine's device.
+    def read_16bit(self, name: str, shape: torch.Size, device: torch.device | None = None) -> list[Tensor]:
+        """A tensor in the compute dtype, alone in a list, on the device; None is the machine's.
 
         Raises UserError when it is missing, or has another shape.
         """
@@ -64,7 +64,7 @@ class TensorSource:
             raise UserError(f"{self.spec.name} is incomplete: {name} is missing")
         tensor = self.stored.read(name) if self.stored else self.random[name][...]
         refuse_other_shape(self.spec, name, tensor.shape, shape)
-        return [tensor.to(self.machine.device, self.machine.dtype)]
+        return [tensor.to(device or self.machine.device, self.machine.dtype)]
 
     def read_4bit(self, name: str, shape: torch.Size) -> list[Tensor]:
         """A linear layer's weight in NF4: its packed bytes, then its scales (nf4.state_from_tensors reads them).

@@ -187,9 +187,9 @@ def stream_weights(model: PreTrainedModel | PeftModel, on_host: int) -> None:
                 "write load_4bit(recipe.model, layout=plan.layout) in the recipe"
             )
         return
-    layers, embedding = decoder_layers(model), model.get_input_embeddings().weight
+    layers, head = decoder_layers(model), model.get_output_embeddings().weight
     chosen = [layers[index] for index in spread_layers(on_host, len(layers))]
-    WeightRing(chosen, [move_to_host(layer, embedding) for layer in chosen], embedding.device)
+    WeightRing(chosen, [move_to_host(layer, head) for layer in chosen], head.device)
 
 
 def leave_ring_to_processes(model: nn.Module) -> None:

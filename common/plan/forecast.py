@@ -1,5 +1,6 @@
 """The optimizer step of a recipe on a card, before anything is downloaded: its bytes moment by moment, and its time."""
 
+import copy
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
@@ -21,6 +22,7 @@ from common.model.sharding import shard_layer, shard_root
 from common.plan.count import count_forward, count_step
 from common.plan.fake_model import fake_lora_model
 from common.plan.fake_process_group import fake_process_group
+from common.plan.ledger import round_up
 from common.plan.mixed_layers import find_mixed_layers
 from common.plan.speed import KNOWN_GPUS, Speed
 from common.plan.splice import Part, layers_to_copy, splice_layers
@@ -59,7 +61,10 @@ class Forecast:
         """cards: of a machine, which share the weights that wait in its host memory where layers are whole."""
         self.recipe, self.setting, self.speed, self.layout = recipe, setting, speed, layout
         self.cards = cards
-        self.layers: int = load_config(recipe.model).num_hidden_layers
+        config = load_config(recipe.model)
+        self.layers: int = config.num_hidden_layers
+        self.embedding_row_bytes: int = config.hidden_size * setting.dtype.itemsize
+        self.embedding_bytes: int = config.vocab_size * self.embedding_row_bytes
         self.mixed = find_mixed_layers(recipe.model, setting.dtype, layout.processes if layout.sharded else 1)
         self._count, self._step, self._forward = cache(self.count), cache(self._splice), cache(self._splice_forward)
         self.examples_per_row = setting.examples_per_row or assumed_examples(recipe, recipe.train.seq_len)
@@ -92,7 +97,7 @@ class Forecast:
             rows, examples = 1, examples or self.examples_in(tokens)
         else:
             examples = self.examples_in(tokens)
-        return self._step(tokens, policy, accumulates, rows, examples).with_layers_on_host(on_host, self.cards)
+        return self._with_weights_on_host(self._step(tokens, policy, accumulates, rows, examples), tokens, on_host)
 
     def forward(self, tokens: int, *, rows: int = 1, on_host: int = 0, tile: int = 0, by_head: bool = False) -> Step:
         """A forward pass without gradients, beside what a step keeps, with the log-likelihood of each answer.
@@ -100,7 +105,19 @@ class Forecast:
         Of a recipe with a PreferenceSpec, whose reference it is. Arguments as those of `step`, and of Policy.
         """
         step = self._forward(tokens, 1 if self.packs else rows, tile, by_head)
-        return step.with_layers_on_host(on_host, self.cards)
+        return self._with_weights_on_host(step, tokens, on_host)
+
+    def _with_weights_on_host(self, step: Step, tokens: int, on_host: int) -> Step:
+        step = step.with_layers_on_host(on_host, self.cards)
+        if not self.layout.embedding_on_host:
+            return step
+        return step.with_embedding_on_host(round_up(self.embedding_bytes), tokens * self.embedding_row_bytes)
+
+    def with_embedding(self, *, on_host: bool) -> "Forecast":
+        """The forecast with the embedding in host memory, or on the card. The two share their counts."""
+        other = copy.copy(self)
+        other.layout = replace(self.layout, embedding_on_host=on_host)
+        return other
 
     def examples_in(self, tokens: int) -> int:
         """Examples in a micro-batch of full rows that has so many tokens together."""

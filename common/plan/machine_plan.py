@@ -25,7 +25,7 @@ from common.plan.card import Card, smallest_of
 from common.plan.forecast import Setting
 from common.plan.misfit import explain_examples
 from common.plan.plan import Plan, build_plan, make_plan, plan_on
-from common.plan.planner import Planner, refuse_more_layers
+from common.plan.planner import Planner, refuse_weights_on_host
 from common.plan.speed import KnownGpu
 from common.recipe import ModelSpec, Recipe, UserError, rows_per_process
 
@@ -130,9 +130,10 @@ def _plan_for_cpu(recipe: Recipe, machine: Machine) -> Plan:
     """
     refuse_more_positions(recipe)
     train, processes = recipe.train, world_size()
-    refuse_more_layers(recipe)
+    refuse_weights_on_host(recipe)
     sharded, wanted = processes > 1 and train.sharding == "always", train.weights_on_host
-    layout = Layout(processes, sharded=sharded, on_host=0 if sharded or wanted == "auto" else wanted)
+    embedding = train.embedding_on_host is True
+    layout = Layout(processes, sharded, 0 if sharded or wanted == "auto" else wanted, embedding)
     if layout.sharded:
         refuse_unshardable(recipe.lora, train)
     layers = load_config(recipe.model).num_hidden_layers

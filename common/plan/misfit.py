@@ -23,8 +23,9 @@ def choose_or_explain(planner: Planner) -> Option:
 
 def explain_misfit(planner: Planner) -> str:
     """One line: what the leanest way to run one row takes, how much that is too much, and what to change."""
-    wanted, card = planner.recipe.train.checkpointing, planner.card
-    leanest, step = planner.leanest(wanted, planner.offload_choices()[-1])
+    wanted, card, most = planner.recipe.train.checkpointing, planner.card, planner.offload_choices()[-1]
+    planner = planner.leaner() if most else planner
+    leanest, step = planner.leanest(wanted, most)
     excess = leanest.peak - card.budget
     if excess <= 0 and card.host_bytes is not None:
         if planner.layout.streams(leanest.on_host):
@@ -55,12 +56,15 @@ def explain_examples(planner: Planner, planned: int, on_host: int) -> str:
 
 def _too_little_host_memory(planner: Planner, leanest: Option, available: int) -> str:
     """What the weights of all layers need of it, and which card would do with as many layers there as have room."""
+    waits = replace(planner.layout, on_host=leanest.on_host).waits
     message = (
-        f"the weights of {leanest.on_host} layers and the layers' inputs do not fit the host memory: "
+        f"{waits} and the layers' inputs do not fit the host memory: "
         f"{leanest.host_bytes / GIB:.1f} GiB for each card, and {available / GIB:.1f} GiB are available for it. "
     )
-    fewer = [planner.exact(1, leanest.policy, count)[0] for count in range(leanest.on_host)]
-    most = max((option for option in fewer if option.host_bytes <= available), key=lambda o: o.on_host, default=None)
+    is_free = planner.recipe.train.embedding_on_host is not True
+    places = [planner, planner.with_embedding(on_host=False)] if is_free else [planner]
+    fewer = [place.exact(1, leanest.policy, count)[0] for place in places for count in range(leanest.on_host)]
+    most = min((option for option in fewer if option.host_bytes <= available), key=lambda o: o.peak, default=None)
     if most is None:
         return message + "Take a smaller model, or more host memory"
     needed = (most.peak + planner.card.overhead_bytes) / GIB
@@ -70,13 +74,22 @@ def _too_little_host_memory(planner: Planner, leanest: Option, available: int) -
 
 
 def _streaming_that_fits(planner: Planner, policy: Policy) -> Iterator[str]:
-    """TrainSpec.weights_on_host, where the recipe sets it to a number that does not do, and "auto" would."""
-    if planner.layout.sharded or planner.recipe.train.weights_on_host == "auto":
+    """The fields of TrainSpec that keep weights on the card, where with "auto" one row would fit."""
+    train = planner.recipe.train
+    if planner.layout.sharded:
         return
-    streamed, _ = planner.exact(1, policy, planner.layers)
-    if planner.fits(streamed):
-        host = streamed.host_bytes / GIB
-        yield f"TrainSpec.weights_on_host='auto' ({streamed.peak / GIB:.1f} GiB, and {host:.1f} GiB of host memory)"
+    if train.weights_on_host != "auto":
+        streamed, _ = planner.leaner().exact(1, policy, planner.layers)
+        yield from _words_if_it_fits(planner, "weights_on_host", streamed)
+    if train.embedding_on_host is False and not planner.is_tied and train.weights_on_host != 0:
+        elsewhere, _ = planner.with_embedding(on_host=True).exact(1, policy, planner.offload_choices()[-1])
+        yield from _words_if_it_fits(planner, "embedding_on_host", elsewhere)
+
+
+def _words_if_it_fits(planner: Planner, field: str, option: Option) -> Iterator[str]:
+    if planner.fits(option):
+        host = option.host_bytes / GIB
+        yield f"TrainSpec.{field}='auto' ({option.peak / GIB:.1f} GiB, and {host:.1f} GiB of host memory)"
 
 
 def _arithmetic(planner: Planner, leanest: Option, resident: int) -> str:
@@ -111,12 +124,25 @@ def _changes_that_fit(planner: Planner, leanest: Option, step: Step, excess: int
         if leaner.peak < leanest.peak and planner.fits(leaner):
             yield f"checkpointing={name!r} ({leaner.peak / GIB:.1f} GiB)"
             break
+    yield from _smaller_states_that_fit(planner, leanest)
     if seq_len := _shorter_row(planner, leanest):
         yield f"TrainSpec.seq_len={seq_len}"
     of_rank = sum(step.resident[kind] for kind in (ADAPTERS, GRADIENTS, OPTIMIZER))  # proportional to the rank
     rank = int(planner.recipe.lora.rank * (1 - excess / of_rank)) // 8 * 8
     if rank >= 8:
         yield f"LoraSpec.rank={rank}"
+
+
+def _smaller_states_that_fit(planner: Planner, leanest: Option) -> Iterator[str]:
+    """8-bit states of the optimizer, where the recipe has others."""
+    recipe = planner.recipe
+    if planner.layout.sharded or recipe.train.optimizer != "adamw_torch_fused":
+        return
+    smaller = replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit"))
+    other = Planner(smaller, planner.card, planner.forecast.setting, planner.layout)
+    option, _ = other.exact(1, leanest.policy, leanest.on_host)
+    if other.fits(option):
+        yield f"TrainSpec.optimizer='adamw_8bit' ({option.peak / GIB:.1f} GiB)"
 
 
 def _shorter_row(planner: Planner, leanest: Option) -> int:

@@ -45,8 +45,8 @@ def draw_plan(report: PlanReport, path: Path) -> None:
         other + (": our choice" if not chosen.policy.recomputed else ""),
         f"our choice: {chosen.policy}" if chosen.policy.recomputed else "every layer recomputes",
     ]
-    if chosen.streamed:
-        titles[1 if chosen.policy.recomputed else 0] += f"; the weights of {chosen.streamed} layers stream"
+    if waits := report.plan.layout.waits:
+        titles[1 if chosen.policy.recomputed else 0] += f"; {waits} in host memory"
     times = [row.step.seconds(report.speed) for row in pair]
     figure = Figure(figsize=(13, 6), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # type: ignore[union-attr,call-arg]

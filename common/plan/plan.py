@@ -63,7 +63,8 @@ def choose_option(recipe: Recipe, card: Card, setting: Setting | None, processes
     train, whole, streamed = recipe.train, None, None
     if processes == 1 or train.sharding != "always":
         whole = Planner(recipe, card, setting, Layout(processes))
-        if processes == 1 or train.sharding == "never" or train.weights_on_host not in ("auto", 0):
+        moved = train.weights_on_host not in ("auto", 0) or train.embedding_on_host is True
+        if processes == 1 or train.sharding == "never" or moved:
             return whole, choose_or_explain(whole)
         if option := whole.choose(streams=False):
             return whole, option
@@ -111,6 +112,7 @@ def fits_whole(recipe: Recipe, card: Card, processes: int) -> bool:
 
 def make_plan(planner: Planner, option: Option) -> Plan:
     """The option as a plan, with its words."""
+    planner = planner.with_embedding(on_host=option.embedding_on_host)
     card, policy = planner.card, option.policy
     layout = replace(planner.layout, on_host=option.on_host)
     _, step = planner.exact(option.rows, policy, option.on_host)
@@ -124,8 +126,10 @@ def make_plan(planner: Planner, option: Option) -> Plan:
     )
     if layout.sharded:
         why += f"\n  {_words_of_shards(step, layout, card.other_stream_bytes)}"
-    elif layout.streamed:
+    if layout.streamed:
         why += f"\n  {_words_of_streaming(planner, option)}"
+    if layout.embedding_on_host:
+        why += f"\n  {_words_of_embedding(planner, option)}"
     why += f"\n  {option.instead}" if option.instead else ""
     here, more = planner.rows_here, option.rows + 1
     if here % more and more < here and planner.fits(planner.interpolate(more, policy, option.on_host)):
@@ -189,6 +193,16 @@ def _words_of_streaming(planner: Planner, option: Option) -> str:
     )
 
 
+def _words_of_embedding(planner: Planner, option: Option) -> str:
+    forecast = planner.forecast
+    sent = option.rows * planner.seq_len * forecast.embedding_row_bytes
+    return (
+        f"the embedding waits in host memory ({forecast.embedding_bytes / GIB:.2f} GiB): the host looks up a row for "
+        f"each token of a micro-batch, and {sent / 2**20:.0f} MiB cross the link, "
+        f"{1e3 * sent / forecast.speed.link_bytes_per_second:.1f} ms (modelled)"
+    )
+
+
 def build_plan(
     train: TrainSpec,
     layout: Layout,
@@ -205,7 +219,10 @@ def build_plan(
     if layout.processes > 1:
         shared, how = f" on each of {layout.processes} processes", f"\n  {layout}"
     elif layout.streamed:
-        how = f"; the weights of {layout.streamed} layers stream from host memory"
+        rows_too = ", and the rows of the embedding" * layout.embedding_on_host
+        how = f"; the weights of {layout.streamed} layers stream from host memory{rows_too}"
+    elif layout.embedding_on_host:
+        how = "; the rows of the embedding come from host memory"
     text = (
         f"plan: {at_most}{_row_or_rows_of(train.most_rows_per_step)} of {train.seq_len:,} tokens per optimizer step: "
         f"{_micro_batches(accumulation, rows)}{shared}; {policy}{how}\n  {why}"

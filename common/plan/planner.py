@@ -4,6 +4,7 @@ Rows per optimizer step is the contract of a recipe: micro-batch rows x accumula
 Memory is counted (common.plan.forecast), not estimated. Time is a roofline estimate (common.plan.speed).
 """
 
+import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ class Option:
     on_host: int = 0  # layers whose shards, or whose frozen weights where layers are whole, wait in host memory
     host_bytes: int = 0  # in host memory
     link_bytes_per_token: float = 0.0  # to and from the host, and to and from other cards
+    embedding_on_host: bool = False  # of whole layers
     instead: str = ""  # the other way to lay the model over the cards, and why the plan did not take it
 
 
@@ -66,7 +68,9 @@ class Planner:
         self.recipe, self.seq_len, self.layout = recipe, recipe.train.seq_len, layout
         self.rows_here = rows_per_process(recipe.train, layout.processes)
         refuse_more_positions(recipe)
-        refuse_more_layers(recipe)
+        refuse_weights_on_host(recipe)
+        if recipe.train.embedding_on_host is True and not layout.sharded:
+            self.layout = layout = replace(layout, embedding_on_host=True)
         self.forecast = Forecast(recipe, setting or Setting(), speed_of(card.gpu), layout, card.cards)
         if not self.forecast.packs and self.seq_len > MAX_ROW_WITH_MASK:
             raise UserError(
@@ -85,16 +89,43 @@ class Planner:
         # In full rows, which is all that an attention with a mask can be counted in.
         self.counted_tokens = self.seq_len, self.seq_len * max(2, MAX_MICRO_BATCH_TOKENS // self.seq_len)
 
+    def with_embedding(self, *, on_host: bool) -> "Planner":
+        """The planner of options with the embedding in host memory, or on the card. The two share their counts."""
+        if on_host == self.layout.embedding_on_host:
+            return self
+        other = copy.copy(self)
+        other.layout = replace(self.layout, embedding_on_host=on_host)
+        other.forecast = self.forecast.with_embedding(on_host=on_host)
+        other.pass_seconds_per_token = cache(other._pass_seconds_per_token)
+        return other
+
+    def leaner(self) -> "Planner":
+        """The planner of options with the embedding in host memory, where the recipe and the model allow it."""
+        may = self.recipe.train.embedding_on_host == "auto" and not self.layout.sharded and not self.is_tied
+        return self.with_embedding(on_host=True) if may else self
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the embedding is the head too."""
+        return bool(load_config(self.recipe.model).tie_word_embeddings)
+
     def choose(self, *, streams: bool = True) -> Option | None:
         """The fastest option that fits, under the recipe's own policy if it names one. None when not even one row fits.
 
         Of several cards that share a model, the option that sends least, among those that are about as fast. Weights
-        of whole layers stream where nothing fits otherwise. streams=False: not even then, unless the recipe says so.
+        of whole layers stream where nothing fits otherwise: first the embedding alone, which sends the least, then
+        layers too. streams=False: not even then, unless the recipe says so.
         """
-        choices = self.offload_choices()
-        if self.layout.sharded or choices[0]:
+        choices, leaner = self.offload_choices(), self.leaner()
+        if self.layout.sharded:
             return self._choose_among(choices)
-        return self._choose_among([0]) or (self._choose_among(choices[1:]) if streams else None)
+        if len(choices) == 1:  # the recipe's
+            option = self._choose_among(choices)
+            return leaner._choose_among(choices) if option is None and choices[0] and leaner is not self else option
+        if (option := self._choose_among([0])) or not streams:
+            return option
+        alone = leaner._choose_among([0]) if leaner is not self else None
+        return alone or leaner._choose_among(choices[1:])
 
     def choose_with(self, on_host: int) -> Option | None:
         """The fastest option that fits with the shards, or weights, of so many layers in host memory, as they are."""
@@ -243,7 +274,8 @@ class Planner:
         sent = sum(weight * count.link_bytes() for weight, count in pairs)
         peak = peak_between(counts, weights) + self.bucket_bytes
         seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
-        return Option(rows, policy, peak, seconds_per_token, on_host, host, sent / tokens)
+        there = self.layout.embedding_on_host
+        return Option(rows, policy, peak, seconds_per_token, on_host, host, sent / tokens, there)
 
     def exact(self, rows: int, policy: Policy, on_host: int = 0) -> tuple[Option, Step]:
         """The option counted as it is, and its step."""
@@ -252,8 +284,8 @@ class Planner:
         seconds = step.seconds(self.forecast.speed, self.rows_here // rows)
         peak = step.peak() + self.bucket_bytes
         seconds_per_token = seconds / tokens + self.pass_seconds_per_token(on_host)
-        option = Option(rows, policy, peak, seconds_per_token, on_host, step.host_peak(), step.link_bytes() / tokens)
-        return option, step
+        host, sent, there = step.host_peak(), step.link_bytes() / tokens, self.layout.embedding_on_host
+        return Option(rows, policy, peak, seconds_per_token, on_host, host, sent, there), step
 
     @property
     def needs_reference(self) -> bool:
@@ -326,14 +358,23 @@ class Planner:
         counts = [self.forecast.step(counted, policy, examples=examples, on_host=on_host) for counted in lengths]
         weights = lagrange_weights(tokens, lengths)
         host = round(sum(weight * count.host_peak() for weight, count in zip(weights, counts, strict=True)))
-        return Option(1, policy, peak_between(counts, weights) + self.bucket_bytes, 0.0, on_host, host)
+        peak, there = peak_between(counts, weights) + self.bucket_bytes, self.layout.embedding_on_host
+        return Option(1, policy, peak, 0.0, on_host, host, embedding_on_host=there)
 
 
-def refuse_more_layers(recipe: Recipe) -> None:
-    """Raises UserError where the recipe lets the weights of more layers stream than the model has."""
-    layers, wanted = load_config(recipe.model).num_hidden_layers, recipe.train.weights_on_host
-    if wanted != "auto" and wanted > layers:
-        raise UserError(f"TrainSpec.weights_on_host is {wanted}, and the model has {layers} layers")
+def refuse_weights_on_host(recipe: Recipe) -> None:
+    """Raises UserError where the recipe lets weights wait in host memory that the model does not have, or cannot move.
+
+    These are those of more layers than there are, and an embedding that is the head too.
+    """
+    config, wanted = load_config(recipe.model), recipe.train.weights_on_host
+    if wanted != "auto" and wanted > config.num_hidden_layers:
+        raise UserError(f"TrainSpec.weights_on_host is {wanted}, and the model has {config.num_hidden_layers} layers")
+    if recipe.train.embedding_on_host is True and config.tie_word_embeddings:
+        raise UserError(
+            f"TrainSpec.embedding_on_host is True, and the embedding of {recipe.model.name} is its head too (tied), "
+            "which the card reads: leave it out"
+        )
 
 
 def _traffic_class(option: Option) -> int:

@@ -44,6 +44,7 @@ class PolicyRow:
     relative_time: float  # per token; 1 is no checkpointing
     fits: bool
     streamed: int = 0  # layers whose weights wait in host memory
+    embedding_on_host: bool = False
 
     @property
     def peak(self) -> int:
@@ -78,7 +79,7 @@ class PlanReport:
         if not self.plan.checkpointing.recomputed:
             return "why: the fastest that fits; no layer needs to recompute"
         leanest = self.row(OFFLOAD)
-        if self.plan.layout.streamed and not leanest.fits:
+        if self.plan.layout.waits and not leanest.fits:
             over = f"the leanest policy of those below would be {room_on(self.card, leanest)}"
             return f"why: the fastest that fits; with all weights on the card {over}"
         over = f"; without checkpointing it would be {room_on(self.card, free)}" if not free.fits else ""
@@ -116,6 +117,9 @@ class PlanReport:
         if any(row.streamed for row in self.rows):
             streamed = (f"{row.streamed} of {row.policy.layers}" for row in self.rows)
             lines.append(_line("layers whose weights stream", *streamed))
+        if any(row.embedding_on_host for row in self.rows):
+            places = ("host memory" if row.embedding_on_host else "card" for row in self.rows)
+            lines.append(_line("the embedding lies in", *places))
         lines.append(_line("host memory, GiB", *(_gib(row.step.host_peak()) for row in self.rows)))
         lines.append(_line("time per token, 1 = no checkpointing", *(f"{row.relative_time:.2f} " for row in self.rows)))
         return [line.rstrip() for line in lines]
@@ -127,7 +131,7 @@ class PlanReport:
     def _longest_rows(self) -> Iterator[str]:
         of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
         row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
-        stream = f" while the weights of {self.plan.layout.streamed} layers stream" * bool(self.plan.layout.streamed)
+        stream = f" with {waits} in host memory" if (waits := self.plan.layout.waits) else ""
         alone = ", as one example" * (self.plan.examples_per_row is not None and self.recipe.data.kind != "pairs")
         yield from _wrap(f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:")
         for name, tokens in self.longest.items():
@@ -141,17 +145,20 @@ class PlanReport:
 def build_report(planner: Planner, option: Option) -> PlanReport:
     """The option beside the three plain ways to run micro-batches of as many rows."""
     layers, card = planner.layers, planner.card
+    planner = planner.with_embedding(on_host=option.embedding_on_host)
     policies = {
         NO_CHECKPOINTING: Policy.named("none", layers),
         EVERY_LAYER: Policy.named("every layer", layers),
         OFFLOAD: Policy.named("offload", layers),
         CHOICE: option.policy,
     }
-    # Where weights stream, the plain policies have all of them on the card: what it would be without.
-    on_host = dict.fromkeys(policies, option.on_host)
+    # Where weights wait in host memory, the plain policies have all of them on the card: what it would be without.
+    on_host, planners = dict.fromkeys(policies, option.on_host), dict.fromkeys(policies, planner)
     if not planner.layout.sharded:
-        on_host |= dict.fromkeys((NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD), 0)
-    counted = {name: planner.exact(option.rows, policy, on_host[name]) for name, policy in policies.items()}
+        plain_ways = (NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD)
+        on_host |= dict.fromkeys(plain_ways, 0)
+        planners |= dict.fromkeys(plain_ways, planner.with_embedding(on_host=False))
+    counted = {name: planners[name].exact(option.rows, policy, on_host[name]) for name, policy in policies.items()}
     plain = counted[NO_CHECKPOINTING][0].seconds_per_token
     rows = tuple(
         PolicyRow(
@@ -163,6 +170,7 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
             exact.seconds_per_token / plain,
             planner.fits(exact),
             planner.layout.streams(exact.on_host) * exact.on_host,
+            exact.embedding_on_host,
         )
         for name, (exact, step) in counted.items()
     )

@@ -48,6 +48,7 @@ def _values(report: PlanReport) -> dict[str, Any]:
                 "parts_bytes": {_key(kind): size for kind, size in row.parts.items()},
                 "fits": row.fits,
                 "streamed_layers": row.streamed,
+                "embedding_on_host": row.embedding_on_host,
                 "host_memory_bytes": row.step.host_peak(),
                 "seconds_per_token": row.seconds_per_token,
                 "relative_time_per_token": row.relative_time,

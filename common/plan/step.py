@@ -102,6 +102,19 @@ class Step:
         host_bytes = -(-layers * block // cards)
         return self._with_copies(outside, streamed * max(0, layers - RING_SLOTS), host_bytes)
 
+    def with_embedding_on_host(self, size: int, sent: int) -> "Step":
+        """The step with the embedding in host memory (common.model.host_embedding).
+
+        size: bytes of the embedding. sent: bytes of the rows of a micro-batch's tokens, which are gathered there first.
+        """
+        outside = self.resident_outside_layers
+        outside = outside | {EMBEDDINGS: outside[EMBEDDINGS] - size}
+        first = self.segments[0]
+        work = replace(first.work, link_bytes=first.work.link_bytes + sent)
+        host_bytes = first.host_bytes + page_locked_bytes(size) + page_locked_bytes(sent)
+        segments = (replace(first, work=work, host_bytes=host_bytes), *self.segments[1:])
+        return replace(self, resident_outside_layers=outside, segments=segments)
+
     def _with_copies(self, outside: dict[str, int], link_bytes: float, host_bytes: int) -> "Step":
         """The step with other bytes outside the layers, and with copies of so many bytes in each direction."""
         # The copies are spread evenly over all layers. A segment that is repeated stays one object: `peak_between`

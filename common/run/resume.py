@@ -45,6 +45,7 @@ RESUME_IGNORES = {  # the result does not depend on them
     "DataSpec.kind",  # follows from PreferenceSpec.loss
     "TrainSpec.checkpointing",
     "TrainSpec.weights_on_host",
+    "TrainSpec.embedding_on_host",
     "TrainSpec.eval_every",
     "TrainSpec.save_every",
     "TrainSpec.sample_answers",

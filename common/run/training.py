@@ -18,6 +18,7 @@ from common.machine.layout import RING_SLOTS, Layout
 from common.machine.out_of_memory import out_of_memory
 from common.machine.processes import is_main_process
 from common.model.activation_checkpointing import checkpoint_activations, decoder_layers
+from common.model.host_embedding import use_host_embedding
 from common.model.lean_layers import is_lean, use_lean_layers
 from common.model.pad_embedding import mend_pad_embedding
 from common.model.sharding import gather_adapter, shard_layers, without_fsdp_classes
@@ -129,6 +130,8 @@ def make_layers_ready(model: PeftModel, kernels: Kernels, layout: Layout) -> Non
             use_lean_layers(model, kernels)
     shard_layers(model, layout)
     stream_weights(model, layout.streamed)
+    if layout.embedding_on_host:
+        use_host_embedding(model)
     leave_ring_to_processes(model)
 
 

@@ -173,7 +173,9 @@ class ChatFormat:
         """
         if not self.tokenizer.chat_template:
             return
-        norms = torch.linalg.vector_norm(embedding.detach(), dim=1, dtype=torch.float32)  # makes no fp32 copy of it
+        # In parts: on a CPU, where an embedding may wait for a GPU's run, torch makes an fp32 copy of what it is given.
+        parts = embedding.detach().split(1 << 13)
+        norms = torch.cat([torch.linalg.vector_norm(part, dim=1, dtype=torch.float32) for part in parts])
         floor = 1e-3 * norms.median()
         chat = self._render(self.turn_finder.samples.sample())
         ids = self._join(chat, self.tokeniser.encode(chat.pieces()))[0]

@@ -1,12 +1,14 @@
 """Copies on a stream of their own, and the poisoned clock that tests them: each wait that is missing does harm."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
 
 from common.machine.copy_stream import CopyStream
+from common.machine.host_memory import empty_on_host
 from tests.poisoned_clock import PoisonedClock
 
 CPU = torch.device("cpu")
@@ -142,6 +144,19 @@ def test_what_is_not_waited_for_is_nan(fault: Callable[[], Tensor]):
 def test_a_source_that_is_changed_too_early_changes_the_copy():
     with PoisonedClock():
         assert torch.equal(source_changed_too_early(), 5 * ones())
+
+
+@pytest.mark.parametrize("wait", [CopyStream.wait, CopyStream.synchronize], ids=["the computation", "the host"])
+def test_the_host_may_not_fill_a_buffer_again_before_it_has_waited_itself(wait):
+    is_harm = wait is CopyStream.wait
+    expected = pytest.raises(AssertionError, match="the host reads or changes") if is_harm else nullcontext()
+    with expected, PoisonedClock():
+        copies, target = CopyStream(CPU), torch.empty(4, dtype=torch.uint8)
+        buffer = empty_on_host(4, target)
+        buffer.fill_(1)
+        copies.copy(target, buffer)
+        wait(copies)
+        buffer.fill_(2)
 
 
 def test_integers_are_poisoned_too():

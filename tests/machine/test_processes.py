@@ -251,6 +251,6 @@ def test_processes_that_fail_for_one_reason_name_that_one_and_no_disk(tmp_path):
 def test_two_processes_whose_weights_stream_train_to_the_same_bits(runs, tmp_path):
     """DistributedDataParallel sends all parameters at its start, but for those that lie in the ring."""
     expected, _ = runs(2)
-    out = train(tmp_path, 2, "--set", "train.weights_on_host=4")
-    assert "the weights of 4 layers in host memory" in out
+    out = train(tmp_path, 2, "--set", "train.weights_on_host=4 train.embedding_on_host=True")
+    assert "the weights of 4 layers and the embedding in host memory" in out
     assert furthest(tmp_path / "run", expected) == 0

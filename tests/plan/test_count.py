@@ -16,6 +16,7 @@ from common.machine.layout import Layout
 from common.model.activation_checkpointing import Policy, checkpoint_activations
 from common.model.attention import PACKED_ATTENTION
 from common.model.held_adapters import held_adapters
+from common.model.host_embedding import use_host_embedding
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
 from common.model.lora import attach_lora
@@ -103,15 +104,20 @@ def allocated_in_a_real_step(
     on_host: int = 0,
     attention: str = "sdpa",
     examples: int = EXAMPLES,
+    *,
+    embedding_on_host: bool = False,
 ) -> int:
     """Bytes that torch's allocator has given out beyond what was there, at the worst moment of an optimizer step.
 
     rows: of the micro-batch, each as long as the others, in which the tokens lie. on_host: layers whose weights stream.
+    embedding_on_host: the embedding waits there too.
     """
     model = attach_lora(load_4bit(recipe.model, FP32), recipe.lora)
     use_lean_layers(model, recipe.train.kernels)
     model.set_attn_implementation(attention)
     stream_weights(model, on_host)
+    if embedding_on_host:
+        use_host_embedding(model)
     checkpoint_activations(model, policy)
     model.train()
     optimizer = build_optimizer(model, recipe.train)

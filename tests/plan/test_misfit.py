@@ -22,6 +22,8 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
         changed.append(replace(recipe, train=replace(recipe.train, seq_len=int(tokens))))
     for rank in re.findall(r"rank=(\d+)", message):
         changed.append(replace(recipe, lora=replace(recipe.lora, rank=int(rank))))
+    if "optimizer='adamw_8bit'" in message:
+        changed.append(replace(recipe, train=replace(recipe.train, optimizer="adamw_8bit")))
     if "weights_on_host='auto'" in message:
         changed.append(replace(recipe, train=replace(recipe.train, weights_on_host="auto")))
     for policy in re.findall(r"checkpointing='([a-z ]+)'", message):
@@ -35,8 +37,8 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
         pytest.param(edited(seq_len=8192, weights_on_host=0), 7.5, ["seq_len="], marks=pytest.mark.slow),
         (
             edited(seq_len=4096, checkpointing="every layer", weights_on_host=0),
-            8.2,
-            ["seq_len=", "checkpointing='offload'"],
+            8.25,
+            ["seq_len=", "checkpointing='offload'", "optimizer='adamw_8bit'"],
         ),
         pytest.param(
             replace(edited(weights_on_host=0), lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow

@@ -1,5 +1,6 @@
 """Whole runs whose frozen weights stream from host memory end like those with all weights on the device, to the bit."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 
 from common.data.rows import load_rows
 from common.model.activation_checkpointing import checkpoint_activations
+from common.model.host_embedding import HostEmbedding, has_host_embedding
 from common.model.loading import load_4bit, load_tokenizer
 from common.model.lora import attach_lora
 from common.model.weight_streaming import weight_ring
@@ -31,6 +33,7 @@ def run(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor], list[str]
     rows = load_rows(recipe.data, tokenizer, recipe.train.seq_len, recipe.train.seed)
     model = attach_lora(load_4bit(recipe.model, layout=plan.layout), recipe.lora, recipe.train.seed)
     checkpoint_activations(model, plan.checkpointing)
+    assert has_host_embedding(model) == plan.layout.embedding_on_host
     ring = weight_ring(model)
     assert (len(ring.blocks) if ring else 0) == plan.layout.streamed
     answers = generate(model, tokenizer, load_prompts(TRAIN, tokenizer)[:2], max_new_tokens=4)
@@ -71,6 +74,31 @@ def five_layers(small_model, recipe):
 def test_twenty_steps_are_the_same_bits(five_layers, architecture, kernels):
     recipe = five_layers(architecture, kernels=kernels, lora=replace(DROPOUT, dropout=0.1 * (kernels == "stock")))
     assert_same_run(run(streamed(recipe, LAYERS)), run(streamed(recipe, 0)))
+
+
+@pytest.mark.parametrize("on_host", [pytest.param(0, marks=pytest.mark.slow), 3])  # the same with less, 8 s
+def test_a_run_with_its_embedding_on_the_host_is_the_same_bits_and_asks_no_gpu_for_token_ids(
+    five_layers, on_host, monkeypatch
+):
+    recipe = five_layers("qwen2")
+    recipe = replace(recipe, train=replace(recipe.train, max_steps=4, eval_every=2))
+    expected = run(streamed(recipe, on_host))
+    known, forward = [], HostEmbedding.forward
+
+    def watched(embedding, ids):
+        if torch.is_grad_enabled():  # in training
+            known.append(embedding.host_ids is not None)
+        return forward(embedding, ids)
+
+    monkeypatch.setattr(HostEmbedding, "forward", watched)
+    moved = streamed(replace(recipe, out=f"{recipe.out}-moved"), on_host, embedding_on_host=True)
+    assert_same_run(run(moved), expected)
+    rehearsed = known.index(True)
+    assert all(known[rehearsed:]) and len(known) > 4
+    layout = json.loads((Path(moved.out) / "run.json").read_text())["plan"]["layout"]
+    assert layout["embedding_on_host"] is True and layout["on_host"] == on_host
+    # and goes on with the embedding on the device
+    run(replace(streamed(replace(recipe, out=f"{recipe.out}-moved"), on_host, max_steps=6), existing_run="resume"))
 
 
 def test_a_run_with_dropout_is_the_same_bits(five_layers):
