@@ -307,7 +307,8 @@ def main() -> int:
             gc.collect()
             if machine.is_gpu:
                 torch.cuda.empty_cache()
-    if lines := hidden_lines(results["measurements"], speed_of(machine.name).link_bytes_per_second):
+    lines = hidden_lines(results["measurements"], speed_of(machine.name).link_bytes_per_second)
+    if lines and machine.is_gpu:  # a CPU's copies go over no link
         print("\n".join(lines))
         write_result(results, path)
     print(f"written to {path}")

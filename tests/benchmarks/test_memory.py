@@ -118,7 +118,7 @@ def test_the_command_runs_on_a_cpu_with_the_small_model_alone(tmp_path, monkeypa
     monkeypatch.setattr(sys, "argv", ["memory", *flags, "--out", str(out)])
     assert main() == 0
     assert [one["on_host"] for one in json.loads(out.read_text())["measurements"]] == [0, 4]
-    assert "of the copies hide" in capsys.readouterr().out
+    assert "the weights of 4 layers in host memory: predicted" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["memory", "--models", "llama3-8b", "--out", str(out)])
     assert main() == 2
     assert set(policies(2)) < set(policies(2, POLICIES))
