@@ -193,7 +193,7 @@ def _backward_by_head(
         own = slice(head * dim, (head + 1) * dim)
         inner = places = [query[:, columns], key[:, own], value[:, own]]
         if qkv_copies is not None:
-            inner = block.project(hidden, *_rows_of(linears, qkv_copies, (columns, own, own)), size)
+            inner = block.project(hidden, *_outputs_of(linears, qkv_copies, (columns, own, own)), size)
         rotated = inner[0], inner[1]
         if norms is not None or block.qkv_again:  # else they were rotated before they were saved
             rotated = block.norm_and_rotate(*rotated, cos, sin)
@@ -212,7 +212,7 @@ def _backward_by_head(
     return qkv, adapters
 
 
-def _rows_of(
+def _outputs_of(
     linears: Sequence[LoraLinear], copies: AdapterCopies, rows: Sequence[slice]
 ) -> tuple[list[LoraLinear], AdapterCopies]:
     """The layers, whose weights are dequantized, with some of their outputs alone."""
