@@ -46,12 +46,15 @@ class Policy:
     offload: bool = False  # the inputs of recomputing layers wait in host memory
     tile: int = 0  # for long rows: tokens that an MLP computes at a time; 0 is all of them
     by_head: bool = False  # of layers in tiles: attention's backward pass goes by key/value head
+    qkv_again: bool = False  # of these: it computes queries, keys and values again, so that they are not kept
 
     def __post_init__(self) -> None:
         if not 0 <= self.kept <= self.layers:
             raise ValueError(f"{self.kept} of {self.layers} layers cannot keep their activations")
         if self.tile < 0 or (self.by_head and not self.tile) or (self.tile and self.kept):
             raise ValueError("layers in tiles all recompute, and only they go by key/value head")
+        if self.qkv_again and not self.by_head:
+            raise ValueError("only attention by key/value head computes queries, keys and values again")
 
     @classmethod
     def named(cls, name: Checkpointing, layers: int) -> "Policy":
@@ -74,6 +77,7 @@ class Policy:
         extras = [", but attention" * self.keep_attention, ", layer inputs in host memory" * self.offload]
         if self.tile:
             extras += [f", in tiles of {self.tile:,} tokens", ", attention's backward by key/value head" * self.by_head]
+            extras += [", which computes queries, keys and values again" * self.qkv_again]
         return which + "".join(extras)
 
 
@@ -105,7 +109,7 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
         raise ValueError(f"the policy is for {policy.layers} layers, the model has {len(layers)}")
     model.config.use_cache = False  # training never reads it, and a recompute would fill it twice
     _make_first_input_need_a_gradient(model, hold=not policy.tile)
-    set_tiles(model, policy.tile, by_head=policy.by_head)
+    set_tiles(model, policy.tile, by_head=policy.by_head, qkv_again=policy.qkv_again)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if policy.tile and not hasattr(base, "norm_in_loss"):
         raise ValueError("layers in tiles need the fused loss")
