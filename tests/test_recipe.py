@@ -166,7 +166,7 @@ def test_each_shipped_recipe_is_a_recipe_with_a_story(name):
     assert len(module.RECIPE.lora.target_modules) == 7  # all linear layers
 
 
-@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("name", ["llama3_8b", "mistral_7b", "qwen_14b"])
 def test_the_large_recipes_are_for_a_24_gib_card(name):
     recipe = importlib.import_module(f"recipes.{name}").RECIPE
     assert (recipe.card_gib, recipe.model.bits, recipe.lora.rank) == (24.0, 4, 16)
