@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from common.machine.copy_stream import CopyStream
 from common.machine.host_memory import empty_on_host
+from common.machine.shared_memory import fill_once_per_machine
 
 
 class HostEmbedding(nn.Embedding):
@@ -67,7 +68,7 @@ def give_host_ids(model: PreTrainedModel | PeftModel, host_ids: Any) -> None:
 def use_host_embedding(model: PreTrainedModel | PeftModel) -> None:
     """Makes the model's embedding wait in host memory, page-locked where the model is on a GPU.
 
-    Losses and gradients stay what they are, to the bit. Does nothing where it waits there already. Raises ValueError
+    The processes of a machine share it, and all of them must call this. Losses and gradients stay what they are, to the bit. Does nothing where it waits there already. Raises ValueError
     for an embedding that is the head too, or is trained, and MemoryError, or torch's RuntimeError, when there is no
     memory.
     """
@@ -77,10 +78,13 @@ def use_host_embedding(model: PreTrainedModel | PeftModel) -> None:
     weight = embedding.weight
     if weight is head or weight.requires_grad:
         raise ValueError(f"the embedding is {'the head too' if weight is head else 'trained'}: it stays on the device")
-    on_host = empty_on_host(weight.nbytes, head).view(weight.dtype).view(weight.shape)
-    on_host.copy_(weight)
+
+    def fill(block: Tensor) -> None:
+        block.view(weight.dtype).view(weight.shape).copy_(weight)
+
+    on_host = fill_once_per_machine(weight.nbytes, fill, head)
     del embedding.weight
-    embedding.weight = on_host
+    embedding.weight = on_host.view(weight.dtype).view(weight.shape)
     kind = type(embedding)  # Gemma's has a forward of its own, which scales what its parent class gives
     own = HostEmbedding if kind is nn.Embedding else type(f"Host{kind.__name__}", (kind, HostEmbedding), {})
     embedding.__class__ = own

@@ -248,12 +248,11 @@ def load_streaming_model(
             work.done += 1
     if blocks:
         WeightRing(chosen, blocks, machine.device)
-    embedding = model.get_input_embeddings().weight.nbytes * layout.embedding_on_host
-    host = (sum(block.nbytes for block in blocks) + embedding) / GIB
+    there = [*blocks, *[model.get_input_embeddings().weight] * layout.embedding_on_host]
+    host = sum(tensor.nbytes for tensor in there) / GIB
     of_layers = [f"those of {len(chosen)} of {len(layers)} layers"] * bool(blocks)
     waits = " and ".join([*of_layers, *["the embedding"] * layout.embedding_on_host])
-    once = f", once for the {local_world_size()} processes of this machine"
-    shared = once if blocks and blocks[0].is_shared() else ""
+    shared = f", once for the {local_world_size()} processes of this machine" if there[0].is_shared() else ""
     print(f"weights: {waits} {'wait' if blocks else 'waits'} in host memory, {host:.2f} GiB{shared}")
     return model
 

@@ -111,7 +111,9 @@ class Forecast:
         step = step.with_layers_on_host(on_host, self.cards)
         if not self.layout.embedding_on_host:
             return step
-        return step.with_embedding_on_host(round_up(self.embedding_bytes), tokens * self.embedding_row_bytes)
+        return step.with_embedding_on_host(
+            round_up(self.embedding_bytes), tokens * self.embedding_row_bytes, self.cards
+        )
 
     def with_embedding(self, *, on_host: bool) -> "Forecast":
         """The forecast with the embedding in host memory, or on the card. The two share their counts."""

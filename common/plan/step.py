@@ -98,20 +98,21 @@ class Step:
             return self._with_copies(outside, shard * layers, layers * self.shard_on_host)
         streamed = self.streamed_per_layer
         outside[WEIGHTS] += RING_SLOTS * self.streamed_at_most - layers * streamed
-        block = page_locked_bytes(streamed) if cards == 1 else -(-streamed // mmap.PAGESIZE) * mmap.PAGESIZE
-        host_bytes = -(-layers * block // cards)
+        host_bytes = -(-layers * _host_block_bytes(streamed, cards) // cards)
         return self._with_copies(outside, streamed * max(0, layers - RING_SLOTS), host_bytes)
 
-    def with_embedding_on_host(self, size: int, sent: int) -> "Step":
+    def with_embedding_on_host(self, size: int, sent: int, cards: int = 1) -> "Step":
         """The step with the embedding in host memory (common.model.host_embedding).
 
         size: bytes of the embedding. sent: bytes of the rows of a micro-batch's tokens, which are gathered there first.
+        cards: of a machine, which share the embedding: each counts its part of it.
         """
         outside = self.resident_outside_layers
         outside = outside | {EMBEDDINGS: outside[EMBEDDINGS] - size}
         first = self.segments[0]
         work = replace(first.work, link_bytes=first.work.link_bytes + sent)
-        host_bytes = first.host_bytes + page_locked_bytes(size) + page_locked_bytes(sent)
+        there = -(-_host_block_bytes(size, cards) // cards) + page_locked_bytes(sent)
+        host_bytes = first.host_bytes + there
         segments = (replace(first, work=work, host_bytes=host_bytes), *self.segments[1:])
         return replace(self, resident_outside_layers=outside, segments=segments)
 
@@ -199,3 +200,8 @@ def peak_between(counts: Sequence[Step], weights: Sequence[float]) -> int:
 def lagrange_weights(at: float, counted: Sequence[float]) -> list[float]:
     """The weight of each counted point in the polynomial's value at `at`: Lagrange's form, as many points as terms."""
     return [math.prod((at - other) / (point - other) for other in counted if other != point) for point in counted]
+
+
+def _host_block_bytes(size: int, cards: int) -> int:
+    """What weights of so many bytes take of host memory, for all cards of a machine (common.machine.shared_memory)."""
+    return page_locked_bytes(size) if cards == 1 else -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
