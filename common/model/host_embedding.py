@@ -68,9 +68,9 @@ def give_host_ids(model: PreTrainedModel | PeftModel, host_ids: Any) -> None:
 def use_host_embedding(model: PreTrainedModel | PeftModel) -> None:
     """Makes the model's embedding wait in host memory, page-locked where the model is on a GPU.
 
-    The processes of a machine share it, and all of them must call this. Losses and gradients stay what they are, to the bit. Does nothing where it waits there already. Raises ValueError
-    for an embedding that is the head too, or is trained, and MemoryError, or torch's RuntimeError, when there is no
-    memory.
+    The processes of a machine share it, and all of them must call this. Losses and gradients stay what they are, to the
+    bit. Does nothing where it waits there already. Raises ValueError for an embedding that is the head too, or is
+    trained, and MemoryError, or torch's RuntimeError, when there is no memory.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings().weight
     if isinstance(embedding, HostEmbedding):
