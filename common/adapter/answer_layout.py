@@ -7,6 +7,7 @@ from common.machine.layout import ONE_PROCESS, Layout
 from common.model.activation_checkpointing import MAX_WHOLE_TOKENS, Policy
 from common.plan.card import Card
 from common.plan.forecast import Setting
+from common.plan.machine_plan import setting_of
 from common.plan.planner import Planner
 from common.plan.step import ADAPTERS, EMBEDDINGS, WEIGHTS
 from common.recipe import Recipe, UserError
@@ -44,4 +45,5 @@ def layout_on(recipe: Recipe, machine: Machine, *, evaluates_rows: bool = False)
     """layout_to_answer on this machine. On a CPU weights are in host memory already."""
     if not machine.is_gpu:
         return ONE_PROCESS
-    return layout_to_answer(recipe, Card.of_machine(machine), evaluates_rows=evaluates_rows)
+    setting = setting_of(machine, recipe.model)
+    return layout_to_answer(recipe, Card.of_machine(machine), setting, evaluates_rows=evaluates_rows)

@@ -9,6 +9,7 @@ from common.adapter.answer_layout import layout_on, layout_to_answer
 from common.adapter.find import find_adapter
 from common.adapter.load import load_trained
 from common.machine.layout import ONE_PROCESS, Layout
+from common.model.host_embedding import has_host_embedding
 from common.model.weight_streaming import weight_ring
 from common.plan.card import Card
 from common.recipe import LoraSpec
@@ -42,8 +43,9 @@ def test_weights_make_room_for_long_rows_that_are_evaluated_as_they_did_in_train
 )
 def test_an_adapter_on_weights_that_stream_gives_the_same_logits(adapted, lora):
     adapter = find_adapter(adapted("llama", lora, num_hidden_layers=4))
-    whole, streaming = (load_trained(adapter, layout=layout) for layout in (ONE_PROCESS, Layout(on_host=4)))
+    whole, streaming = (load_trained(adapter, layout=layout) for layout in (ONE_PROCESS, Layout(on_host=4, embedding_on_host=True)))
     assert weight_ring(whole) is None and len(weight_ring(streaming).blocks) == 4
+    assert has_host_embedding(streaming) and not has_host_embedding(whole)
     with torch.no_grad():
         for _ in range(2):
             assert torch.equal(streaming(IDS).logits, whole(IDS).logits)
