@@ -92,7 +92,7 @@ def test_a_recipe_has_one_folder_however_its_name_is_typed(project, typed):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--plan", "--card-gib", "2"], "The model alone is too large: take a smaller model, or a larger card"),
+        (["--plan", "--card-gib", "1"], "The model alone is too large: take a smaller model, or a larger card"),
         (["--plan", "--seq-len", "9000"], "TrainSpec.seq_len is 9,000; meta-llama/Meta-Llama-3-8B-Instruct has 8,192"),
         (["--plan", "--card-gib", "0"], "Recipe.card_gib is 0.0; it must be above 0"),
         (["--seq-len", "512"], "--seq-len is for a plan; for a run, edit TrainSpec.seq_len in the recipe"),

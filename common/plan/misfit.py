@@ -40,7 +40,8 @@ def explain_misfit(planner: Planner) -> str:
         streaming = "".join(f". What would fit: {change}" for change in _streaming_that_fits(planner, leanest.policy))
         return arithmetic + f"The model alone is too large: take a smaller model, or {_more_memory(planner)}{streaming}"
     changes = list(_changes_that_fit(planner, leanest, step, excess))
-    return arithmetic + ("What would fit: " + ", or ".join(changes) if changes else "Take a smaller model")
+    none = f"Take a smaller model, or {_more_memory(planner)}"
+    return arithmetic + ("What would fit: " + ", or ".join(changes) if changes else none)
 
 
 def explain_examples(planner: Planner, planned: int, on_host: int) -> str:

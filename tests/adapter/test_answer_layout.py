@@ -43,7 +43,9 @@ def test_weights_make_room_for_long_rows_that_are_evaluated_as_they_did_in_train
 )
 def test_an_adapter_on_weights_that_stream_gives_the_same_logits(adapted, lora):
     adapter = find_adapter(adapted("llama", lora, num_hidden_layers=4))
-    whole, streaming = (load_trained(adapter, layout=layout) for layout in (ONE_PROCESS, Layout(on_host=4, embedding_on_host=True)))
+    whole, streaming = (
+        load_trained(adapter, layout=layout) for layout in (ONE_PROCESS, Layout(on_host=4, embedding_on_host=True))
+    )
     assert weight_ring(whole) is None and len(weight_ring(streaming).blocks) == 4
     assert has_host_embedding(streaming) and not has_host_embedding(whole)
     with torch.no_grad():

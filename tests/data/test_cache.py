@@ -111,6 +111,7 @@ def test_all_code_that_makes_rows_is_in_the_packages_whose_modules_are_hashed():
         "common.lazy",
         "common.recipe",
         "common.recipe_fields",
+        "common.rope_scaling",
         "common.process_state",
         "common.control_group",
         "common.output_stream",

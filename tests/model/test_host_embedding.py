@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from common.data.batches import HOST_IDS
+from common.machine import shared_memory
 from common.machine.copy_stream import CopyStream
 from common.machine.layout import Layout
-from common.model import host_embedding
 from common.model.activation_checkpointing import Policy, checkpoint_activations, finish_copies
 from common.model.host_embedding import HostEmbedding, has_host_embedding, use_host_embedding
 from common.model.lean_layers import use_lean_layers
@@ -97,7 +97,7 @@ def test_ids_that_the_host_knows_are_taken_once_and_no_gpu_is_asked_for_them(fol
     """Where they are known the tensor of ids is not read: here it holds others."""
     model = adapted(folders["qwen2"]).eval()
     ids, others = ids_of(2, 20), ids_of(2, 20) + 50
-    expected = held_out_loss(model)
+    expected = held_out_loss(model, {"input_ids": ids, "labels": ids})
     use_host_embedding(model)
     with torch.no_grad():
         found = model(input_ids=others, labels=ids, **{HOST_IDS: ids.numpy()}).loss
@@ -112,7 +112,8 @@ def test_a_model_on_its_device_drops_the_ids_that_the_host_knows(folders):
     model = adapted(folders["qwen2"]).eval()
     ids = ids_of(2, 20)
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids, labels=ids, **{HOST_IDS: ids.numpy()}).loss, held_out_loss(model))
+        found = model(input_ids=ids, labels=ids, **{HOST_IDS: ids.numpy()}).loss
+    assert torch.equal(found, held_out_loss(model, {"input_ids": ids, "labels": ids}))
 
 
 def test_answers_are_the_same(folders):
@@ -231,6 +232,6 @@ def test_host_memory_that_does_not_suffice_is_a_line(folders, monkeypatch):
     def no_memory(*_):
         raise MemoryError("pinned host memory")
 
-    monkeypatch.setattr(host_embedding, "empty_on_host", no_memory)
+    monkeypatch.setattr(shared_memory, "empty_on_host", no_memory)
     with pytest.raises(UserError, match="does not fit the memory that is free on the host"):
         load_4bit(ModelSpec(str(folders["llama"])), FP32, layout=Layout(embedding_on_host=True))

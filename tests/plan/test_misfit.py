@@ -35,10 +35,11 @@ def moves(recipe: Recipe, gib: float) -> tuple[str, list[Recipe]]:
     ("recipe", "gib", "named"),
     [
         pytest.param(edited(seq_len=8192, weights_on_host=0), 7.5, ["seq_len="], marks=pytest.mark.slow),
-        (
+        pytest.param(
             edited(seq_len=4096, checkpointing="every layer", weights_on_host=0),
             8.25,
             ["seq_len=", "checkpointing='offload'", "optimizer='adamw_8bit'"],
+            marks=pytest.mark.slow,  # 30 s: each change is planned
         ),
         pytest.param(
             replace(edited(weights_on_host=0), lora=LoraSpec(256, 256)), 16, ["LoraSpec.rank="], marks=pytest.mark.slow
