@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_does(runs, sharding):
         assert text.count(line) == 1, line
     assert "on each of 2 processes" in text
     layout = json.loads((together / "run.json").read_text())["plan"]["layout"]
-    assert layout == {"processes": 2, "sharded": sharding == "always", "on_host": 0}
+    assert layout == {"processes": 2, "sharded": sharding == "always", "on_host": 0, "embedding_on_host": False}
     assert ("layers sharded over 2 cards" if sharding == "always" else "data parallel") in text
 
 
