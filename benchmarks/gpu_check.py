@@ -142,7 +142,7 @@ def pieces(results: Path, peers: str | None, rehearse: bool, resume: bool = Fals
         results,
         "llama3-70b",
         "_streamed",
-        *("--tokens", "2048", "--on-host", "80", "--policies", "every-layer", "offload"),
+        *("--tokens", "2048", "--on-host", "80", "--embedding-on-host", "--policies", "every-layer", "offload"),
     )
     commands["tests"] = [*tests, "-k", f"not ({FIRST_TESTS})"]
     return commands

@@ -31,6 +31,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.models import recipe_of
 from benchmarks.results_folder import result_path, write_result
+from common.data.batches import HOST_IDS
 from common.machine.device import GIB, Machine, this_machine
 from common.machine.layout import Layout
 from common.machine.out_of_memory import out_of_memory
@@ -86,6 +87,7 @@ def random_step(model: PeftModel, forecast: Forecast, tokens: int, machine: Mach
     batch["trained_positions"] = torch.arange(tokens - 1)
     if "cu_seq_lens_q" in batch:
         batch["cu_seq_lens_q"] = torch.tensor([0, tokens], dtype=torch.int32)
+    batch[HOST_IDS] = batch["input_ids"].numpy()  # as the collator
     batch = {name: value.to(machine.device) if torch.is_tensor(value) else value for name, value in batch.items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = held_adapters(model)
@@ -126,7 +128,7 @@ def measure(
 
     Bytes are those of torch.cuda.max_memory_allocated and max_memory_reserved, None on a CPU. Seconds are those of the
     fastest micro-batch, without the optimizer. on_host: layers of the model whose weights stream; on a GPU the result
-    then has their "copies", as copies_of says.
+    then has their "copies", as copies_of says. Whether the embedding waits in host memory too is the forecast's.
     """
     checkpoint_activations(model, policy)
     step = random_step(model, forecast, tokens, machine)
@@ -145,6 +147,7 @@ def measure(
         "tokens": tokens,
         "policy": str(policy),
         "on_host": on_host,
+        "embedding_on_host": forecast.layout.embedding_on_host,
         "streamed_bytes": predicted.link_bytes() - on_card.link_bytes(),  # of weights, in a micro-batch
         "predicted_bytes": predicted.peak() + WORKSPACE_BYTES,
         "allocated_bytes": allocated,
@@ -196,14 +199,17 @@ def measure_recipe(
     on_host: int = 0,
     names: Iterable[str] = SHORT_ROWS,
     repeats: int = 3,
+    *,
+    embedding_on_host: bool = False,
 ) -> list[dict[str, Any]]:
     """Measures policies at every length, in the order of `lengths`. What does not fit has its prediction alone.
 
     keep: is given each measurement as soon as it is there. on_host: layers whose weights stream. names: of POLICIES.
     """
     recipe = replace(recipe, model=replace(recipe.model, weights="random"))
-    forecast = Forecast(recipe, setting_of(machine, recipe.model), speed_of(machine.name))
-    model = attach_lora(load_4bit(recipe.model, machine, layout=Layout(on_host=on_host)), recipe.lora).train()
+    layout = Layout(on_host=on_host, embedding_on_host=embedding_on_host)
+    forecast = Forecast(recipe, setting_of(machine, recipe.model), speed_of(machine.name), replace(layout, on_host=0))
+    model = attach_lora(load_4bit(recipe.model, machine, layout=layout), recipe.lora).train()
     use_lean_layers(model, recipe.train.kernels)
     results = []
     for tokens in lengths:
@@ -215,7 +221,7 @@ def measure_recipe(
                     raise
                 predicted = forecast.step(tokens, policy, examples=1, on_host=on_host).peak() + WORKSPACE_BYTES
                 results.append({"model": recipe.model.name, "tokens": tokens, "policy": str(policy)})
-                results[-1] |= {"on_host": on_host}
+                results[-1] |= {"on_host": on_host, "embedding_on_host": embedding_on_host}
                 results[-1] |= {"predicted_bytes": predicted, "allocated_bytes": None, "out_of_memory": True}
             model.zero_grad()
             gc.collect()
@@ -225,7 +231,8 @@ def measure_recipe(
 
 
 def in_words(result: dict[str, Any]) -> str:
-    stream = f", the weights of {result['on_host']} layers in host memory" if result["on_host"] else ""
+    waits = Layout(on_host=result["on_host"], embedding_on_host=result["embedding_on_host"]).waits
+    stream = f", {waits} in host memory" if waits else ""
     line = f"{result['model']} {result['tokens']:,} tokens, {result['policy']}{stream}: predicted "
     line += f"{result['predicted_bytes'] / GIB:.2f} GiB"
     if result.get("out_of_memory"):
@@ -273,6 +280,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=(*MODELS, "llama3-70b", "tiny"))
     parser.add_argument("--on-host", nargs="+", type=int, default=[0], help="layers whose weights wait in host memory")
+    parser.add_argument("--embedding-on-host", action="store_true", help="the embedding waits there too")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--policies", nargs="+", default=SHORT_ROWS, choices=POLICIES)
     parser.add_argument("--repeats", type=int, default=3, help="optimizer steps that are timed")
@@ -301,7 +309,16 @@ def main() -> int:
         results["recipes"][name] = asdict(recipe)
         for on_host in args.on_host:
             try:
-                measure_recipe(recipe, args.tokens, machine, keep, on_host, args.policies, args.repeats)
+                measure_recipe(
+                    recipe,
+                    args.tokens,
+                    machine,
+                    keep,
+                    on_host,
+                    args.policies,
+                    args.repeats,
+                    embedding_on_host=args.embedding_on_host,
+                )
             except UserError as error:
                 print(f"{name}: {error}")
             gc.collect()

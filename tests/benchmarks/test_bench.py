@@ -223,7 +223,7 @@ def test_what_streams_is_measured_for_an_8b_at_four_numbers_of_layers_and_for_a_
     commands = gpu_check.pieces(tmp_path, None, rehearse=False)
     eight, seventy = commands["streaming-llama3-8b"], commands["streaming-llama3-70b"]
     assert eight[eight.index("--on-host") + 1 :][:4] == ["0", "8", "16", "32"]
-    assert seventy[seventy.index("--on-host") + 1] == "80"
+    assert seventy[seventy.index("--on-host") + 1] == "80" and "--embedding-on-host" in seventy
 
 
 def test_each_kind_of_command_is_rehearsed_and_each_piece_is_within_the_limit(tmp_path):

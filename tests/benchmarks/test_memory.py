@@ -115,10 +115,13 @@ def test_rows_in_tiles_are_measured(small_model):
 def test_the_command_runs_on_a_cpu_with_the_small_model_alone(tmp_path, monkeypatch, capsys):
     out = tmp_path / "memory.json"
     flags = ["--models", "tiny", "--tokens", "32", "--on-host", "0", "4", "--policies", "half", "--repeats", "1"]
+    flags += ["--embedding-on-host"]
     monkeypatch.setattr(sys, "argv", ["memory", *flags, "--out", str(out)])
     assert main() == 0
     assert [one["on_host"] for one in json.loads(out.read_text())["measurements"]] == [0, 4]
-    assert "the weights of 4 layers in host memory: predicted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert ", the embedding in host memory: predicted" in said
+    assert "the weights of 4 layers and the embedding in host memory: predicted" in said
     monkeypatch.setattr(sys, "argv", ["memory", "--models", "llama3-8b", "--out", str(out)])
     assert main() == 2
     assert set(policies(2)) < set(policies(2, POLICIES))
