@@ -187,12 +187,18 @@ def test_the_cards_of_a_machine_share_the_weights_that_wait_in_its_memory():
 
 
 @pytest.mark.slow  # counts of sharded layers, and of data parallel ones
-@pytest.mark.parametrize(("gib", "link", "taken"), [(6, 25e9, "whole"), (5, 4e9, "shards")])
-def test_several_cards_stream_whole_layers_or_share_them_out_whichever_is_faster(gib, link, taken, monkeypatch):
+@pytest.mark.parametrize(("gib", "link", "embedding", "taken"), [(6, 25e9, "auto", "whole"), (5, 4e9, False, "shards")])
+def test_several_cards_stream_whole_layers_or_share_them_out_whichever_is_faster(
+    gib, link, embedding, taken, monkeypatch
+):
+    """Shards are faster where a link is slow and the embedding stays on the card: of a layer only a part is sent."""
     monkeypatch.setattr(planner_module, "speed_of", lambda _: replace(KNOWN_GPUS[0], link_bytes_per_second=link))
     card = replace(Card.of_size(gib), cards=2)
-    planner, option = choose_option(RECIPE, card, None, 2)
-    whole, shards = (choose_option(edited(sharding=sharding), card, None, 2)[1] for sharding in ("never", "always"))
+    recipe, whole_recipe, shards_recipe = (
+        edited(sharding=sharding, embedding_on_host=embedding) for sharding in ("auto", "never", "always")
+    )
+    planner, option = choose_option(recipe, card, None, 2)
+    whole, shards = (choose_option(fixed, card, None, 2)[1] for fixed in (whole_recipe, shards_recipe))
     assert whole.on_host > RING_SLOTS
     assert planner.layout.sharded == (taken == "shards")
     best, other = (shards, whole) if planner.layout.sharded else (whole, shards)
