@@ -56,13 +56,14 @@ def _write_model(adapter: "TrainedAdapter", target: Path, name: str, flags: argp
     from common.adapter.load import trained_tokenizer
     from common.adapter.merge import MergedWeights
     from common.adapter.ollama import build_modelfile, lost_in_modelfile, ollama_name
+    from common.model.rope_scaling import usable_positions
 
     weights, tokenizer = MergedWeights(adapter, original=flags.base == "original"), trained_tokenizer(adapter)
     model = GgufModel(weights, tokenizer, name, flags.quant)
     for_ollama = flags.format == "ollama"
     file = _file_name(ollama_name(name), flags)
     if for_ollama:  # before the weights are merged: a template that ollama cannot express is refused here
-        context = min(MAX_OLLAMA_CONTEXT, weights.config.max_position_embeddings)
+        context = min(MAX_OLLAMA_CONTEXT, usable_positions(weights.config))
         modelfile = build_modelfile(file, tokenizer, model.generation, context)
     notes = [*model.vocabulary.rules.notes, *lost_in_modelfile(model.generation)] if for_ollama else model.notes
     for note in notes:

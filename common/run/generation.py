@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 
 from common.machine.processes import is_main_process
 from common.machine.slow_work import WorkDone, format_duration, report_slow_work, show_status
+from common.model.rope_scaling import usable_positions
 from common.model.sharding import is_sharded, shard_empty_layers
 from common.run.answer_config import GREEDY, fit_to_answers
 from common.run.answer_memory import read_in_parts
@@ -61,7 +62,7 @@ def generate(
     shard_empty_layers(model)
     ends = stop_ids(tokenizer, model.generation_config.eos_token_id)
     arguments = fit_to_answers(model.generation_config, model.config, tokenizer) | GREEDY
-    positions = model.config.max_position_embeddings
+    positions = usable_positions(model.config)
     was_training, attention = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa")  # prompts of several lengths need a mask, common.model.attention

@@ -51,6 +51,16 @@ def test_a_prompt_longer_than_the_models_positions_gets_no_answer_and_says_so(mo
     assert answers[1].cut == "before its first token: the prompt has 40 tokens, the model 40 positions"
 
 
+def test_positions_are_those_that_a_chat_has_too(model, tokenizer, monkeypatch):
+    """Qwen's documentation adds YaRN to config.json and leaves max_position_embeddings."""
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 40}
+    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
+    monkeypatch.setattr(model.config, "rope_parameters", model.config.rope_parameters | yarn)
+    prompts = [Prompt([5] * length, "", "") for length in (40, 80)]
+    answered, too_long = generate(model, tokenizer, prompts, max_new_tokens=4)
+    assert not answered.cut.startswith("before") and too_long.cut.endswith("80 tokens, the model 80 positions")
+
+
 def test_long_prompts_are_answered_fewer_at_a_time(model, tokenizer):
     batches = []
     handle = model.get_decoder().register_forward_pre_hook(
