@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from common.adapter.tokenizer_json import TAKE_MERGE
 from common.model.architectures import ARCHITECTURES
+from common.model.config import head_dim_of
 from common.model.rope_scaling import full_rope, original_positions, usable_positions
 from common.recipe import UserError
 
@@ -26,7 +27,7 @@ ROPES_BESIDE = {"llama": ("yarn", "llama3"), "qwen2": ("yarn",), "qwen3": ("yarn
 
 
 def add_dimensions(writer: GGUFWriter, config: PretrainedConfig) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = head_dim_of(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(usable_positions(config))
     writer.add_embedding_length(config.hidden_size)

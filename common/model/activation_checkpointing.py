@@ -109,11 +109,7 @@ def checkpoint_activations(model: PreTrainedModel | PeftModel, policy: Policy) -
         raise ValueError(f"the policy is for {policy.layers} layers, the model has {len(layers)}")
     model.config.use_cache = False  # training never reads it, and a recompute would fill it twice
     _make_first_input_need_a_gradient(model, hold=not policy.tile)
-    set_tiles(model, policy.tile, by_head=policy.by_head, qkv_again=policy.qkv_again)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if policy.tile and not hasattr(base, "norm_in_loss"):
-        raise ValueError("layers in tiles need the fused loss")
-    base.norm_in_loss = bool(policy.tile)
+    _compute_in_tiles(model, policy.tile, by_head=policy.by_head, qkv_again=policy.qkv_again)
     # Saved for each layer, and set again where it recomputes, by the host; only dropout reads it.
     options: dict[str, Any] = {"preserve_rng_state": is_random(model)}
     if policy.keep_attention:
@@ -138,14 +134,22 @@ def long_rows_in_tiles(model: PeftModel, longest: int) -> Iterator[None]:
     if longest <= MAX_WHOLE_TOKENS or not can_tile(model):
         yield
         return
-    base = model.get_base_model()
-    set_tiles(model, TILE_WITHOUT_GRADIENTS, by_head=True)
-    base.norm_in_loss = True
+    _compute_in_tiles(model, TILE_WITHOUT_GRADIENTS, by_head=True)
     try:
         yield
     finally:
-        set_tiles(model, 0)
-        base.norm_in_loss = False
+        _compute_in_tiles(model, 0)
+
+
+def _compute_in_tiles(
+    model: PreTrainedModel | PeftModel, tile: int, *, by_head: bool = False, qkv_again: bool = False
+) -> None:
+    """set_tiles, with the last norm inside the loss where there are tiles. Raises ValueError without the fused loss."""
+    set_tiles(model, tile, by_head=by_head, qkv_again=qkv_again)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if tile and not hasattr(base, "norm_in_loss"):
+        raise ValueError("layers in tiles need the fused loss")
+    base.norm_in_loss = bool(tile)
 
 
 class _NeedGradient(torch.autograd.Function):

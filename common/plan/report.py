@@ -60,7 +60,7 @@ class PlanReport:
     rows: tuple[PolicyRow, ...]  # NO_CHECKPOINTING, EVERY_LAYER, OFFLOAD, CHOICE
     longest: dict[str, int]  # tokens of the longest single row that fits, by name of the way
     host_of_longest: dict[str, int]  # bytes of host memory that it takes, by name of the way
-    positions: int | None  # of the model
+    positions: int  # of the model
 
     def row(self, name: str) -> PolicyRow:
         return next(row for row in self.rows if row.name == name)
@@ -129,13 +129,13 @@ class PlanReport:
         return f"budget: {self.card.size / GIB:.2f} GiB{minus} = {self.card.budget / GIB:.2f} GiB for the step"
 
     def _longest_rows(self) -> Iterator[str]:
-        of_model = f" (the model has {self.positions:,} positions)" if self.positions else ""
+        of_model = f" (the model has {self.positions:,} positions)"
         row = "pair of answers, both with their prompt," if self.recipe.data.kind == "pairs" else "row"
         stream = f" with {waits} in host memory" if (waits := self.plan.layout.waits) else ""
         alone = ", as one example" * (self.plan.examples_per_row is not None and self.recipe.data.kind != "pairs")
         yield from _wrap(f"longest {row} that fits, in a micro-batch of 1 row{alone}{stream}{of_model}:")
         for name, tokens in self.longest.items():
-            longer = ", more than the model's positions" if self.positions and tokens > self.positions else ""
+            longer = ", more than the model's positions" if tokens > self.positions else ""
             amount = f"{tokens:>9,} tokens" if tokens else "     none"
             host = self.host_of_longest.get(name, 0)
             waits = f", {host / GIB:.1f} GiB in host memory" if tokens and host else ""
@@ -177,7 +177,7 @@ def build_report(planner: Planner, option: Option) -> PlanReport:
     rows_of = {name: planner.longest_option(policies[name], option.on_host) for name in (EVERY_LAYER, OFFLOAD)}
     positions = usable_positions(load_config(planner.recipe.model))
     in_tiles = planner.policies_in_tiles("offload")
-    if in_tiles and (positions is None or rows_of[OFFLOAD][0] < positions):  # else it is six counts that nobody needs
+    if in_tiles and rows_of[OFFLOAD][0] < positions:  # else it is six counts that nobody needs
         leanest = {way_in_tiles(policy): policy for policy in in_tiles}
         rows_of |= {name: planner.longest_option(policy, option.on_host) for name, policy in leanest.items()}
     return PlanReport(

@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from common.model.config import head_dim_of
+
 # Of a prompt, read at a time. In the time in which a matmul reads its weight, an H100 computes 240 tokens
 # (common/plan/speed.py); each part dequantizes all weights once.
 PART_TOKENS = 2_048
@@ -26,7 +28,7 @@ def cache_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
     window = getattr(config, "sliding_window", None) or tokens
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     kept = sum(min(tokens, window) if kind == "sliding_attention" else tokens for kind in kinds)
-    return 2 * kept * config.num_key_value_heads * _head_dim(config) * itemsize
+    return 2 * kept * config.num_key_value_heads * head_dim_of(config) * itemsize
 
 
 def answer_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
@@ -35,10 +37,6 @@ def answer_bytes(config: PretrainedConfig, tokens: int, itemsize: int) -> int:
     Beside cache_bytes: of one layer keys and values for each query head, and the mask of a part of the prompt, which
     attention adds to the scores. By the shapes of these tensors; not measured on a GPU.
     """
-    expanded = 2 * tokens * config.num_attention_heads * _head_dim(config) * itemsize
+    expanded = 2 * tokens * config.num_attention_heads * head_dim_of(config) * itemsize
     mask = min(tokens, PART_TOKENS) * tokens * (1 + itemsize)
     return cache_bytes(config, tokens, itemsize) + expanded + mask
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

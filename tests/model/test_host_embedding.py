@@ -12,7 +12,7 @@ from common.data.batches import HOST_IDS
 from common.machine import shared_memory
 from common.machine.copy_stream import CopyStream
 from common.machine.layout import Layout
-from common.model.activation_checkpointing import Policy, checkpoint_activations, finish_copies
+from common.model.activation_checkpointing import Policy, finish_copies
 from common.model.host_embedding import HostEmbedding, has_host_embedding, use_host_embedding
 from common.model.lean_layers import use_lean_layers
 from common.model.loading import load_4bit
@@ -28,6 +28,7 @@ from tests.model.test_weight_streaming import (
     adapted,
     assert_same_bits,
     copy_without_waiting,
+    gradients_of_two_passes,
     held_out_loss,
     ids_of,
     train_step,
@@ -79,18 +80,10 @@ def test_losses_and_gradients_are_the_same_bits_whenever_the_copies_happen(
 
 def test_two_forward_passes_before_their_backward_passes_are_right_too(folders):
     model = adapted(folders["llama"])
-
-    def step() -> dict[str, Tensor]:
-        checkpoint_activations(model, Policy(LAYERS))
-        model.zero_grad()
-        first, second = (model(input_ids=ids, labels=ids).loss for ids in (ids_of(1, 16), ids_of(2, 12)))
-        (first - 0.5 * second).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    expected = step()
+    expected = gradients_of_two_passes(model, Policy(LAYERS))
     with PoisonedClock():
         use_host_embedding(model)
-        assert_same_bits(step(), expected)
+        assert_same_bits(gradients_of_two_passes(model, Policy(LAYERS)), expected)
 
 
 def test_ids_that_the_host_knows_are_taken_once_and_no_gpu_is_asked_for_them(folders):

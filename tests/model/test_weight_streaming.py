@@ -252,21 +252,22 @@ def test_a_layer_is_copied_once_in_each_direction_and_the_two_at_each_turn_not_a
     assert begun == [RING_SLOTS + 2 * each_way, 2 * each_way, 2 * each_way]
 
 
+def gradients_of_two_passes(model, policy: Policy) -> dict[str, Tensor]:
+    """Two forward passes, and one backward pass through both."""
+    checkpoint_activations(model, policy)
+    model.zero_grad()
+    first, second = (model(input_ids=ids, labels=ids).loss for ids in (ids_of(1, 16), ids_of(2, 12)))
+    (first - 0.5 * second).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_two_forward_passes_before_their_backward_passes_are_right_too(folders):
     """As with a chosen and a rejected answer."""
     model = adapted(folders["llama"])
-
-    def step() -> dict[str, Tensor]:
-        checkpoint_activations(model, POLICIES["some layers"])
-        model.zero_grad()
-        first, second = (model(input_ids=ids, labels=ids).loss for ids in (ids_of(1, 16), ids_of(2, 12)))
-        (first - 0.5 * second).backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    expected = step()
+    expected = gradients_of_two_passes(model, POLICIES["some layers"])
     with PoisonedClock():
         stream_weights(model, LAYERS)
-        assert_same_bits(step(), expected)
+        assert_same_bits(gradients_of_two_passes(model, POLICIES["some layers"]), expected)
         weight_ring(model).finish()
 
 
