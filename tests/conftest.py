@@ -104,7 +104,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Says which tests these are, and how long all of them take. pytest -q hides what pytest_report_header returns."""
     tiers = {
-        DEFAULT_TIER: "the fast tests, all of them about 10 minutes on two cores\n"
+        DEFAULT_TIER: "the fast tests, all of them about 15 minutes on two cores\n"
         "the others: make test ARGS='-m slow', about 40 minutes; make test ARGS='-m gpu' on a machine with a GPU",
         "slow": "the slow tests, all of them about 40 minutes on two cores",
         "gpu": "the tests that need an NVIDIA GPU, about 10 minutes; without one they are skipped",
